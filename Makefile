@@ -1,0 +1,32 @@
+# Each target makes the virtual environment it needs; `make demo` and `make test` run from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python notebooks/demo.py
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(VENV)/test.installed $(VENV)/demo.installed $(VENV)/lint.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/lint.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/%.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) demo.png

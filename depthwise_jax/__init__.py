@@ -1,0 +1,30 @@
+"""Depthwise convolution for JAX: pure functions, Flax layers, and Optax transforms that keep constrained weights."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from depthwise_jax.drop_in import conv_general_dilated as conv_general_dilated
+from depthwise_jax.functional import depthwise_conv as depthwise_conv
+from depthwise_jax.functional import explain as explain
+from depthwise_jax.functional import separable_conv as separable_conv
+from depthwise_jax.linen import DepthwiseConv1D as DepthwiseConv1D
+from depthwise_jax.linen import DepthwiseConv2D as DepthwiseConv2D
+from depthwise_jax.linen import DepthwiseConv3D as DepthwiseConv3D
+from depthwise_jax.linen import SeparableConv1D as SeparableConv1D
+from depthwise_jax.linen import SeparableConv2D as SeparableConv2D
+from depthwise_jax.linen import SeparableConv3D as SeparableConv3D
+from depthwise_jax.linen import regularization_loss as regularization_loss
+
+if TYPE_CHECKING:
+    from depthwise_jax import optim as optim
+
+__version__ = "0.1.0"
+
+# Loaded when first used: what they import takes longer than all the rest.
+_LAZY = ("optim",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"depthwise_jax.{name}")
+    raise AttributeError(f"module 'depthwise_jax' has no attribute {name!r}")

@@ -1,0 +1,556 @@
+"""Constraints: projections of a parameter onto a set, `constraint(w) -> array of w's shape and dtype`.
+
+`MaxNorm`, `MinMaxNorm`, `UnitNorm` and `NonNeg` compute Keras' formulas; `Box`, `PerSlice` and `a & b` go beyond them.
+Any other callable, array to array of the same shape and dtype, is a constraint too.
+
+What `axis` means for the kernel (3, 3, C, M) of a 2D depthwise convolution:
+
+| axis | what is bounded |
+|---|---|
+| 0 (Keras' default) | each column of a filter, 3 numbers; the norm of a filter may reach sqrt(3) times the bound |
+| "window" | each filter, its 3 x 3 numbers: every axis but the last two, what max-norm papers mean |
+| (0, 1, 2) | the filters of all C channels together, for each of the M multipliers |
+
+A pointwise kernel (1, 1, C, F) or a dense one (C, F) has its filters along C: `axis=(0, 1, 2)` and `axis=0`.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from depthwise_jax.introspect import per_instance
+from depthwise_jax.registry import Registry
+
+Axis = int | tuple[int, ...] | Literal["window"] | None
+
+_KERAS_EPSILON = 1e-7  # keras.config.epsilon()
+_INF = float("inf")
+
+
+class Constraint:
+    """The identity, and the base of every constraint: the call, and what a set tells of itself beyond it.
+
+    A subclass gives `__call__`. The rest lets an update survive the rounding of `parameter + update`, and has defaults
+    that claim nothing.
+    """
+
+    @property
+    def interval(self) -> tuple[Any, Any]:
+        """Bounds (lower, upper) on every single number, which `depthwise_jax.optim.project` keeps exactly."""
+        return -_INF, _INF
+
+    @property
+    def builtin(self) -> bool:
+        """Whether finite input is known to give finite output, so that nobody needs to try."""
+        return False
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        """The projection of `w`, of its shape and dtype."""
+        return w
+
+    def interior(self, w: jax.Array) -> jax.Array:
+        """The projection onto a set smaller by what rounding may add later; `self(w)` where there is no such set."""
+        return self(w)
+
+    def excess(self, w: jax.Array) -> jax.Array | None:
+        """How far each slice of `w` that is projected on its own lies outside the set; None if that is unknown.
+
+        Returns:
+            Distances >= 0 with the rank of `w` and, along every axis, its length or 1: one for each slice.
+        """
+        return None
+
+    def violation(self, w: jax.Array) -> jax.Array | None:
+        """The largest of `excess(w)`, a scalar: 0 for a member, NaN where `w` has one; None if unknown."""
+        excess = self.excess(w)
+        return None if excess is None else jnp.max(excess, initial=0)
+
+    def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
+        """The arguments, as Keras writes them.
+
+        Args:
+            window_axes: the axes that `axis="window"` stands for in the parameter at hand.
+
+        Raises:
+            ValueError: Keras has no word for it.
+        """
+        return {}
+
+    def __and__(self, other: Callable[..., Any]) -> "Constraint":
+        return compose(self, other)
+
+    def __rand__(self, other: Callable[..., Any]) -> "Constraint":
+        return compose(other, self)
+
+
+def compose(*constraints: Callable[..., Any]) -> Constraint:
+    """The constraint that applies each of `constraints` in turn, the first one first; `a & b` is `compose(a, b)`.
+
+    The result lies in the last set, and in all of them where each projection keeps the sets before it, as
+    `NonNeg() & MaxNorm(1.0)` does.
+
+    Args:
+        *constraints: one or more callables.
+
+    Raises:
+        TypeError: one is not callable.
+        ValueError: their intervals have nothing in common.
+    """
+    parts = [as_constraint(constraint) for constraint in constraints]
+    return _Composition(tuple(leaf for part in parts for leaf in getattr(part, "parts", (part,))))
+
+
+def as_constraint(constraint: Any) -> Constraint:
+    """`constraint` itself if it is a `Constraint`, else a callable's wrapper.
+
+    Raises:
+        TypeError: not callable.
+    """
+    if isinstance(constraint, Constraint):
+        return constraint
+    if not callable(constraint):
+        raise TypeError(f"a constraint must be callable, array to array of the same shape; got {constraint!r}")
+    return _Function(constraint)
+
+
+@dataclass(frozen=True)
+class Box(Constraint):
+    """Every number in [lower, upper]: `clip(w, lower, upper)`, the bounds rounded to the dtype of `w`.
+
+    Attributes:
+        lower: the least value, a number.
+        upper: the greatest value, a number not below `lower`.
+    """
+
+    lower: Any = -_INF
+    upper: Any = _INF
+
+    def __post_init__(self) -> None:
+        if _is_number(self.lower) and _is_number(self.upper) and not self.lower <= self.upper:
+            raise ValueError(f"Box: lower must not exceed upper; got lower={self.lower!r}, upper={self.upper!r}")
+
+    @property
+    def interval(self) -> tuple[Any, Any]:
+        return self.lower, self.upper
+
+    @property
+    def builtin(self) -> bool:
+        return True
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        w = _floating(w)
+        return jnp.clip(w, *self._limits(w))
+
+    def excess(self, w: jax.Array) -> jax.Array:
+        lower, upper = self._limits(w)
+        return jnp.maximum(jnp.maximum(lower - w, w - upper), 0).astype(_wide(w.dtype))
+
+    def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
+        raise ValueError(f"{self!r} has no Keras configuration; Keras knows no box constraint")
+
+    def _limits(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.asarray(self.lower, w.dtype), jnp.asarray(self.upper, w.dtype)
+
+
+class NonNeg(Box):
+    """Every number >= 0: `maximum(w, 0)`."""
+
+    def __init__(self) -> None:
+        super().__init__(lower=0.0)
+
+    def __repr__(self) -> str:
+        return "NonNeg()"
+
+    def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
+        return {}
+
+
+class _Norm(Constraint):
+    """Slices whose Euclidean norm lies in a shell [least, greatest]. Narrow dtypes are computed in float32.
+
+    In a narrow dtype, a slice that was scaled down is rounded toward zero and one that was scaled up away from it, so
+    that rounding does not undo the projection. A thin shell (UnitNorm's) has no room for that: to nearest.
+    """
+
+    axis: Any
+    exact: bool
+    rate: Any = 1.0
+
+    @property
+    def builtin(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        object.__setattr__(self, "axis", _checked_axis(self.axis, name))
+        least, greatest = self._shell()
+        for argument, value in (("min_value", least), ("max_value", greatest)):
+            if _is_number(value) and not 0 <= value < _INF:
+                raise ValueError(f"{name}: {argument} must be finite and not negative; got {value!r}")
+        if _is_number(least) and _is_number(greatest) and least > greatest:
+            raise ValueError(f"{name}: min_value must not exceed max_value; got {least!r} and {greatest!r}")
+        if _is_number(self.rate) and not 0 <= self.rate <= 1:
+            raise ValueError(f"{name}: rate must lie in [0, 1]; got {self.rate!r}")
+        if self.exact and not (_is_number(self.rate) and self.rate == 1):
+            raise ValueError(f"{name}: exact=True needs rate=1, since any other is not idempotent; got {self.rate!r}")
+
+    def _shell(self) -> tuple[Any, Any]:
+        """The bounds (least, greatest) on the norm."""
+        raise NotImplementedError
+
+    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+        """Keras' formula."""
+        raise NotImplementedError
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        w = _floating(w)
+        axes = _axes(self.axis, w.ndim, type(self).__name__)
+        x = w.astype(_wide(w.dtype))
+        least, greatest = self._shell()
+        # Rounding w may change the norm by this much, relative to itself; computing it, by less than 4 eps.
+        slack = max(float(jnp.finfo(w.dtype).eps), 4 * float(jnp.finfo(x.dtype).eps))
+        thin = least * (1 + 2 * slack) > greatest
+        if self.exact:
+            direction, length, norms = _polar(x, axes)
+            slightly = 4 * float(jnp.finfo(x.dtype).eps)
+            target = jnp.where(
+                norms > greatest,
+                jnp.maximum(greatest * (1 - slightly), least),
+                jnp.minimum(least * (1 + slightly), greatest),
+            )
+            tolerance = jnp.where(thin, slack * greatest, 0)
+            member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | (norms == 0)
+            projected = jnp.where(member, x, direction * (target / length))
+        else:
+            norms = _sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
+            projected = self._keras(x, norms)
+        if w.dtype == x.dtype:
+            return projected
+        roomy = jnp.logical_not(thin)
+        return _rounded(projected, w.dtype, (norms > greatest) & roomy, (norms < least) & roomy)
+
+    def interior(self, w: jax.Array) -> jax.Array:
+        least, greatest = self._shell()
+        if w.dtype != _wide(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
+            return self(w)
+        if not self.exact:
+            w = self(w)
+        direction, length, norms = _polar(w, _axes(self.axis, w.ndim, type(self).__name__))
+        # The sum parameter + update adds 3 half-eps to what computing the projection took, a step inward 4 more.
+        target = greatest * (1 - 8 * float(jnp.finfo(w.dtype).eps))
+        return jnp.where(norms <= target, w, direction * (target / length))
+
+    @property
+    def _strict(self) -> bool:
+        return _is_number(self.rate) and self.rate == 1
+
+    def excess(self, w: jax.Array) -> jax.Array:
+        least, greatest = self._shell()
+        _, _, norms = _polar(w.astype(_wide(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
+        return jnp.maximum(jnp.maximum(norms - greatest, least - norms), 0)
+
+    def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
+        if self.exact:
+            raise ValueError(f"{self!r} has no Keras configuration; Keras knows no exact=True")
+        config = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "exact"}  # type: ignore[arg-type]
+        axis = window_axes if self.axis == "window" else self.axis
+        return config | {"axis": list(axis) if isinstance(axis, tuple) else axis}
+
+
+@dataclass(frozen=True)
+class MaxNorm(_Norm):
+    """Norms of at most `max_value`: `w * clip(n, 0, max_value) / (1e-7 + n)`, n the norm along `axis`.
+
+    Keras' formula scales every slice by n / (1e-7 + n), so members shrink a little each time.
+
+    Attributes:
+        max_value: the bound, a number >= 0.
+        axis: the axes along which the norm is taken: an int, a tuple of ints, "window" (each filter of a depthwise
+            kernel `(*window, C, M)`), or None for all.
+        exact: the projection itself instead: members stay as they are, and applying it twice changes nothing.
+    """
+
+    max_value: Any = 2
+    axis: Axis = 0
+    _: KW_ONLY
+    exact: bool = False
+
+    def _shell(self) -> tuple[Any, Any]:
+        return 0, self.max_value
+
+    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+        return x * (jnp.clip(norms, 0, self.max_value) / (_KERAS_EPSILON + norms))
+
+
+@dataclass(frozen=True)
+class MinMaxNorm(_Norm):
+    """Norms in [min_value, max_value]: `w * (rate * clip(n, min_value, max_value) + (1 - rate) * n) / (1e-7 + n)`.
+
+    Attributes:
+        min_value: the lower bound, a number >= 0.
+        max_value: the upper bound, a number >= min_value.
+        rate: in [0, 1]; 1 enforces the bounds at once, less moves the norm that part of the way at each step.
+        axis: as in `MaxNorm`.
+        exact: as in `MaxNorm`; it needs rate=1. A slice of zeros has no direction and stays.
+    """
+
+    min_value: Any = 0.0
+    max_value: Any = 1.0
+    rate: Any = 1.0
+    axis: Axis = 0
+    _: KW_ONLY
+    exact: bool = False
+
+    def _shell(self) -> tuple[Any, Any]:
+        return self.min_value, self.max_value
+
+    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+        desired = self.rate * jnp.clip(norms, self.min_value, self.max_value) + (1 - self.rate) * norms
+        return x * (desired / (_KERAS_EPSILON + norms))
+
+
+@dataclass(frozen=True)
+class UnitNorm(_Norm):
+    """Norms of 1: `w / (1e-7 + n)`.
+
+    Attributes:
+        axis: as in `MaxNorm`.
+        exact: as in `MaxNorm`. A slice of zeros has no direction and stays.
+    """
+
+    axis: Axis = 0
+    _: KW_ONLY
+    exact: bool = False
+
+    def _shell(self) -> tuple[Any, Any]:
+        return 1, 1
+
+    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+        return x / (_KERAS_EPSILON + norms)
+
+
+@dataclass(frozen=True)
+class PerSlice(Constraint):
+    """Any projection of one array, applied to each slice along `axis` on its own, in float32 at least.
+
+    With `optax.projections`, whose functions take a whole tree as one vector:
+    `PerSlice(functools.partial(optax.projections.projection_l1_ball, scale=2.0), axis="window")`.
+
+    Attributes:
+        projection: array to array of the same shape.
+        axis: the axes of a slice, as in `MaxNorm`.
+    """
+
+    projection: Callable[[Any], Any]
+    axis: Axis = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.projection):
+            raise TypeError(f"PerSlice: projection must be callable; got {self.projection!r}")
+        object.__setattr__(self, "axis", _checked_axis(self.axis, "PerSlice"))
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        w = _floating(w)
+        axes = _axes(self.axis, w.ndim, "PerSlice")
+        others = tuple(axis for axis in range(w.ndim) if axis not in axes)
+        return per_instance(self.projection, others)(w.astype(_wide(w.dtype))).astype(w.dtype)
+
+
+@dataclass(frozen=True)
+class Lifted(Constraint):
+    """A constraint of one instance's parameter, applied to the parameter of many: mapped over the lifted axes.
+
+    Attributes:
+        constraint: the instance's.
+        axes: the axes that nn.vmap or nn.scan added, ascending.
+    """
+
+    constraint: Constraint
+    axes: tuple[int, ...]
+
+    @property
+    def interval(self) -> tuple[Any, Any]:
+        return self.constraint.interval
+
+    @property
+    def builtin(self) -> bool:
+        return self.constraint.builtin
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        return per_instance(self.constraint, self.axes)(w)
+
+    def interior(self, w: jax.Array) -> jax.Array:
+        return per_instance(self.constraint.interior, self.axes)(w)
+
+    def excess(self, w: jax.Array) -> jax.Array | None:
+        return per_instance(self.constraint.excess, self.axes)(w)
+
+
+@dataclass(frozen=True)
+class _Function(Constraint):
+    """A callable that is not a `Constraint`; it may offer `violation(w) -> scalar`."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        return self.function(w)
+
+    def excess(self, w: jax.Array) -> jax.Array | None:
+        violation = getattr(self.function, "violation", None)
+        return None if violation is None else jnp.reshape(violation(w), (1,) * w.ndim)
+
+
+@dataclass(frozen=True)
+class _Composition(Constraint):
+    parts: tuple[Constraint, ...]
+
+    def __post_init__(self) -> None:
+        lower, upper = self.interval
+        if _is_number(lower) and _is_number(upper) and lower > upper:
+            raise ValueError(f"the constraints have no number in common: {', '.join(map(repr, self.parts))}")
+
+    @property
+    def interval(self) -> tuple[Any, Any]:
+        lowers, uppers = zip(*(part.interval for part in self.parts), strict=True)
+        return functools.reduce(_greater, lowers), functools.reduce(_lesser, uppers)
+
+    @property
+    def builtin(self) -> bool:
+        return all(part.builtin for part in self.parts)
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        for part in self.parts:
+            w = part(w)
+        return w
+
+    def interior(self, w: jax.Array) -> jax.Array:
+        for part in self.parts:
+            w = part.interior(w)
+        return w
+
+    def excess(self, w: jax.Array) -> jax.Array | None:
+        each = [excess for part in self.parts if (excess := part.excess(w)) is not None]
+        if len(each) < len(self.parts):
+            return None
+        shape = tuple(map(min, *(excess.shape for excess in each))) if len(each) > 1 else each[0].shape
+        return functools.reduce(jnp.maximum, (reduce_to(jnp.max, excess, shape) for excess in each))
+
+
+def reduce_to(reduction: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Reduces `x` to `shape`, which has 1 where it differs from the shape of `x`."""
+    return reduction(x, axis=tuple(axis for axis in range(x.ndim) if x.shape[axis] != shape[axis]), keepdims=True)
+
+
+REGISTRY = Registry(
+    "constraint",
+    "keras.constraints",
+    {
+        Constraint: ("Constraint", "constraint"),
+        MaxNorm: ("MaxNorm", "max_norm"),
+        MinMaxNorm: ("MinMaxNorm", "min_max_norm"),
+        NonNeg: ("NonNeg", "non_neg"),
+        UnitNorm: ("UnitNorm", "unit_norm"),
+    },
+)
+get = REGISTRY.get
+serialize = REGISTRY.serialize
+
+
+def _is_number(value: Any) -> bool:
+    """A value known now; a traced bound is not."""
+    return not isinstance(value, Tracer)
+
+
+def _greater(a: Any, b: Any) -> Any:
+    return max(a, b) if _is_number(a) and _is_number(b) else jnp.maximum(a, b)
+
+
+def _lesser(a: Any, b: Any) -> Any:
+    return min(a, b) if _is_number(a) and _is_number(b) else jnp.minimum(a, b)
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype to compute in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _floating(w: Any) -> jax.Array:
+    w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"a constraint expects a real floating-point array; got {w.dtype} of shape {w.shape}")
+    return w
+
+
+def _checked_axis(axis: Any, name: str) -> Axis:
+    if axis is None or (isinstance(axis, str) and axis == "window"):
+        return axis
+    try:
+        if isinstance(axis, list | tuple):
+            return tuple(_index(entry) for entry in axis)
+        return _index(axis)
+    except TypeError:
+        raise TypeError(f"{name}: axis must be an int, a tuple of ints, 'window' or None; got {axis!r}") from None
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _axes(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
+    """The axes that `axis` names in an array of rank `ndim`, not negative."""
+    if axis == "window":
+        if ndim < 3:
+            raise ValueError(f"{name}: axis='window' needs a kernel (*window, C, M) of rank 3 or more; got rank {ndim}")
+        return tuple(range(ndim - 2))
+    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)  # type: ignore[arg-type]
+    positive = tuple(entry + ndim if entry < 0 else entry for entry in axes)
+    if len(set(positive)) < len(axes) or not all(0 <= entry < ndim for entry in positive):
+        raise ValueError(f"{name}: axis={axis!r} must name different axes of an array of rank {ndim}")
+    return positive
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The square root, its derivative 0 at 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
+
+
+def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each slice as direction / length, and its norm, whatever its magnitude and number of elements.
+
+    Returns:
+        direction, x over a power of two near its largest element; the direction's length, 1 instead of 0; the norm of
+        x. Both are right to 3 eps / 2 plus what little the last sum adds.
+    """
+    info = jnp.finfo(x.dtype)
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
+    power = lax.stop_gradient(jnp.clip(power, info.tiny, 1 / info.tiny))  # 1 / power is a normal number too
+    direction = x / power
+    # The squares, at most 16, are cut at a grid so coarse that the sum of the heads is exact in any order; the tails are
+    # tiny, and so is the error of their sum. A plain sum would lose many small elements beside one large one.
+    squares = jnp.square(direction)
+    count = max(1, math.prod(x.shape[axis] for axis in axes))
+    grid = 2.0 ** (info.nmant - 3 - math.ceil(math.log2(count)))
+    heads = lax.stop_gradient(jnp.round(squares * grid) / grid)
+    length = _sqrt(jnp.sum(heads, axes, keepdims=True) + jnp.sum(squares - heads, axes, keepdims=True))
+    return direction, jnp.where(length == 0, 1, length), power * length
+
+
+def _rounded(x: jax.Array, dtype: Any, down: jax.Array, up: jax.Array) -> jax.Array:
+    """`x` in a narrower dtype: toward zero where `down`, away from it where `up`, else to nearest."""
+    # XLA may keep more precision than asked for; behind the barrier it does not.
+    nearest = lax.optimization_barrier(x.astype(dtype))
+    change = jnp.abs(nearest.astype(x.dtype)) - jnp.abs(x)
+    inward = jnp.nextafter(nearest, jnp.zeros_like(nearest))
+    outward = jnp.nextafter(nearest, jnp.copysign(jnp.asarray(_INF, dtype), nearest))
+    return jnp.where(down & (change > 0), inward, jnp.where(up & (change < 0), outward, nearest))

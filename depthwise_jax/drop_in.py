@@ -1,0 +1,129 @@
+"""lax.conv_general_dilated's signature and results: depthwise calls take the fast path, all others go to lax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from depthwise_jax import primitives
+from depthwise_jax.convolution import Convolution
+from depthwise_jax.functional import hashable_precision
+from depthwise_jax.layout import Layout
+from depthwise_jax.window import Window, resolve
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: lax.ConvGeneralDilatedDimensionNumbers = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
+) -> Array:
+    """lax.conv_general_dilated, with depthwise convolutions and their strided transposes computed by this package.
+
+    Give it to what takes a convolution, such as flax.linen.Conv(..., conv_general_dilated=conv_general_dilated).
+
+    A call is taken if each group has one input channel, and there are several; if lhs and the result lie alike,
+    channels last or channels first; and if lhs and rhs are floating or complex, of one dtype that the result has too.
+    Calls with negative padding, "SAME_LOWER", an empty result, batch groups, an out_sharding, or a dilated lhs that is
+    no transpose of a strided depthwise convolution are given to lax as they came.
+
+    Args, results and errors are those of lax.conv_general_dilated.
+    """
+    call = None
+    if (
+        feature_group_count > 1
+        and batch_group_count == 1
+        and out_sharding is None
+        and lhs.dtype == rhs.dtype
+        and jnp.issubdtype(lhs.dtype, jnp.inexact)
+        and (preferred_element_type is None or jnp.dtype(preferred_element_type) == lhs.dtype)
+    ):
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        geometry = (window_strides, padding, lhs_dilation, rhs_dilation)
+        call = _recognise(lhs, rhs, *geometry, numbers, feature_group_count, precision)
+    if call is None:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    primitive, kernel, convolution = call
+    return primitives.bind(primitive, lhs, kernel, convolution=convolution, dtype=lhs.dtype, implementation=None)
+
+
+def _recognise(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    numbers: lax.ConvDimensionNumbers,
+    groups: int,
+    precision: Any,
+) -> tuple[Primitive, Array, Convolution] | None:
+    """A call as one of the primitives, with its kernel (*window, C, M) and its convolution; None if it is neither."""
+    rank = lhs.ndim - 2
+    layouts = {
+        (0, rank + 1, *range(1, rank + 1)): Layout(rank, "channels_last"),
+        tuple(range(rank + 2)): Layout(rank, "channels_first"),
+    }
+    layout = layouts.get(tuple(numbers.lhs_spec)) if 1 <= rank <= 3 else None
+    if layout is None or tuple(numbers.out_spec) != tuple(numbers.lhs_spec):
+        return None
+    features, inputs, *window_axes = numbers.rhs_spec
+    channels, outputs = lhs.shape[layout.channels], rhs.shape[features]
+    if channels != groups or rhs.shape[inputs] != 1 or outputs == 0 or outputs % groups:
+        return None
+    kernel = jnp.transpose(rhs, (*window_axes, inputs, features))
+    kernel = kernel.reshape(*kernel.shape[:rank], groups, outputs // groups)
+    size, spatial = kernel.shape[:rank], layout.spatial_shape(lhs.shape)
+    strides, dilation, spread = (tuple(s or (1,) * rank) for s in (window_strides, rhs_dilation, lhs_dilation))
+    named = isinstance(padding, str)
+    if named and padding.upper() not in ("SAME", "VALID"):
+        return None
+    if not named and any(amount < 0 for pair in padding for amount in pair):
+        return None
+    precision = hashable_precision(precision)
+    if all(step == 1 for step in spread):
+        try:
+            window, _ = resolve(spatial, size, strides, padding, dilation)
+        except (TypeError, ValueError):
+            return None  # an empty result, or what lax has its own error for
+        return primitives.conv_p, kernel, Convolution(window, layout, spatial, precision)
+    # The transpose in x of a convolution with strides `spread` convolves the dilated cotangent with the flipped kernel.
+    if named or outputs != groups or any(step != 1 for step in strides) or not all(isinstance(n, int) for n in spatial):
+        return None
+    extent = Window(size, spread, ((0, 0),) * rank, dilation).extent
+    pads = tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(extent, padding, strict=True))
+    out = tuple(
+        (n - 1) * step + 1 + low + high - e + 1
+        for n, step, (low, high), e in zip(spatial, spread, padding, extent, strict=True)
+    )
+    if any(n == 0 for n in spatial) or any(n < 1 for n in out) or any(amount < 0 for pair in pads for amount in pair):
+        return None
+    window = Window(size, spread, pads, dilation)
+    return primitives.input_grad_p, lax.rev(kernel, range(rank)), Convolution(window, layout, out, precision)

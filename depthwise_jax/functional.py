@@ -1,0 +1,314 @@
+"""The pure functions: depthwise_conv and separable_conv, and explain, which tells how they would be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from depthwise_jax import activations, lowering, primitives
+from depthwise_jax.convolution import Convolution
+from depthwise_jax.layout import Layout
+from depthwise_jax.registry import closest
+from depthwise_jax.window import InputPadding, Padding, resolve
+
+
+def depthwise_conv(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    dilation_rate: int | Sequence[int] = 1,
+    activation: Any = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Convolves each input channel with its own kernels; no channels are mixed.
+
+    y[..., o, c*M + m] = sum over t of x[..., o*strides + t*dilation_rate - low, c] * kernel[t, c, m], a
+    cross-correlation, where taps outside the input contribute nothing. Sums are taken in float32 for narrower floats,
+    and rounded once.
+
+    Args:
+        x: (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first; any number of leading batch axes.
+        kernel: (*window, C, M), one to three window axes; its rank decides how many spatial axes x has.
+        bias: (C*M,), added to the convolution.
+        strides: steps of the window, one or one per spatial axis.
+        padding: "valid", "same" (ceil(n / strides) outputs, the odd zero at the end), "causal" (one spatial axis: all
+            zeros before), "reflect" or "circular" (the input again, (span - 1) // 2 before and span // 2 after), in any
+            case; an integer; or one (low, high) pair per spatial axis.
+        data_format: "channels_last" or "channels_first".
+        dilation_rate: distance between taps, one or one per spatial axis; goes with any strides.
+        activation: a name ("relu", "gelu", ...) or a callable, applied last.
+        precision: as in lax.conv_general_dilated.
+        preferred_element_type: the result's dtype, at least as wide as what JAX promotes the operands to, which it is
+            by default.
+        implementation: "conv" or "taps" to insist on a lowering; None chooses one (see explain).
+
+    Returns:
+        (*batch, *out, C*M), or (*batch, C*M, *out) with channels_first. It carries the checkpoint name "depthwise_conv"
+        (before bias and activation), for policies such as
+        jax.checkpoint_policies.save_only_these_names("depthwise_conv").
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, naming it, what came and what is expected.
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    layout, function = _arguments(kernel, "kernel", data_format, activation, implementation)
+    bias = _checked_bias(bias, kernel.shape[-2] * kernel.shape[-1], "C*M")
+    dtype = _result_dtype(preferred_element_type, x, kernel, bias)
+    y = _convolve(x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation)
+    return _finish(y, bias, function, layout)
+
+
+def separable_conv(
+    x: ArrayLike,
+    depthwise_kernel: ArrayLike,
+    pointwise_kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    dilation_rate: int | Sequence[int] = 1,
+    activation: Any = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
+) -> Array:
+    """A depthwise convolution, then a pointwise one that mixes the channels: a matrix product over the channel axis.
+
+    Args:
+        x: (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first.
+        depthwise_kernel: (*window, C, M).
+        pointwise_kernel: (*(1,) * rank, C*M, F), with as many axes as depthwise_kernel.
+        bias: (F,).
+        strides, padding, data_format, dilation_rate: as in depthwise_conv, for its half.
+        activation: applied last; nothing stands between the two halves.
+        precision, preferred_element_type, implementation: as in depthwise_conv; the first two hold for both halves.
+        out_sharding: the result's sharding, needed under explicit sharding when the channels are sharded, since the sum
+            over them may end sharded in more ways than one.
+
+    Returns:
+        (*batch, *out, F), or (*batch, F, *out) with channels_first.
+
+    Raises:
+        TypeError, ValueError: as depthwise_conv.
+    """
+    x, kernel, pointwise = jnp.asarray(x), jnp.asarray(depthwise_kernel), jnp.asarray(pointwise_kernel)
+    layout, function = _arguments(kernel, "depthwise_kernel", data_format, activation, implementation)
+    channels = kernel.shape[-2] * kernel.shape[-1]
+    expected = (*(1,) * layout.rank, channels)
+    if pointwise.ndim != kernel.ndim or pointwise.shape[:-1] != expected or pointwise.shape[-1] == 0:
+        raise ValueError(
+            f"pointwise_kernel must have shape ({', '.join(map(str, expected))}, F) with F > 0, to follow the "
+            f"depthwise_kernel of shape {kernel.shape}; got shape {pointwise.shape}"
+        )
+    bias = _checked_bias(bias, pointwise.shape[-1], "F")
+    dtype = _result_dtype(preferred_element_type, x, kernel, pointwise, bias)
+    y = _convolve(x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation)
+    y = _pointwise(y, pointwise.reshape(pointwise.shape[-2:]).astype(dtype), layout, precision, out_sharding)
+    return _finish(y, bias, function, layout)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which lowering computes a call and its two gradients, and why; prints as three lines."""
+
+    forward: lowering.Choice
+    input_grad: lowering.Choice
+    kernel_grad: lowering.Choice
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {getattr(self, name)}" for name in lowering.MAPS)
+
+
+def explain(
+    x: Any,
+    kernel: Any,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    dilation_rate: int | Sequence[int] = 1,
+    implementation: str | None = None,
+    platform: str | None = None,
+    partitioned: int = 0,
+) -> Explanation:
+    """Tells which lowering depthwise_conv would use for the forward pass and for both gradients, and why.
+
+    Args:
+        x, kernel: as in depthwise_conv; anything with a shape, jax.ShapeDtypeStruct too.
+        strides, padding, data_format, dilation_rate, implementation: as in depthwise_conv.
+        platform: "cpu", "cuda", "rocm" or "tpu"; the default backend's if None.
+        partitioned: over how many mesh axes the compiler splits the program (automatic or explicit sharding); True is
+            one.
+
+    Raises:
+        TypeError, ValueError: as depthwise_conv; also an unknown platform, or an implementation that cannot serve the
+            call.
+    """
+    layout, _ = _arguments(kernel, "kernel", data_format, None, implementation)
+    convolution, _ = _geometry(x.shape, kernel, layout, strides, padding, dilation_rate, None)
+    if platform is None:
+        device = jax.local_devices()[0]
+        platform = device.platform
+        if platform == "gpu":
+            platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+    if platform not in lowering.PLATFORMS:
+        raise ValueError(f"platform must be one of {lowering.PLATFORMS}, got platform={platform!r}")
+    return Explanation(
+        *(
+            lowering.choose(platform, name, convolution, partitioned=partitioned, implementation=implementation)
+            for name in lowering.MAPS
+        )
+    )
+
+
+def _arguments(
+    kernel: Any, name: str, data_format: str, activation: Any, implementation: str | None
+) -> tuple[Layout, activations.Activation | None]:
+    """The layout and the activation, after the checks that need no more than the kernel's shape."""
+    rank = len(kernel.shape) - 2
+    if not 1 <= rank <= 3:
+        raise ValueError(
+            f"{name} must have shape (*window, channels, multiplier) with one to three window axes; "
+            f"got shape {kernel.shape}"
+        )
+    if 0 in kernel.shape:
+        raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier), got shape {kernel.shape}")
+    layout = Layout(rank, data_format)
+    if implementation is not None and implementation not in lowering.LOWERINGS:
+        raise ValueError(
+            f"implementation must be None or one of {tuple(lowering.LOWERINGS)}, "
+            f"got implementation={implementation!r}; " + closest(str(implementation), lowering.LOWERINGS)
+        )
+    return layout, activations.get(activation, channel_axis=layout.channels)
+
+
+def _geometry(
+    shape: Sequence[int],
+    kernel: Any,
+    layout: Layout,
+    strides: int | Sequence[int],
+    padding: Padding,
+    dilation_rate: int | Sequence[int],
+    precision: lax.PrecisionLike,
+) -> tuple[Convolution, InputPadding | None]:
+    """The static convolution, and the padding that reads the input again."""
+    rank, channels = layout.rank, kernel.shape[-2]
+    axes = layout.arrange(["*batch"], [f"spatial{i}" for i in range(rank)], "channels")
+    expected = (
+        f"x must have shape ({', '.join(axes)}) with {channels} channels, to fit the kernel of shape {kernel.shape}"
+    )
+    if len(shape) < rank + 1 or shape[layout.channels] != channels:
+        raise ValueError(f"{expected} and data_format={layout.data_format!r}; got shape {tuple(shape)}")
+    spatial = layout.spatial_shape(shape)
+    window, input_padding = resolve(spatial, kernel.shape[:rank], strides, padding, dilation_rate)
+    if input_padding is not None:
+        spatial = tuple(n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True))
+    return Convolution(window, layout, spatial, hashable_precision(precision)), input_padding
+
+
+def _convolve(
+    x: Array,
+    kernel: Array,
+    layout: Layout,
+    strides: int | Sequence[int],
+    padding: Padding,
+    dilation_rate: int | Sequence[int],
+    precision: lax.PrecisionLike,
+    dtype: Any,
+    implementation: str | None,
+) -> Array:
+    convolution, input_padding = _geometry(x.shape, kernel, layout, strides, padding, dilation_rate, precision)
+    if input_padding is not None:
+        amounts = layout.arrange([(0, 0)] * (x.ndim - layout.rank - 1), input_padding.amounts, (0, 0))
+        x = jnp.pad(x, amounts, mode=input_padding.mode)
+    return primitives.bind(
+        primitives.conv_p, x, kernel, convolution=convolution, dtype=dtype, implementation=implementation
+    )
+
+
+def _pointwise(
+    y: Array,
+    kernel: Array,
+    layout: Layout,
+    precision: lax.PrecisionLike,
+    out_sharding: NamedSharding | PartitionSpec | None,
+) -> Array:
+    """Contracts the channel axis of y with a (C*M, F) kernel."""
+    if out_sharding is not None:
+        spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
+        entries = [*spec, *(None,) * (y.ndim - len(spec))]
+        entries.append(entries.pop(layout.channels))
+        spec = PartitionSpec(*entries)
+        out_sharding = NamedSharding(out_sharding.mesh, spec) if isinstance(out_sharding, NamedSharding) else spec
+    y = lax.dot_general(
+        jnp.moveaxis(y, layout.channels, -1),
+        kernel,
+        (((y.ndim - 1,), (0,)), ((), ())),
+        precision=precision,
+        out_sharding=out_sharding,
+    )
+    return jnp.moveaxis(y, -1, layout.channels)
+
+
+def _finish(y: Array, bias: Array | None, activation: activations.Activation | None, layout: Layout) -> Array:
+    if bias is not None:
+        y = y + bias.astype(y.dtype).reshape(layout.arrange((), (1,) * layout.rank, bias.size))
+    return y if activation is None else activation(y)
+
+
+def _checked_bias(bias: ArrayLike | None, channels: int, what: str) -> Array | None:
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    if bias.shape != (channels,):
+        raise ValueError(f"bias must have shape ({what},) = ({channels},), got shape {bias.shape}")
+    return bias
+
+
+def _result_dtype(preferred: DTypeLike | None, *operands: Array | None) -> Any:
+    natural = jnp.result_type(*(operand for operand in operands if operand is not None))
+    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
+    kind = next((kind for kind in kinds if jnp.issubdtype(natural, kind)), None)
+    if kind is None:
+        raise TypeError(f"the operands must be numbers, got operands that promote to {natural}")
+    if preferred is None:
+        return natural
+    dtype = jax.dtypes.canonicalize_dtype(preferred)
+    if not jnp.issubdtype(dtype, kind) or jnp.promote_types(natural, dtype) != dtype:
+        raise TypeError(
+            f"preferred_element_type must be {natural}, to which the operands promote, or a wider type of its kind; "
+            f"got preferred_element_type={jnp.dtype(preferred)}"
+        )
+    return dtype
+
+
+def hashable_precision(precision: Any) -> Any:
+    """A precision that a jaxpr can hold, checked at once: lax takes lists too, and checks no earlier than at lowering.
+
+    Raises:
+        ValueError: no precision.
+    """
+    pair = isinstance(precision, list | tuple)
+    values = tuple(precision) if pair else (precision,)
+    names = {"default", "high", "highest", "bfloat16", "tensorfloat32", "float32", "fastest"}
+    if (pair and len(values) != 2) or any(v not in names and not isinstance(v, lax.Precision | None) for v in values):
+        raise ValueError(
+            "precision must be None, a jax.lax.Precision, its name, or a pair of them for x and kernel; "
+            f"got precision={precision!r}"
+        )
+    return values if pair else precision

@@ -1,0 +1,189 @@
+"""Introspection: which parameters of a Linen model carry a constraint or regularizer, and which axes lifting added.
+
+A layer creates its parameters with `tagged`. While `collect` traces a model's init, and at no other time, `tagged` puts
+the parameter in a metadata box. `nn.vmap` and `nn.scan` tell such a box every axis that they add, so the lifted axes
+are known exactly, at any depth, whether the modules are shared, rematerialised, compact or set up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import struct
+from flax.core import DenyList, Scope, init, meta
+
+# A flag of the scope, because every lifting hands flags on and nn.jit keys its cache of traces by them.
+_FLAG = "depthwise_jax_introspection"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tagged parameter.
+
+    Attributes:
+        constraint: the layer's constraint of the parameter, a callable, or None.
+        regularizer: the layer's regularizer of the parameter, a callable, or None.
+        shape: the whole parameter's shape, as it stands in the params.
+        dtype: its dtype.
+        instance_shape: the shape that the layer asked for, what its constraint and regularizer expect.
+        lifted_axes: the axes of `shape` that nn.vmap and nn.scan added, ascending; () for a plain parameter.
+    """
+
+    constraint: Callable[..., Any] | None
+    regularizer: Callable[..., Any] | None
+    shape: tuple[int, ...]
+    dtype: Any
+    instance_shape: tuple[int, ...]
+    lifted_axes: tuple[int, ...]
+
+
+def collect(
+    model: nn.Module,
+    *args: Any,
+    rngs: Any = None,
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Finds the tagged parameters of a model. Nothing is computed: init is traced for its shapes alone.
+
+    Args:
+        model: an unbound Linen module.
+        *args: example inputs, arrays or `jax.ShapeDtypeStruct`s, as for `model.init`.
+        rngs: as for `model.init`; a key of no importance unless given.
+        method: as for `model.init`.
+        **kwargs: as for `model.init`; those that are not arrays stay as they are.
+
+    Returns:
+        A tree like `model.init(...)["params"]` whose leaves are `Found`, or None where a parameter has neither
+        constraint nor regularizer. Metadata boxes (`nn.Partitioned`) stand in it as one leaf, so that it is a tree
+        prefix of boxed params and the same tree as unboxed ones.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def run(scope: Scope, *args: Any, **kwargs: Any) -> Any:
+        module = model.copy(parent=scope)
+        if method is None or isinstance(method, str):
+            return getattr(module, method or "__call__")(*args, **kwargs)
+        return getattr(method, "__func__", method)(module, *args, **kwargs)
+
+    def trace_init(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        args, kwargs = treedef.unflatten(
+            [next(remaining) if known else leaf for known, leaf in zip(is_array, leaves, strict=True)]
+        )
+        # As model.init does, with the flag.
+        initialise = init(run, mutable=DenyList("intermediates"), flags={_FLAG: True})
+        _, variables = initialise(jax.random.key(0) if rngs is None else rngs, *args, **kwargs)
+        return variables.get("params", {})
+
+    params = jax.eval_shape(trace_init, [leaf for known, leaf in zip(is_array, leaves, strict=True) if known])
+    return jax.tree.map(
+        lambda leaf: leaf.found() if isinstance(leaf, _Box) else None, params, is_leaf=meta.is_axis_metadata
+    )
+
+
+def tagged(
+    module: nn.Module,
+    init: Callable[..., Any],
+    *,
+    constraint: Callable[..., Any] | None,
+    regularizer: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """What a layer passes to `self.param` in place of the initializer `init`, so that `collect` finds the parameter.
+
+    Args:
+        module: the layer, bound.
+        init: the initializer, `(key, shape, dtype)`; its result may itself be a metadata box (`nn.Partitioned`).
+        constraint: the parameter's constraint, or None.
+        regularizer: the parameter's regularizer, or None.
+
+    Returns:
+        `init` itself, unless `collect` is tracing and there is something to find.
+    """
+    assert module.scope is not None
+    if not module.scope.has_flag(_FLAG) or (constraint is None and regularizer is None):
+        return init
+
+    def boxed(*args: Any, **kwargs: Any) -> _Box:
+        value = init(*args, **kwargs)
+        (array,) = jax.tree.leaves(value)
+        return _Box(value, _Tag(constraint, regularizer), array.shape, ())
+
+    return boxed
+
+
+def per_instance(
+    function: Callable[..., Any], lifted_axes: tuple[int, ...], reduces: bool = False
+) -> Callable[..., Any]:
+    """Lifts a function of one instance's parameter to the whole parameter.
+
+    Args:
+        function: array of the instance's shape to array of the same shape; or to a scalar, with `reduces`.
+        lifted_axes: the axes that lifting added, ascending, as in `Found`.
+        reduces: whether `function` returns a scalar.
+
+    Returns:
+        A function of the whole parameter that maps `function` over the lifted axes: the result has the whole
+        parameter's shape, or one scalar per instance.
+    """
+    for axis in lifted_axes:
+        function = jax.vmap(function, in_axes=axis, out_axes=0 if reduces else axis)
+    return function
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """What `collect` looks for. It is part of the tree's structure, so hashable whatever the callables are."""
+
+    constraint: Any = field(compare=False)
+    regularizer: Any = field(compare=False)
+    keys: tuple[Any, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", (_key(self.constraint), _key(self.regularizer)))
+
+
+def _key(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+class _Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
+    value: Any
+    tag: _Tag = struct.field(pytree_node=False)
+    instance_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    axes: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "_Box":
+        return replace(self, value=val)
+
+    # Flax calls both while the array has the axis.
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "_Box":
+        new = self._positive(index)
+        axes = sorted([new, *(axis + (axis >= new) for axis in self.axes)])
+        return replace(self, value=meta.add_axis(self.value, index, params), axes=tuple(axes))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Box":
+        old = self._positive(index)
+        axes = (axis - (axis > old) for axis in self.axes if axis != old)
+        return replace(self, value=meta.remove_axis(self.value, index, params), axes=tuple(axes))
+
+    def _positive(self, index: int) -> int:
+        (array,) = jax.tree.leaves(self)
+        return index % np.ndim(array)
+
+    def found(self) -> Found:
+        (array,) = jax.tree.leaves(self)
+        return Found(
+            self.tag.constraint, self.tag.regularizer, array.shape, array.dtype, self.instance_shape, self.axes
+        )

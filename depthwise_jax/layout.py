@@ -1,0 +1,57 @@
+"""Where the axes are: the two data formats, and the positions of channels and spatial axes counted from the end.
+
+Counted from the end, the positions hold for any number of leading batch axes:
+
+    channels_last    x (*batch, *spatial, C)    y (*batch, *out, C*M)
+    channels_first   x (*batch, C, *spatial)    y (*batch, C*M, *out)
+
+The kernel is (*window, C, M) in both. Output channel c*M + m is input channel c under its m-th kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+DATA_FORMATS = ("channels_last", "channels_first")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of an array with `rank` spatial axes in a data format.
+
+    Attributes:
+        rank: number of spatial axes.
+        data_format: "channels_last" or "channels_first".
+    """
+
+    rank: int
+    data_format: str
+
+    def __post_init__(self) -> None:
+        if self.data_format not in DATA_FORMATS:
+            raise ValueError(f"data_format must be one of {DATA_FORMATS}, got data_format={self.data_format!r}")
+
+    @property
+    def channels(self) -> int:
+        """Position of the channel axis, negative."""
+        return -1 if self.data_format == "channels_last" else -self.rank - 1
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Positions of the spatial axes, negative."""
+        last = 0 if self.channels == -1 - self.rank else -1
+        return tuple(range(last - self.rank, last))
+
+    def spatial_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of an array of this shape."""
+        return tuple(shape[axis] for axis in self.spatial)
+
+    def arrange(self, leading: Sequence[T], spatial: Sequence[T], *channels: T) -> tuple[T, ...]:
+        """One tuple out of per-axis values, in this format's order; `channels` may be several axes side by side."""
+        if self.data_format == "channels_last":
+            return (*leading, *spatial, *channels)
+        return (*leading, *channels, *spatial)

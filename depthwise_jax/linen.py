@@ -1,0 +1,267 @@
+"""The layers as Flax Linen modules: Keras' arguments, names and numbers, Flax's conventions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from depthwise_jax import introspect, regularizers, settings, spec
+from depthwise_jax.window import Padding
+
+
+class _Layer(nn.Module):
+    rank: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        # Read once, at construction, as Keras does: clones keep it.
+        given = settings.image_data_format() if self.data_format is None else self.data_format
+        object.__setattr__(self, "data_format", spec.data_format(given))
+        arguments = {field: getattr(self, field) for field in _arguments(type(self))}
+        object.__setattr__(self, "_spec", spec.Spec(type(self).__name__, self.rank, arguments))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: ArrayLike) -> Array:
+        x = jnp.asarray(x)
+        shapes = self._spec.shapes(x.shape)
+        values = {p.name: self._value(p, shapes[p.name]) for p in self._spec.parameters}
+        y = self._spec(x, values)
+        if self.is_mutable_collection("losses") and not self.is_initializing():
+            for parameter in self._spec.parameters:
+                if parameter.regularizer is not None:
+                    loss = regularizers.penalty(parameter.regularizer, values[parameter.name])
+                    # Once per parameter, however often the layer is called.
+                    self.sow("losses", parameter.name, loss, init_fn=lambda: 0.0, reduce_fn=lambda _, new: new)
+            if self._spec.activity_regularizer is not None:
+                loss = self._spec.activity_loss(y)
+                self.sow("losses", "activity", loss, init_fn=lambda: 0.0, reduce_fn=lambda total, new: total + new)
+        return y
+
+    def _value(self, parameter: spec.Parameter, shape: tuple[int, ...]) -> Array:
+        if self.has_variable("params", parameter.name):
+            stored = meta.unbox(self.get_variable("params", parameter.name))
+            parameter.check_shape(stored.shape, shape)
+        init = introspect.tagged(
+            self, parameter.initialize, constraint=parameter.constraint, regularizer=parameter.regularizer
+        )
+        return self.param(parameter.name, init, shape, self._spec.param_dtype)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The output's shape for an input's shape; None stands for an unknown axis in both."""
+        return self._spec.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras' configuration of this layer, which Keras' own class of the same name accepts.
+
+        Raises:
+            ValueError: Keras has no word for one of the arguments.
+        """
+        return self._spec.get_config(self.name)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Makes the layer from Keras' configuration; nothing that the configuration names is imported or run.
+
+        Args:
+            config: what Keras' `layer.get_config()` or `keras.saving.serialize_keras_object(layer)` returns, as Keras 3
+                or Keras 2 writes it.
+
+        Raises:
+            ValueError: it is another layer's, or names what is not built in.
+        """
+        return cls(**spec.arguments_from_config(cls.__name__, _arguments(cls), config))
+
+
+def _arguments(cls: type[nn.Module]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.name not in ("parent", "name")]
+
+
+class _DepthwiseConv(_Layer):
+    """A depthwise convolution: each input channel is convolved with its own `depth_multiplier` kernels.
+
+    The input is (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first, with any number of batch axes. The
+    output has C*depth_multiplier channels; channel c*depth_multiplier + m is input channel c under its m-th kernel.
+    Parameters: `kernel` (*kernel_size, C, depth_multiplier) and `bias` (C*depth_multiplier,).
+
+    Args:
+        kernel_size: the window, one integer or one per spatial axis.
+        strides: steps of the window, likewise; above 1 incompatible with dilation_rate above 1.
+        padding: "valid", "same" (ceil(n / strides) outputs, the odd zero at the end), and what `depthwise_conv` takes
+            besides.
+        depth_multiplier: output channels per input channel.
+        data_format: "channels_last" or "channels_first"; None means `settings.image_data_format()` at construction.
+        dilation_rate: distance between the window's taps, one integer or one per spatial axis.
+        activation: None, one of Keras' names or a callable, applied last. "softmax", "log_softmax", "glu" and
+            "sparsemax" act along the channels.
+        use_bias: whether a bias is added.
+        depthwise_initializer, bias_initializer: one of Keras' names or configurations, an object of
+            `depthwise_jax.initializers`, any callable of (key, shape, dtype) or an array; None means "glorot_uniform"
+            and "zeros".
+        depthwise_regularizer, bias_regularizer: one of Keras' names or configurations, an object of
+            `depthwise_jax.regularizers`, or any callable from the parameter to its penalty. The penalties are sown into
+            the collection "losses" where it is mutable, once per parameter; see `regularization_loss`.
+        activity_regularizer: likewise, of the output after the activation, divided by the batch size and summed over
+            calls.
+        depthwise_constraint, bias_constraint: one of Keras' names or configurations, an object of
+            `depthwise_jax.constraints`, or any callable from the parameter to its projection. The optimiser applies
+            them: `depthwise_jax.optim.project`.
+        dtype: the dtype of the computation; None promotes the input and the parameters.
+        param_dtype: the dtype of the parameters.
+        precision: as in `jax.lax.conv_general_dilated`.
+        implementation: as in `depthwise_conv`.
+
+    Under nn.scan and nn.vmap the collection "losses" must be among the lifted ones for penalties to be sown.
+
+    Raises:
+        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+    """
+
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "valid"
+    depth_multiplier: int = 1
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+
+
+class DepthwiseConv1D(_DepthwiseConv):
+    __doc__ = f"Over one spatial axis. {_DepthwiseConv.__doc__}"
+
+    rank = 1
+
+
+class DepthwiseConv2D(_DepthwiseConv):
+    __doc__ = f"Over two spatial axes. {_DepthwiseConv.__doc__}"
+
+    rank = 2
+
+
+class DepthwiseConv3D(_DepthwiseConv):
+    __doc__ = f"Over three spatial axes; Keras has no such layer. {_DepthwiseConv.__doc__}"
+
+    rank = 3
+
+
+class _SeparableConv(_Layer):
+    """A depthwise convolution, then a pointwise one that mixes the channels, then bias and activation.
+
+    The input is (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first, with any number of batch axes. The
+    output has `filters` channels. Parameters: `depthwise_kernel` (*kernel_size, C, depth_multiplier),
+    `pointwise_kernel` (*(1,) * rank, C*depth_multiplier, filters) and `bias` (filters,).
+
+    Args:
+        filters: output channels.
+        pointwise_initializer, pointwise_regularizer, pointwise_constraint: as the depthwise ones, of the pointwise
+            kernel. The norm constraints' default axis has size 1 there: give axis=-2 for a norm per filter.
+
+    The other arguments are DepthwiseConv's, and `depth_multiplier` comes after `dilation_rate`, as in Keras.
+
+    Raises:
+        ValueError, TypeError: as DepthwiseConv's.
+    """
+
+    filters: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "valid"
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    depth_multiplier: int = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = "glorot_uniform"
+    pointwise_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    pointwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    pointwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+
+
+class SeparableConv1D(_SeparableConv):
+    __doc__ = f"Over one spatial axis. {_SeparableConv.__doc__}"
+
+    rank = 1
+
+
+class SeparableConv2D(_SeparableConv):
+    __doc__ = f"Over two spatial axes. {_SeparableConv.__doc__}"
+
+    rank = 2
+
+
+class SeparableConv3D(_SeparableConv):
+    __doc__ = f"Over three spatial axes; Keras has no such layer. {_SeparableConv.__doc__}"
+
+    rank = 3
+
+
+def regularization_loss(
+    model: nn.Module,
+    params: Any,
+    *args: Any,
+    rngs: Any = None,
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> Array:
+    """The sum of all weight penalties of a model, a function of its parameters alone.
+
+    Works for any Linen model that contains these layers at any depth, inside nn.scan and nn.vmap too (each instance
+    counts), whatever collections they lift. The activity penalties are not in it: they are sown into "losses".
+
+    Args:
+        model: the unbound model.
+        params: its parameters, as `model.init(...)["params"]` gives them.
+        *args, rngs, method, **kwargs: what `model.init` takes; example inputs may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        A scalar, at least float32.
+
+    Raises:
+        ValueError: `params` lacks a regularized parameter of the model, or has it in another shape.
+    """
+    found = introspect.collect(model, *args, rngs=rngs, method=method, **kwargs)
+    params = meta.unbox(params)
+    total = jnp.zeros((), jnp.float32)
+    for path, parameter in jax.tree_util.tree_leaves_with_path(found):
+        if parameter.regularizer is None:
+            continue
+        name, value = jax.tree_util.keystr(path), params
+        for entry in path:
+            if not isinstance(value, Mapping) or entry.key not in value:
+                raise ValueError(f"params must hold the model's parameter {name}")
+            value = value[entry.key]
+        if jnp.shape(value) != parameter.shape:
+            raise ValueError(f"params{name} must have the shape {parameter.shape}; got {jnp.shape(value)}")
+
+        def penalty(instance: Array, regularizer: Any = parameter.regularizer) -> Array:
+            return regularizers.penalty(regularizer, instance)
+
+        total += jnp.sum(introspect.per_instance(penalty, parameter.lifted_axes, reduces=True)(value))
+    return total

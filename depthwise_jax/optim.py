@@ -1,0 +1,309 @@
+"""Optax transforms that keep constrained parameters feasible.
+
+    constraints = constraints_of(model, x)                     # a tree like params, None where there is no constraint
+    tx = optax.chain(optax.adamw(1e-3), project(constraints))  # project last
+
+`optax.apply_updates` adds the update to the parameter and rounds the sum; `project` chooses the update so that the sum
+is feasible after that rounding. What holds then if the parameter was feasible before (else from the second step on):
+
+* NonNeg, Box, and the interval of a composition: exactly, whatever the update, NaN apart.
+* MaxNorm, and MinMaxNorm with min_value=0 and rate=1: at most 4 ulp of the parameter's dtype above the bound.
+* A parameter narrower than float32 becomes exactly the projection rounded to its dtype, as long as its magnitude and
+  the projection's differ by less than 2**12. For this the update is emitted in float32.
+* UnitNorm, other MinMaxNorm and any other callable: the projection's own output to rounding, and no more.
+
+A slice that did not move and is feasible stays as it is, though Keras' formulas would shrink it a little.
+
+Where `project` stands in a chain:
+
+* Last. What follows it may lead out of the set.
+* `optax.MultiSteps(optax.chain(opt, project(constraints)), k)` projects once in k micro-steps.
+* `optax.chain(optax.apply_if_finite(opt, n), project(constraints))`, not the other way round: apply_if_finite wants
+  updates in the gradients' dtype, and for parameters narrower than float32 JAX refuses the other nesting with a
+  TypeError about the branches of cond.
+* `optax.inject_hyperparams` takes `constraints` and `select` as static arguments:
+  `optax.inject_hyperparams(project, static_args=("constraints", "select"))`. To schedule a bound, give it a function
+  with a numeric argument: `optax.inject_hyperparams(lambda bound: project(MaxNorm(bound)))(bound=schedule)`.
+
+Averages of feasible parameters lie in the set if it is convex, and only up to the rounding of the average; the average
+of unit vectors is none. `project_params(average, constraints)` is what to evaluate with: for exponential averages
+(`optax.incremental_update` of the parameters, or `optax.ema` fed with them), the slow parameters of
+`optax.lookahead(optax.chain(opt, project(constraints)), ...)`, and `optax.contrib.schedule_free_eval_params`, where
+`optax.chain(optax.contrib.schedule_free(opt, ...), project(constraints))` constrains the parameters of the gradient
+alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.tree_util import GetAttrKey, keystr
+
+from depthwise_jax import introspect
+from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get, reduce_to
+
+Path = tuple[str, ...]
+
+
+def constraints_of(
+    model: nn.Module,
+    *args: Any,
+    rngs: Any = None,
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The constraints that a model's layers were given, for `project`.
+
+    Args:
+        model: an unbound Linen module with layers of `depthwise_jax.linen` at any depth.
+        *args: example inputs, arrays or `jax.ShapeDtypeStruct`s, as for `model.init`. Nothing is computed.
+        rngs: as for `model.init`; a key of no importance unless given.
+        method: as for `model.init`.
+        **kwargs: as for `model.init`.
+
+    Returns:
+        A tree like `model.init(...)["params"]`: a constraint, or None, for each parameter. It is a plain tree to edit:
+        `constraints["Dense_0"]["kernel"] = MaxNorm(0.25)`.
+    """
+    found = introspect.collect(model, *args, rngs=rngs, method=method, **kwargs)
+    return jax.tree.map(_constraint_of, found)
+
+
+def project(
+    constraints: Any = None, *, select: Callable[[Path, Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """A gradient transformation after which `optax.apply_updates` gives feasible parameters: last in the chain.
+
+    Args:
+        constraints: a tree of constraints and None like the parameters, or a prefix of it: what stands in place of a
+            subtree holds for each parameter in it.
+        select: instead of `constraints`, a function `(path, parameter)` to a constraint or None; `path` is the tuple of
+            names from the root, such as `("Dense_0", "kernel")`.
+
+    Returns:
+        A transformation without state. Its `update` needs the parameters. Both functions check, when traced, that each
+        constraint is callable and keeps shape and dtype; `init` also tries those that are not this library's on the
+        parameters and on the numbers from -1 to 1.
+
+    Raises:
+        TypeError: neither or both arguments. From `init` and `update`, as all that follow: a constraint that is not
+            callable.
+        ValueError: no parameters, constraints that do not match the parameters, or a constraint that changes shape or
+            dtype or makes NaN of finite numbers; each names the parameter.
+    """
+    if (constraints is None) == (select is None):
+        raise TypeError("project takes either constraints or select")
+
+    def init(params: Any) -> optax.EmptyState:
+        for path, param, constraint in _constrained(params, constraints, select)[0]:
+            if constraint is not None:
+                _check(path, param, constraint)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del extra_args
+        if params is None:
+            raise ValueError("project needs the parameters: call update(updates, state, params)")
+        leaves, treedef = _constrained(params, constraints, select)
+        projected = [
+            update if constraint is None or update is None else _feasible_update(path, param, update, constraint)
+            for (path, param, constraint), update in zip(leaves, treedef.flatten_up_to(updates), strict=True)
+        ]
+        return treedef.unflatten(projected), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def project_params(params: Any, constraints: Any) -> Any:
+    """Every constrained parameter's projection, the constraint's own output.
+
+    For parameters that no `project` has seen: initial ones, imported ones, averages.
+
+    Args:
+        params: a tree of arrays.
+        constraints: as for `project`.
+
+    Returns:
+        A tree like `params`, dtypes kept.
+
+    Raises:
+        TypeError, ValueError: as `project`.
+    """
+    leaves, treedef = _constrained(params, constraints, None)
+    return treedef.unflatten(
+        [param if constraint is None else _apply(path, constraint, param) for path, param, constraint in leaves]
+    )
+
+
+def apply_updates_projected(params: Any, updates: Any, constraints: Any) -> Any:
+    """`optax.apply_updates` and then the projection: always the constraint's own output, where sums are not.
+
+    Args:
+        params: a tree of arrays.
+        updates: a tree like `params`, from a chain without `project`.
+        constraints: as for `project`.
+
+    Returns:
+        The new parameters.
+
+    Raises:
+        TypeError, ValueError: as `project`.
+    """
+    return project_params(optax.apply_updates(params, updates), constraints)
+
+
+def feasibility(params: Any, constraints: Any) -> Any:
+    """How far constrained parameters lie outside their sets, to log or to assert.
+
+    Args:
+        params: a tree of arrays.
+        constraints: as for `project`.
+
+    Returns:
+        A tree like `params`: a scalar for each constrained parameter, its largest violation, 0 if it is feasible and
+        NaN if it holds one; None without a constraint, or with one that offers no `violation`.
+    """
+    leaves, treedef = _constrained(params, constraints, None)
+    return treedef.unflatten(
+        [None if constraint is None else constraint.violation(param) for _, param, constraint in leaves]
+    )
+
+
+def _constraint_of(found: introspect.Found) -> Any:
+    if found.constraint is None or not found.lifted_axes:
+        return found.constraint
+    return Lifted(as_constraint(found.constraint), found.lifted_axes)
+
+
+def _constrained(
+    params: Any, constraints: Any, select: Callable[[Path, Any], Any] | None
+) -> tuple[list[tuple[Path, Any, Constraint | None]], Any]:
+    """Each parameter with its path and constraint, and the tree's definition.
+
+    Places that hold no parameter, `None` and what `optax.masked` leaves out, come with the constraint None.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(params, is_leaf=_is_absent)
+    named = [(_names(path), leaf) for path, leaf in leaves]
+    lookup = select or _Prefixes(constraints, [path for path, _ in named])
+    return [
+        (path, leaf, None if _is_absent(leaf) else _resolve(path, lookup(path, leaf))) for path, leaf in named
+    ], treedef
+
+
+class _Prefixes:
+    """A tree of constraints as a function of the path; the tree must be a prefix of the parameters."""
+
+    def __init__(self, constraints: Any, paths: list[Path]):
+        entries, _ = jax.tree.flatten_with_path(constraints, is_leaf=lambda node: node is None or callable(node))
+        self.entries = {_names(path): entry for path, entry in entries}
+        known = {path[:length] for path in paths for length in range(len(path) + 1)}
+        for path in self.entries:
+            # A place left out by optax.masked may stand above the entry.
+            if path not in known and not any(path[:length] in paths for length in range(len(path))):
+                raise ValueError(f"constraints do not match the parameters: there is no parameter {_show(path)}")
+
+    def __call__(self, path: Path, leaf: Any) -> Any:
+        for length in range(len(path) + 1):
+            if path[:length] in self.entries:
+                return self.entries[path[:length]]
+        raise ValueError(
+            f"constraints do not match the parameters: no entry for {_show(path)}; an unconstrained one is None"
+        )
+
+
+def _resolve(path: Path, entry: Any) -> Constraint | None:
+    resolved = get(entry, f"constraint of {_show(path)}")
+    return None if resolved is None else as_constraint(resolved)
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _names(path: Any) -> Path:
+    """The names along a key path, but not the `.value` of a metadata box or an nnx Variable at its end."""
+    if path and path[-1] == GetAttrKey("value"):
+        path = path[:-1]
+    return tuple(keystr((key,), simple=True) for key in path)
+
+
+def _show(path: Path) -> str:
+    return repr("/".join(path))
+
+
+def _check(path: Path, param: Any, constraint: Constraint) -> None:
+    """What can be known of a constraint before the first step."""
+    jax.eval_shape(lambda w: _apply(path, constraint, w), param)
+    if constraint.builtin:
+        return
+    with jax.ensure_compile_time_eval():
+        probes = [jnp.linspace(-1, 1, max(1, param.size))[: param.size].reshape(param.shape).astype(param.dtype)]
+        if not isinstance(param, Tracer | jax.ShapeDtypeStruct):
+            probes.append(jnp.asarray(param))
+        for probe in probes:
+            if bool(jnp.isfinite(probe).all()) and bool(jnp.isnan(constraint(probe)).any()):
+                raise ValueError(f"the constraint of {_show(path)}, {constraint!r}, returns NaN for finite numbers")
+
+
+def _apply(path: Path, projection: Callable[[Any], Any], w: Any) -> jax.Array:
+    """`projection(w)`, its shape and dtype checked."""
+    try:
+        projected = jnp.asarray(projection(w))
+    except (TypeError, ValueError) as error:
+        _reraise(path, error)
+    if projected.shape != w.shape or projected.dtype != w.dtype:
+        raise ValueError(
+            f"the constraint of {_show(path)} must keep shape and dtype: it made "
+            f"{projected.dtype}{list(projected.shape)} of {w.dtype}{list(w.shape)}"
+        )
+    return projected
+
+
+def _reraise(path: Path, error: Exception) -> NoReturn:
+    raise type(error)(f"constraint of {_show(path)}: {error}") from error
+
+
+def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint) -> jax.Array:
+    """The update after which `(param + update).astype(param.dtype)` is the projection, as far as rounding lets it.
+
+    XLA may compute an expression anew wherever it is used, contract a * b + c to one rounding, and so make the sum here
+    differ in the last bit from the sum in `optax.apply_updates`. So nothing that must hold exactly depends on that sum:
+    the projection has a margin (`Constraint.interior`), and the bounds of an interval depend on `param` alone.
+    """
+    dtype = jnp.promote_types(jnp.result_type(update), jnp.promote_types(param.dtype, jnp.float32))
+    base = param.astype(dtype)
+    # The select, which changes no sum, keeps a product in `update` from being contracted with it.
+    update = jnp.where(param == param, update.astype(dtype), jnp.nan)
+    new = jax.lax.optimization_barrier((base + update).astype(param.dtype))
+    target = _apply(path, constraint.interior, new)
+    step = jnp.where(target == new, update, target.astype(dtype) - base)
+    excess = constraint.excess(param)
+    if excess is not None:
+        still = reduce_to(jnp.all, update == 0, excess.shape) & (excess <= 0)
+        step = jnp.where(still, update, step)
+    return _within(param, base, step, *constraint.interval)
+
+
+def _within(param: jax.Array, base: jax.Array, step: jax.Array, lower: Any, upper: Any) -> jax.Array:
+    """The nearest to `step` after which every number lies in [lower, upper]."""
+    if isinstance(lower, float) and lower == -np.inf and isinstance(upper, float) and upper == np.inf:
+        return step
+
+    def limit(bound: Any, beyond: Callable[..., jax.Array], inward: float) -> jax.Array:
+        """The step that leads to the bound, or one ulp inward where the rounded sum lies beyond it."""
+        bound = jnp.asarray(bound, param.dtype)
+        step = bound.astype(base.dtype) - base
+        inner = jnp.nextafter(step, jnp.asarray(inward, base.dtype))
+        return jnp.where(beyond((base + step).astype(param.dtype), bound), inner, step)
+
+    least, greatest = limit(lower, jnp.less, np.inf), limit(upper, jnp.greater, -np.inf)
+    # They cross only far outside a narrow interval: go near it now, into it at the next step.
+    nearest = (
+        jnp.clip(param, jnp.asarray(lower, param.dtype), jnp.asarray(upper, param.dtype)).astype(base.dtype) - base
+    )
+    return jnp.where(least <= greatest, jnp.clip(step, least, greatest), nearest)

@@ -1,0 +1,206 @@
+"""The three primitives: a convolution, and its transposes in x and in kernel.
+
+For a fixed window the three maps
+
+    conv_p          y  = conv(x, kernel)
+    input_grad_p    dx = input_grad(g, kernel)
+    kernel_grad_p   dw = kernel_grad(x, g)
+
+are bilinear, and the two transposes of each are the other two. So they are closed under forward and reverse mode in any
+nesting: every derivative of any order runs on the same three maps.
+
+Their parameters: `convolution`, the static Convolution; `stacked`, how many leading axes both operands have in common,
+each index of which is a convolution of its own (what vmap over both makes); `dtype`, the result's; `implementation`,
+the name of a lowering or None.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from depthwise_jax import lowering, sharding
+from depthwise_jax.convolution import Convolution
+
+# What remat policies call a convolution's value, such as
+# jax.checkpoint_policies.save_only_these_names("depthwise_conv").
+CHECKPOINT_NAME = "depthwise_conv"
+
+conv_p = Primitive("depthwise_conv")
+input_grad_p = Primitive("depthwise_input_grad")
+kernel_grad_p = Primitive("depthwise_kernel_grad")
+
+
+def bind(
+    primitive: Primitive,
+    *operands: Array,
+    convolution: Convolution,
+    dtype: Any,
+    implementation: str | None,
+    stacked: int = 0,
+) -> Array:
+    """Applies one of the three primitives.
+
+    Args:
+        primitive: conv_p, input_grad_p or kernel_grad_p.
+        *operands: two of x (*stacked, *batch, *spatial, C), kernel (*stacked, *window, C, M) and g, shaped as y,
+            (*stacked, *batch, *out, C*M), in the order of the primitive; channels_first as Layout has it. They may
+            differ in dtype.
+        convolution, dtype, implementation, stacked: the parameters.
+
+    Returns:
+        The third, in `dtype`.
+    """
+    # shard_map's type check demands operands that vary over the same manual axes.
+    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
+    aligned = [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(operands, missing, strict=True)]
+    return primitive.bind(
+        *aligned, convolution=convolution, dtype=jnp.dtype(dtype), implementation=implementation, stacked=stacked
+    )
+
+
+def _abstract_eval(
+    shape_rule: Callable[..., tuple[int, ...]],
+    spec_rule: Callable[..., tuple[Any, ...]],
+    *avals: Any,
+    convolution: Convolution,
+    dtype: Any,
+    implementation: str | None,
+    stacked: int,
+) -> Any:
+    del implementation  # every lowering gives the same type
+    shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals)))
+    model = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
+    specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals]
+    stack = [sharding.agree("mapped axes", *(spec[axis] for spec in specs)) for axis in range(stacked)]
+    spec = PartitionSpec(*stack, *spec_rule(convolution, *(spec[stacked:] for spec in specs)))
+    # update() keeps what else an aval has: the manual axes over which it varies, and its memory.
+    return model.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(model.sharding.mesh, spec))
+
+
+def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) -> Callable[..., Array]:
+    """The transpose in the operand at a position, as a primitive of the cotangent and the other operand."""
+
+    def rule(cotangent: Array, *operands: Any, dtype: Any, **params: Any) -> Array:
+        del dtype  # the cotangent's
+        aval, other = operands[position].aval, operands[1 - position]
+        arguments = (cotangent, other) if cotangent_first else (other, cotangent)
+        result = bind(primitive, *arguments, dtype=aval.dtype, **params)
+        # Under explicit sharding a cotangent is sharded as its operand, which may be less or more than the rule's
+        # result.
+        if jax.typeof(result).sharding.spec != aval.sharding.spec:
+            result = jax.sharding.reshard(result, aval.sharding)
+        return result
+
+    return rule
+
+
+def _batching_rule(
+    primitive: Primitive, operands: Sequence[Array], dims: Sequence[int | None], *, stacked: int, **params: Any
+) -> tuple[Array, int]:
+    """One more batch axis where only x or g is mapped, over a map that keeps it; one more stacked axis otherwise."""
+    first, second = operands
+    if dims[0] is not None and dims[1] is None and primitive is not kernel_grad_p:
+        first = jnp.moveaxis(first, dims[0], stacked)
+        return bind(primitive, first, second, stacked=stacked, **params), stacked
+    size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
+    first, second = (
+        jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+        for a, dim in zip(operands, dims, strict=True)
+    )
+    return bind(primitive, first, second, stacked=stacked + 1, **params), 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(primitive: Primitive, **params: Any) -> Callable[..., Array]:
+    return jax.jit(functools.partial(primitive.bind, **params))
+
+
+def _lowering_rule(direction: str, platform: str, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    # The lowerings are traced without shardings: the program around them carries those, and the compiler propagates
+    # them.
+    avals: Sequence[Any] = ctx.avals_in
+    plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
+    run = functools.partial(lowering.run, direction, platform, partitioned=_partitioned(ctx))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return mlir.lower_fun(run, multiple_results=False)(ctx.replace(avals_in=plain), *operands, **params)
+
+
+def _partitioned(ctx: mlir.LoweringRuleContext) -> int:
+    """Over how many mesh axes the compiler partitions this program: none on one device, or if all is in shard_map."""
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        return 0 if axes.manual_axes == frozenset(axes.mesh.axis_names) else _large(axes.mesh.shape.values())
+    if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
+        return 0
+    avals: Sequence[Any] = ctx.avals_in
+    meshes = (aval.sharding.mesh for aval in avals)
+    # A mesh that only the arguments of jit have (in_shardings) is not seen here.
+    return next((_large(mesh.shape.values()) for mesh in meshes if not mesh.empty), 2)
+
+
+def _large(sizes: Iterable[int]) -> int:
+    return sum(size > 1 for size in sizes)
+
+
+def _define(
+    primitive: Primitive,
+    direction: str,
+    shape_rule: Callable[..., tuple[int, ...]],
+    spec_rule: Callable[..., tuple[Any, ...]],
+    transposes: tuple[tuple[Primitive, bool], tuple[Primitive, bool]],
+) -> None:
+    primitive.def_abstract_eval(functools.partial(_abstract_eval, shape_rule, spec_rule))
+    primitive.def_impl(lambda *operands, **params: _compiled(primitive, **params)(*operands))
+    rules = (
+        _transpose_rule(transpose, i, cotangent_first) for i, (transpose, cotangent_first) in enumerate(transposes)
+    )
+    ad.defbilinear(primitive, *rules)
+    batching.primitive_batchers[primitive] = functools.partial(_batching_rule, primitive)
+    # One platform per rule: a rule that two platforms share is indexed wrongly in an export for several platforms.
+    for platform in lowering.PLATFORMS:
+        rule = functools.partial(_lowering_rule, direction, platform)
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+
+_define(
+    conv_p,
+    "forward",
+    Convolution.forward_shape,
+    sharding.forward_spec,
+    ((input_grad_p, True), (kernel_grad_p, False)),
+)
+_define(
+    input_grad_p,
+    "input_grad",
+    Convolution.input_grad_shape,
+    sharding.forward_spec,
+    ((conv_p, True), (kernel_grad_p, True)),
+)
+_define(
+    kernel_grad_p,
+    "kernel_grad",
+    Convolution.kernel_grad_shape,
+    sharding.kernel_grad_spec,
+    ((input_grad_p, False), (conv_p, False)),
+)
+
+
+def _named_jvp(jvp: Callable[..., Any], primals: Any, tangents: Any, **params: Any) -> Any:
+    """Names the value where it is differentiated, the only place where policies ask: JAX cannot transpose a name."""
+    y, dy = jvp(primals, tangents, **params)
+    return checkpoint_name(y, CHECKPOINT_NAME), dy
+
+
+ad.primitive_jvps[conv_p] = functools.partial(_named_jvp, ad.primitive_jvps[conv_p])

@@ -1,0 +1,395 @@
+"""The layers' contract, written once for every kind of module: arguments, checks, shapes, losses, configuration."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jax import Array
+
+from depthwise_jax import activations, constraints, initializers, regularizers
+from depthwise_jax.functional import depthwise_conv, separable_conv
+from depthwise_jax.initializers import Initializer
+from depthwise_jax.layout import DATA_FORMATS, Layout
+from depthwise_jax.registry import closest
+from depthwise_jax.window import canonical_padding, per_axis
+
+Shape = tuple[int, ...]
+
+# Which arguments belong to which parameter, by the prefix of the arguments' names; in Keras' order of the weights.
+_DEPTHWISE = {"kernel": "depthwise", "bias": "bias"}
+_SEPARABLE = {"depthwise_kernel": "depthwise", "pointwise_kernel": "pointwise", "bias": "bias"}
+_DEFAULT_INITIALIZERS = {"depthwise": "glorot_uniform", "pointwise": "glorot_uniform", "bias": "zeros"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A layer's parameter.
+
+    Attributes:
+        name: its name, "kernel".
+        prefix: what the names of its arguments begin with, "depthwise".
+        initializer: a function of (key, shape, dtype).
+        regularizer: a function from the parameter to its penalty, or None.
+        constraint: a function from the parameter to its projection, or None.
+    """
+
+    name: str
+    prefix: str
+    initializer: Initializer
+    regularizer: Callable[[Array], Array] | None
+    constraint: Callable[[Array], Array] | None
+
+    def initialize(self, key: Array, shape: Shape, dtype: Any) -> Any:
+        """The initializer's value, which may be in a metadata box.
+
+        Raises:
+            ValueError: the initializer refuses the shape or gives another one.
+        """
+        try:
+            value = self.initializer(key, shape, dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.prefix}_initializer: {error}") from error
+        for array in jax.tree.leaves(value):
+            if array.shape != shape:
+                raise ValueError(f"{self.prefix}_initializer must give the shape {shape}; got {array.shape}")
+        return value
+
+    def check_shape(self, shape: Shape, expected: Shape) -> None:
+        """Raises ValueError where a stored parameter does not have the shape that the input asks for."""
+        if tuple(shape) != tuple(expected):
+            raise ValueError(
+                f"the parameter {self.name!r} has the shape {tuple(shape)}; this layer expects {tuple(expected)} "
+                "for the input's number of channels"
+            )
+
+
+class Spec:
+    """A layer's arguments, checked and resolved."""
+
+    def __init__(self, layer: str, rank: int, arguments: Mapping[str, Any]):
+        """Checks every argument.
+
+        Args:
+            layer: the layer's class name, for messages and the configuration.
+            rank: the number of spatial axes.
+            arguments: the layer's arguments by name, all of them; with "filters" for a separable layer.
+
+        Raises:
+            ValueError, TypeError: an argument is not valid; the message names it, what came and what is expected.
+        """
+        self.layer = layer
+        self.arguments = dict(arguments)
+        self.separable = "filters" in arguments
+        self.kernel_size = per_axis(arguments["kernel_size"], rank, "kernel_size")
+        self.strides = per_axis(arguments["strides"], rank, "strides")
+        self.dilation_rate = per_axis(arguments["dilation_rate"], rank, "dilation_rate")
+        if max(self.strides) > 1 and max(self.dilation_rate) > 1:
+            raise ValueError(
+                f"strides > 1 is incompatible with dilation_rate > 1 in a layer; got strides={arguments['strides']!r} "
+                f"and dilation_rate={arguments['dilation_rate']!r}. "
+                f"The function {self._function.__name__} computes both together"
+            )
+        self.padding = canonical_padding(arguments["padding"], rank)
+        self.layout = Layout(rank, data_format(arguments["data_format"]))
+        (self.depth_multiplier,) = per_axis(arguments["depth_multiplier"], 1, "depth_multiplier")
+        (self.filters,) = per_axis(arguments["filters"], 1, "filters") if self.separable else (None,)
+        if not isinstance(arguments["use_bias"], bool | np.bool_):
+            raise TypeError(f"use_bias must be True or False; got {arguments['use_bias']!r}")
+        activations.get(arguments["activation"])
+        self.activity_regularizer = _regularizer(arguments["activity_regularizer"], "activity_regularizer")
+        names = _SEPARABLE if self.separable else _DEPTHWISE
+        self.parameters = tuple(
+            self._parameter(name, prefix) for name, prefix in names.items() if name != "bias" or arguments["use_bias"]
+        )
+        self.dtype = _floating(arguments["dtype"], "dtype")
+        self.param_dtype = _floating(arguments["param_dtype"], "param_dtype")
+        if self.param_dtype is None:
+            raise TypeError("param_dtype must be a floating dtype; got None")
+
+    @property
+    def _function(self) -> Callable[..., Array]:
+        return separable_conv if self.separable else depthwise_conv
+
+    def _parameter(self, name: str, prefix: str) -> Parameter:
+        argument = f"{prefix}_initializer"
+        identifier = self.arguments[argument]
+        initializer = initializers.get(_DEFAULT_INITIALIZERS[prefix] if identifier is None else identifier, argument)
+        assert initializer is not None
+        return Parameter(
+            name,
+            prefix,
+            initializer,
+            _regularizer(self.arguments[f"{prefix}_regularizer"], f"{prefix}_regularizer"),
+            constraints.get(self.arguments[f"{prefix}_constraint"], f"{prefix}_constraint"),
+        )
+
+    def shapes(self, input_shape: Sequence[int]) -> dict[str, Shape]:
+        """The parameters' shapes for an input of this shape, by name.
+
+        Raises:
+            ValueError: the input has too few axes, or no channels.
+        """
+        rank = self.layout.rank
+        axes = self.layout.arrange(
+            ["*batch"], ["height", "width", "depth"][:rank] if rank > 1 else ["steps"], "channels"
+        )
+        expected = f"{self.layer} takes an input of shape ({', '.join(axes)}) with at least {rank + 1} axes"
+        if len(input_shape) <= rank:
+            raise ValueError(f"{expected}; got the shape {tuple(input_shape)}")
+        channels = input_shape[self.layout.channels]
+        if channels < 1:
+            raise ValueError(f"{expected} and at least one channel; got the shape {tuple(input_shape)}")
+        outputs = channels * self.depth_multiplier
+        depthwise = (*self.kernel_size, channels, self.depth_multiplier)
+        if self.filters is None:
+            return {"kernel": depthwise, "bias": (outputs,)}
+        return {
+            "depthwise_kernel": depthwise,
+            "pointwise_kernel": (*(1,) * rank, outputs, self.filters),
+            "bias": (self.filters,),
+        }
+
+    def __call__(self, x: Array, values: Mapping[str, Array]) -> Array:
+        """The layer's output.
+
+        Args:
+            x: the input.
+            values: the parameters' values by name.
+
+        Returns:
+            What `depthwise_conv` or `separable_conv` returns, computed in `dtype`; without a `dtype`, in the dtype to
+            which the input and the parameters promote.
+        """
+        operands = promote_dtype(x, *(values[p.name] for p in self.parameters), dtype=self.dtype)
+        return self._function(
+            *operands,
+            strides=self.strides,
+            padding=self.padding,
+            data_format=self.layout.data_format,
+            dilation_rate=self.dilation_rate,
+            activation=self.arguments["activation"],
+            precision=self.arguments["precision"],
+            implementation=self.arguments["implementation"],
+        )
+
+    def activity_loss(self, y: Array) -> Array:
+        """The activity_regularizer's penalty on the output, divided by the batch size: that of all leading axes."""
+        assert self.activity_regularizer is not None
+        batch = int(np.prod(y.shape[: -self.layout.rank - 1]))
+        return regularizers.penalty(self.activity_regularizer, y) / batch if batch else jnp.zeros(())
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The output's shape.
+
+        Args:
+            input_shape: the input's shape, with None for every unknown axis.
+
+        Returns:
+            The output's shape, with None for every axis that follows from an unknown one.
+
+        Raises:
+            ValueError: the layer takes no such input, or the output would be empty.
+            TypeError: an axis is neither an integer nor None.
+        """
+        sizes = tuple(input_shape)
+        if not all(size is None or (isinstance(size, int | np.integer) and size >= 0) for size in sizes):
+            raise TypeError(f"input_shape must hold integers and None; got {input_shape!r}")
+        # For an unknown axis: the window's length, so that no output is empty; two channels, so that glu can halve them.
+        window = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)]
+        stand_ins = self.layout.arrange([1] * (len(sizes) - self.layout.rank - 1), window, 2)
+        known = [stand_in if size is None else int(size) for size, stand_in in zip(sizes, stand_ins, strict=False)]
+        shapes = self.shapes(known)
+        dtype = self.dtype or self.param_dtype
+        values = {p.name: jax.ShapeDtypeStruct(shapes[p.name], dtype) for p in self.parameters}
+        output = list(jax.eval_shape(self, jax.ShapeDtypeStruct(tuple(known), dtype), values).shape)
+        for axis, size in enumerate(sizes):
+            if size is None and not (self.separable and axis - len(sizes) == self.layout.channels):
+                output[axis] = None
+        return tuple(output)
+
+    def get_config(self, name: str | None) -> dict[str, Any]:
+        """Keras' configuration of the layer.
+
+        Args:
+            name: the layer's name, or None.
+
+        Raises:
+            ValueError: Keras has no word for one of the arguments.
+        """
+        if self.layout.rank == 3:
+            raise ValueError(f"Keras has no {self.layer}, so that it has no Keras configuration")
+        if self.padding not in ("valid", "same"):
+            raise ValueError(
+                f"padding={self.arguments['padding']!r} has no Keras configuration; 'valid' and 'same' have"
+            )
+        for argument in ("precision", "implementation"):
+            if self.arguments[argument] is not None:
+                raise ValueError(f"{argument}={self.arguments[argument]!r} has no Keras configuration; None has")
+        config = {
+            "trainable": True,
+            "dtype": {
+                "module": "keras",
+                "class_name": "DTypePolicy",
+                "config": {"name": _policy(self.dtype, self.param_dtype)},
+                "registered_name": None,
+            },
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "depth_multiplier": self.depth_multiplier,
+            "data_format": self.layout.data_format,
+            "dilation_rate": self.dilation_rate,
+            "activation": activations.serialize(self.arguments["activation"]),
+            "use_bias": bool(self.arguments["use_bias"]),
+            "activity_regularizer": regularizers.serialize(self.activity_regularizer, "activity_regularizer"),
+        }
+        if name is not None:
+            config["name"] = name
+        if self.separable:
+            config["filters"] = self.filters
+        window_axes = tuple(range(self.layout.rank))
+        for parameter_name, prefix in (_SEPARABLE if self.separable else _DEPTHWISE).items():
+            parameter = self._parameter(parameter_name, prefix)
+            axes = () if prefix == "bias" else window_axes
+            config |= {
+                f"{prefix}_initializer": initializers.serialize(parameter.initializer, f"{prefix}_initializer", axes),
+                f"{prefix}_regularizer": regularizers.serialize(parameter.regularizer, f"{prefix}_regularizer"),
+                f"{prefix}_constraint": constraints.serialize(parameter.constraint, f"{prefix}_constraint", axes),
+            }
+        return config
+
+
+def data_format(value: Any) -> str:
+    """A data_format argument in lower case.
+
+    Raises:
+        ValueError: neither "channels_last" nor "channels_first", in any case.
+    """
+    if not isinstance(value, str) or value.lower() not in DATA_FORMATS:
+        raise ValueError(f"data_format must be None or one of {DATA_FORMATS}; got {value!r}")
+    return value.lower()
+
+
+def serialize(layer: Any) -> dict[str, Any]:
+    """What Keras' `serialize_keras_object` gives for a layer of ours that has a Keras configuration."""
+    return {
+        "module": "keras.layers",
+        "class_name": type(layer).__name__,
+        "config": layer.get_config(),
+        "registered_name": None,
+    }
+
+
+def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a Keras configuration means.
+
+    Args:
+        layer: the class name of the layer that is made.
+        valid: the names of its arguments.
+        config: what Keras' `layer.get_config()` or `serialize_keras_object(layer)` returns, in Keras 3 or Keras 2.
+
+    Returns:
+        The arguments by name, the initializers, regularizers and constraints as objects. Arguments that `config` does
+        not name are left out.
+
+    Raises:
+        ValueError: the configuration is of another layer, or has a key that the layer does not.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dict; got {config!r}")
+    if "class_name" in config:
+        name = str(config["class_name"]).replace("Convolution", "Conv")  # Keras has both
+        if name != layer or config.get("module") not in (None, "keras.layers") or config.get("registered_name"):
+            described = {key: config.get(key) for key in ("module", "class_name", "registered_name")}
+            raise ValueError(f"config must be that of a built-in {layer}; got one of {described}")
+        config = config["config"]
+    arguments = dict(config)
+    if arguments.pop("groups", 1) != 1:
+        raise ValueError(f"groups must be 1, since each channel is its own group; got {config['groups']!r}")
+    for what in ("initializer", "regularizer", "constraint"):
+        # Keras 2 wrote those of its base class too; where it wrote both, it used the depthwise one.
+        value = arguments.pop(f"kernel_{what}", None)
+        if value is not None:
+            arguments.setdefault(f"depthwise_{what}", value)
+    arguments.pop("batch_input_shape", None)  # Keras 2: of the model's input, not of the layer
+    if not arguments.pop("trainable", True):
+        warnings.warn(
+            "trainable=False is not an argument of a Flax layer: keep its parameters out of the updates, "
+            "with optax.masked or optax.partition",
+            stacklevel=3,
+        )
+    unknown = sorted(set(arguments) - {"name", *valid})
+    if unknown:
+        raise ValueError(f"{layer} has no argument {unknown[0]!r}; {closest(str(unknown[0]), valid)}")
+    if "dtype" in arguments:
+        arguments |= _dtypes(arguments["dtype"])
+    for name, value in arguments.items():
+        kind = name.rpartition("_")[2]
+        if kind in _RESOLVERS:
+            arguments[name] = _RESOLVERS[kind](value, name)
+        elif isinstance(value, list):
+            arguments[name] = tuple(value)
+    return arguments
+
+
+_RESOLVERS = {
+    "initializer": initializers.get,
+    "regularizer": regularizers.get,
+    "constraint": constraints.get,
+}
+
+
+def _regularizer(identifier: Any, argument: str) -> Callable[[Array], Array] | None:
+    regularizer = regularizers.get(identifier, argument)
+    if isinstance(regularizer, regularizers.OrthogonalRegularizer):
+        raise ValueError(f"{argument}: OrthogonalRegularizer is for matrices, and a convolution's arrays are none")
+    return regularizer
+
+
+def _floating(dtype: Any, argument: str) -> Any:
+    if dtype is None:
+        return None
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.inexact):
+        raise TypeError(f"{argument} must be a floating dtype; got {dtype!r}")
+    return resolved
+
+
+_MIXED = {"mixed_float16": jnp.float16, "mixed_bfloat16": jnp.bfloat16}
+_PLAIN = ("float16", "bfloat16", "float32", "float64")
+
+
+def _policy(dtype: Any, param_dtype: Any) -> str:
+    """The name of Keras' dtype policy."""
+    if dtype is None or dtype == param_dtype:
+        name = param_dtype.name
+    else:
+        name = f"mixed_{dtype.name}" if param_dtype == jnp.float32 else ""
+    if name not in _PLAIN and name not in _MIXED:
+        raise ValueError(
+            f"dtype={dtype} with param_dtype={param_dtype} has no Keras configuration; "
+            f"one dtype of {_PLAIN} has, and float16 or bfloat16 with param_dtype=float32"
+        )
+    return name
+
+
+def _dtypes(policy: Any) -> dict[str, Any]:
+    """The arguments that a Keras dtype policy means."""
+    name = policy
+    if isinstance(policy, Mapping) and policy.get("class_name") in ("DTypePolicy", "Policy"):
+        name = policy.get("config", {}).get("name")
+    if name is None or name == "float32":
+        return {"dtype": None}
+    if isinstance(name, str) and name in _MIXED:
+        return {"dtype": _MIXED[name]}
+    if isinstance(name, str) and name in _PLAIN:
+        return {"dtype": jnp.dtype(name), "param_dtype": jnp.dtype(name)}
+    raise ValueError(f"dtype must be one of Keras' policies {(*_PLAIN, *_MIXED)}; got {policy!r}")

@@ -1,0 +1,189 @@
+"""The window of a convolution: every rule of shape arithmetic, and every geometry error, once.
+
+Along one axis of n positions, a window of k taps with dilation d spans e = (k - 1)*d + 1 positions; padded by (low,
+high) and moved in steps of s it gives (n + low + high - e) // s + 1 outputs, and output o reads input o*s + t*d - low
+through tap t.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PADDINGS = ("valid", "same", "causal", "reflect", "circular")
+# What jnp.pad calls the paddings that read the input again.
+_PAD_MODES = {"reflect": "reflect", "circular": "wrap"}
+
+Padding = str | int | Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window with everything that its shape arithmetic needs; one entry per spatial axis.
+
+    Attributes:
+        size: number of taps.
+        strides: steps between outputs, in input positions.
+        padding: (low, high) zeros around the input, in input positions, never negative.
+        dilation: distance between taps, in input positions.
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.size)
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Input positions that the window spans: (k - 1)*d + 1."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.size, self.dilation, strict=True))
+
+    @property
+    def taps(self) -> int:
+        """Number of taps over all axes."""
+        return math.prod(self.size)
+
+    def output_shape(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Spatial shape of the output for an input's spatial shape.
+
+        Raises:
+            ValueError: the output would be empty.
+        """
+        steps = [n + low + high - e for n, (low, high), e in zip(spatial, self.padding, self.extent, strict=True)]
+        if any(isinstance(n, int) and n < 0 for n in steps):
+            raise ValueError(
+                f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={self.size}, "
+                f"dilation_rate={self.dilation} (a span of {self.extent}), padding={self.padding}; "
+                "expected the padded input to be at least as large as the window's span"
+            )
+        return tuple(n // s + 1 for n, s in zip(steps, self.strides, strict=True))
+
+
+@dataclass(frozen=True)
+class InputPadding:
+    """Padding that reads the input again, applied before the convolution: jnp.pad's mode and (low, high) per axis."""
+
+    mode: str
+    amounts: tuple[tuple[int, int], ...]
+
+
+def per_axis(value: Any, rank: int, argument: str) -> tuple[int, ...]:
+    """One positive integer per spatial axis, from an integer for all axes or a sequence of `rank` of them.
+
+    Raises:
+        TypeError: not integers (booleans and floats are none).
+        ValueError: the wrong number of them, or one below 1.
+    """
+    expected = f"{argument} must be a positive integer or {rank} of them"
+    values = tuple(value) if _is_sequence(value) else (value,) * rank
+    if len(values) != rank:
+        raise ValueError(f"{expected}, got {argument}={value!r}")
+    numbers = tuple(_integer(v, f"{expected}, got {argument}={value!r}") for v in values)
+    if any(number < 1 for number in numbers):
+        raise ValueError(f"{expected}, got {argument}={value!r}")
+    return numbers
+
+
+def canonical_padding(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
+    """A padding argument as a lower-case name or as (low, high) pairs, whatever the input's size.
+
+    Raises:
+        TypeError: no name, integer or pairs of integers.
+        ValueError: an unknown name, a negative amount, the wrong number of pairs, or "causal" with several axes.
+    """
+    expected = (
+        f"padding must be one of {PADDINGS}, an integer, or one (low, high) pair for each of the {rank} spatial axes, "
+        f"none negative; got padding={padding!r}"
+    )
+    if isinstance(padding, str):
+        name = padding.lower()
+        if name not in PADDINGS:
+            raise ValueError(expected)
+        if name == "causal" and rank != 1:
+            raise ValueError(f"padding='causal' is for one spatial axis, got {rank} of them")
+        return name
+    if not _is_sequence(padding):
+        amount = _integer(padding, expected)
+        pairs = ((amount, amount),) * rank
+    else:
+        if len(padding) != rank:
+            raise ValueError(expected)
+        if not all(_is_sequence(pair) for pair in padding):
+            raise TypeError(expected)
+        if not all(len(pair) == 2 for pair in padding):
+            raise ValueError(expected)
+        pairs = tuple((_integer(low, expected), _integer(high, expected)) for low, high in padding)
+    if any(amount < 0 for pair in pairs for amount in pair):
+        raise ValueError(expected)
+    return pairs
+
+
+def resolve(
+    spatial: Sequence[int], kernel_size: Any, strides: Any, padding: Any, dilation_rate: Any
+) -> tuple[Window, InputPadding | None]:
+    """The window that these arguments mean for an input of this spatial shape, and the padding to apply before it.
+
+    "same" gives ceil(n / s) outputs; of the zeros that this needs the odd one goes to the end. "reflect" and "circular"
+    add (e - 1) // 2 positions before and e // 2 after, whatever the stride.
+
+    Args:
+        spatial: the input's spatial shape; its length is the rank.
+        kernel_size, strides, dilation_rate: a positive integer or one per axis.
+        padding: a name of PADDINGS in any case, an integer, or one (low, high) pair per axis.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of this, or an output that would be empty.
+    """
+    rank = len(spatial)
+    size = per_axis(kernel_size, rank, "kernel_size")
+    steps = per_axis(strides, rank, "strides")
+    dilation = per_axis(dilation_rate, rank, "dilation_rate")
+    kind = canonical_padding(padding, rank)
+    window = Window(size, steps, ((0, 0),) * rank, dilation)
+    input_padding = None
+    if kind == "same":
+        pairs = tuple(_same(n, e, s) for n, e, s in zip(spatial, window.extent, steps, strict=True))
+        window = Window(size, steps, pairs, dilation)
+    elif kind == "causal":
+        window = Window(size, steps, ((window.extent[0] - 1, 0),), dilation)
+    elif isinstance(kind, tuple):
+        window = Window(size, steps, kind, dilation)
+    elif kind in _PAD_MODES:
+        input_padding = InputPadding(_PAD_MODES[kind], tuple(((e - 1) // 2, e // 2) for e in window.extent))
+        if any(isinstance(n, int) and n == 0 for n in spatial):
+            raise ValueError(
+                f"padding={kind!r} needs an input to read, got an input with spatial shape {tuple(spatial)}"
+            )
+        spatial = [n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True)]
+    window.output_shape(spatial)
+    return window, input_padding
+
+
+def _same(n: int, extent: int, stride: int) -> tuple[int, int]:
+    if isinstance(n, int) and n == 0:
+        return 0, 0  # ceil(0 / s) outputs: none, which output_shape refuses
+    total = -(-n // stride) * stride - stride + extent - n
+    if not isinstance(total, int):
+        raise ValueError(f"padding='same' with strides above 1 needs a known size, got the symbolic size {n}")
+    return max(total, 0) // 2, max(total, 0) - max(total, 0) // 2
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, list | tuple | range) or getattr(value, "ndim", None) == 1
+
+
+def _integer(value: Any, message: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(message)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(message) from None

@@ -1,0 +1,190 @@
+"""The table of cases: the geometries that the tests check and the benchmarks time.
+
+CASES are small and between them meet every rank, data format, padding, stride, dilation and multiplier, alone and together.
+NETWORKS are depthwise layers out of known networks at their real sizes, for the benchmarks; `reduced` gives the same geometry at a size
+that a loop in NumPy can check, and the tests take those too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from depthwise_jax import depthwise_conv
+from tests.oracle import Oracle
+
+
+# Every lowering runs the whole suite: a new one is one more name here.
+LOWERINGS = ("conv", "taps")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of depthwise_conv: the operands' shapes and the geometry as keyword arguments."""
+
+    name: str
+    x: tuple[int, ...]
+    kernel: tuple[int, ...]
+    geometry: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def oracle(self) -> Oracle:
+        """The true maps of this case."""
+        return Oracle(self.x, self.kernel, **self.geometry)
+
+    def draw(self, shape: Sequence[int], stream: int = 0) -> np.ndarray:
+        """Standard normal numbers in float32, the same at every run: whoever compares two dtypes starts from the same values."""
+        seed = zlib.crc32(f"{self.name}/{stream}".encode())
+        return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+    def operands(self, stream: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x, the kernel and a cotangent (or tangent) in the output's shape."""
+        return (
+            self.draw(self.x, 3 * stream),
+            self.draw(self.kernel, 3 * stream + 1),
+            self.draw(self.oracle.y_shape, 3 * stream + 2),
+        )
+
+    def conv(self, implementation: str | None = None, **options: Any) -> Callable[..., Any]:
+        """depthwise_conv with this case's geometry, a function of the operands alone."""
+        return partial(depthwise_conv, **self.geometry, implementation=implementation, **options)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _case(name: str, x: Sequence[int], kernel: Sequence[int], **geometry: Any) -> Case:
+    return Case(name, tuple(x), tuple(kernel), geometry)
+
+
+# The cases on which derivatives of higher order, vmap, sharding and export are checked too: one of each kind.
+CORE = (
+    _case("2d", (2, 6, 5, 3), (3, 3, 3, 1)),
+    _case("2d-same-m2", (2, 5, 6, 3), (3, 2, 3, 2), padding="same"),
+    _case("2d-strided", (2, 8, 7, 3), (3, 3, 3, 1), strides=2, padding="same"),
+    _case(
+        "2d-strided-m2-first", (2, 3, 7, 8), (3, 3, 3, 2), strides=(2, 3), padding="valid", data_format="channels_first"
+    ),
+    _case("2d-dilated-strided", (2, 9, 8, 2), (3, 2, 2, 2), strides=(1, 2), padding="same", dilation_rate=(2, 3)),
+    _case("1d-causal", (2, 9, 3), (4, 3, 1), padding="causal", dilation_rate=2),
+    _case("3d", (1, 4, 3, 5, 2), (2, 3, 2, 2, 2), strides=(2, 1, 2), padding="same"),
+)
+
+CASES = (
+    *CORE,
+    # Windows
+    _case("2d-1x1", (2, 4, 3, 3), (1, 1, 3, 2)),
+    _case("2d-1x1-strided", (2, 5, 4, 3), (1, 1, 3, 1), strides=(2, 3)),
+    _case("2d-1x5", (2, 4, 7, 3), (1, 5, 3, 1), padding="same"),
+    _case("2d-even", (2, 7, 6, 3), (4, 2, 3, 1), padding="same"),
+    _case("2d-even-strided", (2, 7, 6, 3), (4, 2, 3, 1), strides=2, padding="same"),
+    _case("2d-5x5-strided", (1, 11, 10, 2), (5, 5, 2, 1), strides=2, padding="same"),
+    _case("2d-whole-input", (2, 4, 3, 3), (4, 3, 3, 2)),
+    _case("2d-larger-than-input", (2, 2, 3, 3), (5, 5, 3, 1), padding="same"),
+    # Strides
+    _case("2d-stride-above-window", (2, 9, 10, 3), (2, 2, 3, 1), strides=(3, 4)),
+    _case(
+        "2d-stride-above-window-first",
+        (2, 2, 9, 8),
+        (2, 1, 2, 2),
+        strides=3,
+        padding="same",
+        data_format="channels_first",
+    ),
+    _case("2d-stride-leaves-a-rest", (2, 8, 9, 3), (3, 3, 3, 1), strides=(3, 2)),
+    _case("2d-mixed-strides", (2, 7, 9, 2), (3, 3, 2, 2), strides=(1, 3), padding="same"),
+    # Dilation
+    _case("2d-dilated", (2, 8, 9, 3), (3, 3, 3, 1), padding="same", dilation_rate=2),
+    _case("2d-dilated-valid-m3", (2, 7, 8, 2), (2, 3, 2, 3), dilation_rate=(3, 2)),
+    _case("2d-dilation-divides-stride", (2, 9, 9, 2), (3, 3, 2, 1), strides=2, padding="same", dilation_rate=2),
+    _case(
+        "2d-dilation-and-stride-apart", (2, 11, 12, 2), (3, 2, 2, 1), strides=(3, 2), padding=2, dilation_rate=(2, 4)
+    ),
+    _case("2d-dilated-beyond-input", (1, 4, 5, 3), (3, 3, 3, 1), padding="same", dilation_rate=(5, 4)),
+    # Paddings
+    _case("2d-pad-int", (2, 5, 4, 3), (3, 3, 3, 1), padding=2),
+    _case("2d-pad-pairs", (2, 5, 4, 3), (3, 2, 3, 2), strides=(2, 1), padding=((0, 2), (3, 1))),
+    _case("2d-pad-beyond-window", (1, 3, 4, 2), (2, 2, 2, 1), strides=(2, 1), padding=((4, 3), (0, 5))),
+    _case(
+        "2d-pad-pairs-first",
+        (2, 2, 5, 4),
+        (3, 2, 2, 2),
+        strides=(2, 1),
+        padding=((0, 2), (3, 1)),
+        data_format="channels_first",
+    ),
+    _case("2d-reflect", (2, 5, 6, 3), (3, 4, 3, 1), padding="reflect"),
+    _case(
+        "2d-reflect-dilated-strided-first",
+        (1, 2, 7, 8),
+        (3, 2, 2, 2),
+        strides=(2, 1),
+        padding="reflect",
+        dilation_rate=2,
+        data_format="channels_first",
+    ),
+    _case("2d-circular", (2, 5, 4, 3), (4, 3, 3, 2), padding="circular"),
+    _case("2d-circular-wraps-twice", (1, 2, 3, 2), (5, 3, 2, 1), padding="circular", dilation_rate=(1, 3)),
+    # Ranks, batch axes and data formats
+    _case("1d", (2, 7, 3), (3, 3, 2)),
+    _case("1d-same-strided-first", (2, 3, 10), (4, 3, 2), strides=3, padding="same", data_format="channels_first"),
+    _case("1d-causal-strided-m2", (2, 8, 2), (3, 2, 2), strides=2, padding="causal"),
+    _case("1d-causal-first", (1, 3, 6), (3, 3, 1), padding="causal", data_format="channels_first"),
+    _case("1d-circular", (2, 5, 3), (3, 3, 1), padding="circular"),
+    _case("3d-valid-first", (2, 2, 3, 4, 5), (2, 2, 3, 2, 1), data_format="channels_first"),
+    _case("3d-dilated", (1, 4, 5, 4, 2), (2, 3, 2, 2, 1), padding="same", dilation_rate=(1, 2, 3)),
+    _case("2d-no-batch", (6, 5, 3), (3, 3, 3, 2), padding="same"),
+    _case("2d-no-batch-first", (3, 6, 5), (3, 3, 3, 2), strides=2, data_format="channels_first"),
+    _case("2d-three-batch-axes", (2, 1, 2, 5, 4, 3), (3, 3, 3, 1), strides=2, padding="same"),
+    _case("1d-two-batch-axes-first", (2, 3, 2, 7), (3, 2, 2), padding="same", data_format="channels_first"),
+    _case("3d-no-batch", (3, 4, 3, 2), (2, 2, 2, 2, 2)),
+    _case("2d-empty-batch", (0, 5, 4, 3), (3, 3, 3, 2), padding="same"),
+    _case("2d-batch-12", (12, 4, 3, 2), (3, 2, 2, 2), padding="same"),
+    _case("2d-batch-9-first", (9, 2, 6, 3), (3, 3, 2, 1), strides=2, padding="same", data_format="channels_first"),
+    _case("2d-first", (2, 3, 6, 5), (3, 3, 3, 1), padding="same", data_format="channels_first"),
+    # Channels
+    _case("2d-one-channel", (2, 5, 6, 1), (3, 3, 1, 1), padding="same"),
+    _case("2d-one-channel-m4", (2, 5, 6, 1), (3, 3, 1, 4), strides=2),
+    _case("2d-17-channels", (2, 4, 5, 17), (3, 3, 17, 1), padding="same"),
+    _case("2d-m4-first", (2, 2, 5, 6), (3, 3, 2, 4), padding="same", data_format="channels_first"),
+    _case("2d-one-pixel", (2, 1, 1, 3), (1, 1, 3, 1)),
+    _case("2d-one-pixel-same", (2, 1, 1, 3), (3, 3, 3, 2), strides=2, padding="same"),
+)
+
+# Depthwise layers of MobileNet, EfficientNet, ConvNeXt and RepLKNet, float32, channels last: N, H, W, C, window, stride.
+NETWORKS = tuple(
+    _case(
+        f"{n}x{size}x{size}x{c}-k{k}" + ("-s2" if stride == 2 else ""),
+        (n, size, size, c),
+        (k, k, c, 1),
+        strides=stride,
+        padding="same",
+    )
+    for n, size, c, k, stride in (
+        (8, 112, 32, 3, 1),
+        (8, 112, 96, 3, 2),
+        (8, 56, 144, 3, 1),
+        (8, 28, 240, 5, 1),
+        (8, 14, 480, 5, 1),
+        (8, 7, 960, 3, 1),
+        (8, 56, 96, 7, 1),
+        (8, 14, 384, 7, 1),
+        (2, 28, 256, 31, 1),
+    )
+)
+
+
+def reduced(case: Case) -> Case:
+    """The same window, strides, padding and dilation on a small input of few channels, for the oracle's loops."""
+    *window, _, multiplier = case.kernel
+    spatial = tuple(min(n, 8) for n in case.x[1:-1])
+    return replace(case, name=f"reduced-{case.name}", x=(2, *spatial, 3), kernel=(*window, 3, multiplier))
+
+
+# Each of their geometries once, but for the 31 x 31 window, whose unrolled taps take long to compile.
+SMALL_NETWORKS = tuple({case.kernel + case.x: case for case in map(reduced, NETWORKS[:-1])}.values())

@@ -1,0 +1,34 @@
+"""What all tests share: eight CPU devices, the lowerings, x64."""
+
+from __future__ import annotations
+
+import os
+
+# Before jax is imported anywhere: the sharding tests need several devices.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+from tests.cases import LOWERINGS
+
+# Compilation, not the draw, is what takes time; the same examples at every run, so that a failure is one that others see too.
+hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("repository")
+
+
+@pytest.fixture(scope="session", params=LOWERINGS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    """A lowering by its name: a test that takes it runs over all of them."""
+    return request.param
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types while the test runs."""
+    with jax.enable_x64(True):
+        yield

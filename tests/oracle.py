@@ -1,0 +1,163 @@
+"""The truth of the tests: depthwise convolution as loops over output positions and taps, in NumPy, without JAX.
+
+Three maps, each written out from the definition. For output position o, tap t and the input position p = o*stride + t*dilation - low,
+
+    y[b, o, c, m] = sum over t of x[b, p, c] * w[t, c, m]
+    dx[b, p, c]   = sum over o, t, m of g[b, o, c, m] * w[t, c, m]
+    dw[t, c, m]   = sum over b, o of x[b, p, c] * g[b, o, c, m]
+
+where a p outside the input contributes nothing, or, under "reflect" and "circular", is read again inside it. Everything is computed
+in the widest dtype of its kind (float64, complex128, int64); batch and channels are the only axes that NumPy itself runs over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Padding = str | int | Sequence[tuple[int, int]]
+
+
+class EmptyOutputError(ValueError):
+    """The window fits nowhere."""
+
+
+class Oracle:
+    """The three maps of one geometry, for inputs (*batch, *spatial, C) or (*batch, C, *spatial) and kernels (*window, C, M)."""
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        kernel_shape: Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "valid",
+        data_format: str = "channels_last",
+        dilation_rate: int | Sequence[int] = 1,
+    ) -> None:
+        self.rank = rank = len(kernel_shape) - 2
+        self.x_shape = tuple(x_shape)
+        self.window = tuple(kernel_shape[:rank])
+        self.channels, self.multiplier = kernel_shape[rank:]
+        self.strides = (strides,) * rank if isinstance(strides, int) else tuple(strides)
+        self.dilation = (dilation_rate,) * rank if isinstance(dilation_rate, int) else tuple(dilation_rate)
+        self.channel_axis = -1 if data_format == "channels_last" else -1 - rank
+        sizes = list(x_shape)
+        sizes.pop(self.channel_axis)
+        self.batch, self.spatial = tuple(sizes[: len(sizes) - rank]), tuple(sizes[len(sizes) - rank :])
+        spans = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilation, strict=True)]
+        self.again = padding if padding in ("reflect", "circular") else None
+        if padding == "valid":
+            pads = [(0, 0)] * rank
+        elif padding == "same":
+            totals = [
+                max((-(-n // s) - 1) * s + e - n, 0) for n, s, e in zip(self.spatial, self.strides, spans, strict=True)
+            ]
+            pads = [(total // 2, total - total // 2) for total in totals]
+        elif padding == "causal":
+            pads = [(e - 1, 0) for e in spans]
+        elif self.again:
+            pads = [((e - 1) // 2, e // 2) for e in spans]
+        elif isinstance(padding, int):
+            pads = [(padding, padding)] * rank
+        else:
+            pads = list(padding)  # pyright: ignore[reportAssignmentType]
+        self.low = [low for low, _ in pads]
+        room = [n + low + high - e for n, (low, high), e in zip(self.spatial, pads, spans, strict=True)]
+        no_output = padding == "same" and 0 in self.spatial  # ceil(0 / s) is 0
+        if min(room) < 0 or no_output or (self.again and 0 in self.spatial):
+            raise EmptyOutputError(f"{self.spatial=} {self.window=} {pads=}")
+        self.out = tuple(r // s + 1 for r, s in zip(room, self.strides, strict=True))
+        output = [*self.batch, *self.out]
+        output.insert(len(output) + 1 + self.channel_axis, self.channels * self.multiplier)
+        self.y_shape = tuple(output)
+
+    def _reads(self) -> Iterator[tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]]:
+        """Every (output position, tap, input position) that meets inside the input, as indices behind one batch axis."""
+        for position in itertools.product(*map(range, self.out)):
+            for tap in itertools.product(*map(range, self.window)):
+                read = [
+                    o * s + t * d - p
+                    for o, s, t, d, p in zip(position, self.strides, tap, self.dilation, self.low, strict=True)
+                ]
+                read = [self._inside(p, n) for p, n in zip(read, self.spatial, strict=True)]
+                if None not in read:
+                    yield (slice(None), *position), tap, (slice(None), *read)
+
+    def _inside(self, p: int, n: int) -> int | None:
+        if self.again == "circular":
+            return p % n
+        if self.again == "reflect":  # 0 1 2 1 0 1 2 ... for n = 3
+            turn = p % max(2 * n - 2, 1)
+            return min(turn, 2 * n - 2 - turn)
+        return p if 0 <= p < n else None
+
+    def _in(self, x: Any) -> Array:
+        """(*batch, *spatial, C) with one batch axis, in the widest dtype of its kind."""
+        assert np.shape(x) == self.x_shape, (np.shape(x), self.x_shape)
+        return np.moveaxis(widest(x), self.channel_axis, -1).reshape(
+            (-1 if np.size(x) else int(np.prod(self.batch)), *self.spatial, self.channels)
+        )
+
+    def _in_y(self, y: Any) -> Array:
+        """(*batch, *out, C, M) with one batch axis."""
+        assert np.shape(y) == self.y_shape, (np.shape(y), self.y_shape)
+        return np.moveaxis(widest(y), self.channel_axis, -1).reshape(
+            (int(np.prod(self.batch)), *self.out, self.channels, self.multiplier)
+        )
+
+    def conv(self, x: Any, w: Any) -> Array:
+        """y, in y_shape."""
+        x, w = self._in(x), widest(w)
+        y = np.zeros((len(x), *self.out, self.channels, self.multiplier), np.result_type(x, w))
+        for o, t, p in self._reads():
+            y[o] += x[p][..., None] * w[t]
+        return np.moveaxis(
+            y.reshape((*self.batch, *self.out, -1 if y.size else self.channels * self.multiplier)),
+            -1,
+            self.channel_axis,
+        )
+
+    def input_grad(self, g: Any, w: Any) -> Array:
+        """dx for the cotangent g of y, in x_shape."""
+        g, w = self._in_y(g), widest(w)
+        dx = np.zeros((len(g), *self.spatial, self.channels), np.result_type(g, w))
+        for o, t, p in self._reads():
+            dx[p] += (g[o] * w[t]).sum(-1)
+        return np.moveaxis(dx.reshape((*self.batch, *self.spatial, self.channels)), -1, self.channel_axis)
+
+    def kernel_grad(self, x: Any, g: Any) -> Array:
+        """dw for the cotangent g of y, (*window, C, M)."""
+        x, g = self._in(x), self._in_y(g)
+        dw = np.zeros((*self.window, self.channels, self.multiplier), np.result_type(x, g))
+        for o, t, p in self._reads():
+            dw[t] += (x[p][..., None] * g[o]).sum(0)
+        return dw
+
+    def add_bias(self, y: Array, bias: Any) -> Array:
+        """y with one number per output channel added."""
+        return y + widest(bias).reshape((-1,) + (1,) * (-1 - self.channel_axis))
+
+
+def widest(a: Any) -> Array:
+    """The array as complex128, float64 or int64."""
+    a = np.asarray(a)
+    if np.issubdtype(a.dtype, np.complexfloating):
+        return a.astype(np.complex128)
+    if np.issubdtype(a.dtype, np.integer) or a.dtype == np.bool_:
+        return a.astype(np.int64)
+    return a.astype(np.float64)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "") -> None:
+    """Same shape, and every difference within `tolerance` times the largest expected magnitude."""
+    actual, expected = widest(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    if expected.size:
+        bound = tolerance * np.max(np.abs(expected), initial=0.0)
+        worst = np.max(np.abs(actual - expected))
+        assert worst <= bound, f"{what}: off by {worst:.3e}, allowed {bound:.3e} ({tolerance} of the largest entry)"

@@ -1,0 +1,348 @@
+"""Bad input: refused when the call is traced, in words that name the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthwise_jax import depthwise_conv, explain, separable_conv
+
+X = jax.ShapeDtypeStruct((2, 8, 9, 3), jnp.float32)
+KERNEL = jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32)
+
+
+def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def refused(
+    error: type[Exception] | tuple[type[Exception], ...],
+    words: tuple[str, ...],
+    x: Any = X,
+    kernel: Any = KERNEL,
+    bias: Any = None,
+    **options: Any,
+) -> None:
+    """Traced, not run: nothing is computed before the refusal."""
+    with pytest.raises(error) as caught:
+        if bias is None:
+            jax.eval_shape(lambda x, kernel: depthwise_conv(x, kernel, **options), x, kernel)
+        else:
+            jax.eval_shape(lambda x, kernel, bias: depthwise_conv(x, kernel, bias, **options), x, kernel, bias)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "words"),
+    [
+        # ranks
+        (shape(8, 9), KERNEL, ("x", "(8, 9)", "(3, 3, 3, 2)")),
+        (shape(3), KERNEL, ("x", "(3,)")),
+        (X, shape(3, 3), ("kernel", "(3, 3)", "window")),
+        (X, shape(3), ("kernel", "(3,)")),
+        (X, shape(), ("kernel", "()")),
+        (shape(1, 5, 5, 5, 5, 3), shape(2, 2, 2, 2, 3, 1), ("kernel", "(2, 2, 2, 2, 3, 1)", "one to three")),
+        # channels
+        (shape(2, 8, 9, 4), KERNEL, ("x", "(2, 8, 9, 4)", "(3, 3, 3, 2)", "3 channels")),
+        (shape(2, 8, 9, 1), KERNEL, ("(2, 8, 9, 1)",)),
+        (shape(2, 8, 9, 0), KERNEL, ("(2, 8, 9, 0)",)),
+        # empty kernels
+        (shape(2, 8, 9, 0), shape(3, 3, 0, 2), ("kernel", "(3, 3, 0, 2)")),
+        (X, shape(3, 3, 3, 0), ("kernel", "(3, 3, 3, 0)")),
+        (X, shape(0, 3, 3, 2), ("kernel", "(0, 3, 3, 2)")),
+        # empty outputs
+        (shape(2, 2, 9, 3), KERNEL, ("empty", "(2, 9)", "(3, 3)", "padding")),
+        (shape(2, 0, 9, 3), KERNEL, ("empty", "(0, 9)")),
+    ],
+    ids=str,
+)
+def test_shapes(x: Any, kernel: Any, words: tuple[str, ...]) -> None:
+    refused(ValueError, words, x, kernel)
+
+
+def test_channels_first_says_where_it_looked() -> None:
+    refused(ValueError, ("x", "(2, 8, 9, 3)", "channels_first"), data_format="channels_first")
+
+
+def test_empty_output_by_dilation_names_it() -> None:
+    refused(ValueError, ("empty", "dilation_rate", "(5, 1)", "(8, 9)"), dilation_rate=(5, 1))
+
+
+@pytest.mark.parametrize("padding", ["same", "reflect", "circular"])
+def test_an_empty_axis_is_no_input(padding: str) -> None:
+    refused(ValueError, ("(0, 9)",), shape(2, 0, 9, 3), padding=padding)
+
+
+@pytest.mark.parametrize("argument", ["strides", "dilation_rate"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        ((1, 0), ValueError),
+        ((1, -2), ValueError),
+        ((1,), ValueError),
+        ((1, 1, 1), ValueError),
+        ((), ValueError),
+        (1.0, TypeError),
+        ((1, 2.0), TypeError),
+        (True, TypeError),
+        ((1, True), TypeError),
+        ("2", (TypeError, ValueError)),
+        (None, TypeError),
+        ((1, None), TypeError),
+        (np.array([1.0, 2.0]), TypeError),
+        (np.array([[1, 2]]), (TypeError, ValueError)),
+        (np.True_, TypeError),
+        ({1, 2}, (TypeError, ValueError)),
+    ],
+    ids=str,
+)
+def test_strides_and_dilation(argument: str, value: Any, error: Any) -> None:
+    refused(error, (argument, f"{argument}={value!r}", "positive"), **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ("full", ValueError),
+        ("", ValueError),
+        ("causal", ValueError),
+        ("same_lower", ValueError),
+        (-1, ValueError),
+        (1.0, TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        ((1, 1), TypeError),
+        (((1, 1),), ValueError),
+        (((1, 1), (1, 1), (1, 1)), ValueError),
+        (((1, 1), (1, -1)), ValueError),
+        (((1, 1), (1, 1.0)), TypeError),
+        (((1, 1), (1, 1, 1)), ValueError),
+        (((1, 1), (True, 1)), TypeError),
+        (((1, 1), ()), ValueError),
+        (("same", "valid"), (TypeError, ValueError)),
+    ],
+    ids=str,
+)
+def test_padding(value: Any, error: Any) -> None:
+    refused(error, ("padding", repr(value) if value != "causal" else "causal"), padding=value)
+
+
+@pytest.mark.parametrize("value", ["NHWC", "channels", "", None, 3, "CHANNELS-LAST"], ids=str)
+def test_data_format(value: Any) -> None:
+    refused((TypeError, ValueError), ("data_format", repr(value), "channels_last", "channels_first"), data_format=value)
+
+
+@pytest.mark.parametrize("value", ["tap", "cuda", "", "CONV"], ids=repr)
+def test_unknown_implementation(value: str) -> None:
+    refused(ValueError, ("implementation", repr(value), "conv", "taps"), implementation=value)
+
+
+def test_the_closest_implementation_is_named_first() -> None:
+    with pytest.raises(ValueError, match=r"(?i)(closest|did you mean).*taps"):
+        jax.eval_shape(lambda x, k: depthwise_conv(x, k, implementation="tapps"), X, KERNEL)
+
+
+@pytest.mark.parametrize("value", [3, True, ["conv"], jnp.sin], ids=str)
+def test_implementations_are_names(value: Any) -> None:
+    refused((TypeError, ValueError), ("implementation",), implementation=value)
+
+
+@pytest.mark.parametrize(
+    "bias", [shape(5), shape(1), shape(), shape(6, 1), shape(1, 1, 1, 6), shape(3), shape(0)], ids=str
+)
+def test_bias(bias: Any) -> None:
+    refused(ValueError, ("bias", str(bias.shape), "(6,)"), bias=bias)
+
+
+@pytest.mark.parametrize(("value", "close"), [("rellu", "relu"), ("RELU", "relu"), ("gelo", "gelu")])
+def test_unknown_activation(value: str, close: str) -> None:
+    refused(ValueError, ("activation", repr(value), close), activation=value)
+
+
+@pytest.mark.parametrize("value", [3, 1.5, ["relu"]], ids=str)
+def test_an_activation_is_a_name_or_a_callable(value: Any) -> None:
+    refused((TypeError, ValueError), ("activation", str(value)), activation=value)
+
+
+@pytest.mark.parametrize("value", ["lowest", 7, (None,), ("highest", "highest", "highest"), [["high"]]], ids=str)
+def test_precision(value: Any) -> None:
+    refused((TypeError, ValueError), ("precision",), precision=value)
+
+
+@pytest.mark.parametrize("value", [jnp.bfloat16, jnp.int32, jnp.complex64, jnp.bool_], ids=str)
+def test_preferred_element_type_is_as_wide_and_of_the_same_kind(value: Any) -> None:
+    # lax.conv_general_dilated refuses to narrow, too.
+    refused(
+        (TypeError, ValueError),
+        ("preferred_element_type", "float32", jnp.dtype(value).name),
+        preferred_element_type=value,
+    )
+
+
+@pytest.mark.parametrize("value", ["float33", object()], ids=["name", "object"])
+def test_preferred_element_type_is_a_dtype(value: Any) -> None:
+    refused(TypeError, (), preferred_element_type=value)
+
+
+@pytest.mark.parametrize("x", [None, "image", object(), [[1.0], [2.0, 3.0]]], ids=["None", "text", "object", "ragged"])
+def test_operands_are_arrays(x: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        depthwise_conv(x, np.ones((2, 1, 1)))
+    with pytest.raises((TypeError, ValueError)):
+        depthwise_conv(np.ones((4, 1)), x)
+
+
+def test_booleans_are_no_numbers() -> None:
+    refused(TypeError, ("bool",), shape(1, 5, 5, 3, dtype=jnp.bool_), shape(3, 3, 3, 1, dtype=jnp.bool_))
+
+
+def test_prng_keys_are_no_numbers() -> None:
+    with pytest.raises((TypeError, ValueError), match="key"):
+        depthwise_conv(jax.random.split(jax.random.key(0), (5, 1)), np.ones((2, 1, 1)))
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError):
+        depthwise_conv(np.ones((5, 1)), np.ones((2, 1, 1)), np.ones(1), 2)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="stride"):
+        depthwise_conv(np.ones((5, 1)), np.ones((2, 1, 1)), stride=2)  # pyright: ignore[reportCallIssue]
+
+
+def test_every_call_is_checked_not_only_the_first() -> None:
+    kernel = np.ones((3, 1, 1))
+    depthwise_conv(np.ones((5, 1)), kernel)
+    with pytest.raises(ValueError, match="empty"):
+        depthwise_conv(np.ones((2, 1)), kernel)
+
+
+def test_an_empty_batch_is_fine(implementation: str) -> None:
+    y = depthwise_conv(
+        np.ones((0, 5, 4, 3), np.float32), np.ones((3, 3, 3, 2), np.float32), implementation=implementation
+    )
+    assert y.shape == (0, 3, 2, 6)
+
+
+POINTWISE = shape(1, 1, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pointwise", "bias", "words"),
+    [
+        (KERNEL, shape(1, 1, 5, 5), None, ("pointwise_kernel", "(1, 1, 5, 5)", "(1, 1, 6, 'F')")),
+        (KERNEL, shape(6, 5), None, ("pointwise_kernel", "(6, 5)")),
+        (KERNEL, shape(1, 6, 5), None, ("pointwise_kernel", "(1, 6, 5)")),
+        (KERNEL, shape(3, 3, 6, 5), None, ("pointwise_kernel", "(3, 3, 6, 5)")),
+        (KERNEL, shape(1, 1, 6, 0), None, ("pointwise_kernel", "(1, 1, 6, 0)")),
+        (KERNEL, POINTWISE, shape(6), ("bias", "(6,)", "(5,)")),
+        (shape(3, 3, 4, 2), shape(1, 1, 8, 5), None, ("x", "(2, 8, 9, 3)", "4 channels")),
+        (shape(3, 3, 0, 2), shape(1, 1, 0, 5), None, ("depthwise_kernel", "(3, 3, 0, 2)")),
+        (shape(3, 3), POINTWISE, None, ("depthwise_kernel", "(3, 3)")),
+    ],
+    ids=str,
+)
+def test_separable(kernel: Any, pointwise: Any, bias: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        if bias is None:
+            jax.eval_shape(separable_conv, X, kernel, pointwise)
+        else:
+            jax.eval_shape(separable_conv, X, kernel, pointwise, bias)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"strides": 0}, {"padding": "full"}, {"data_format": "NHWC"}, {"implementation": "tap"}, {"activation": "rellu"}],
+    ids=str,
+)
+def test_separable_checks_its_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        jax.eval_shape(lambda *z: separable_conv(*z, **options), X, KERNEL, POINTWISE)
+
+
+# A lowering that is forced and cannot serve the call
+
+
+LARGE = shape(1, 40, 40, 1), shape(33, 33, 1, 1)
+
+
+def test_a_forced_lowering_that_cannot_serve_says_why_at_lowering() -> None:
+    f = jax.jit(lambda x, w: depthwise_conv(x, w, implementation="taps"))
+    f.trace(*LARGE)  # tracing knows no platform yet
+    with pytest.raises(ValueError, match=r"implementation='taps'.*\(33, 33\).*1089"):
+        f.lower(*LARGE)
+
+
+def test_a_forced_lowering_says_why_when_called() -> None:
+    with pytest.raises(ValueError, match=r"implementation='taps'.*1089"):
+        depthwise_conv(np.ones((40, 40, 1), np.float32), np.ones((33, 33, 1, 1), np.float32), implementation="taps")
+
+
+def test_a_choice_never_fails() -> None:
+    y = depthwise_conv(np.ones((40, 40, 1), np.float32), np.ones((33, 33, 1, 1), np.float32))
+    np.testing.assert_array_equal(y, np.full((8, 8, 1), 33 * 33))
+
+
+def test_a_symbolic_length_says_why_at_lowering() -> None:
+    (length,) = jax.export.symbolic_shape("l", constraints=["l >= 3"])
+    x = jax.ShapeDtypeStruct((1, length, 2), jnp.float32)
+    f = jax.jit(lambda x, w: depthwise_conv(x, w, implementation="taps"))
+    with pytest.raises(ValueError, match=r"implementation='taps'.*symbolic"):
+        jax.export.export(f)(x, shape(3, 2, 1))
+
+
+# explain
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_explain_knows_every_platform(platform: str, partitioned: bool) -> None:
+    explained = explain(X, KERNEL, strides=2, padding="same", platform=platform, partitioned=partitioned)
+    for choice in (explained.forward, explained.input_grad, explained.kernel_grad):
+        assert choice.lowering in ("conv", "taps", "native")
+        assert len(choice.reason) > 10
+        assert platform != "tpu" or choice.lowering == "conv"
+    for name in ("forward", "input_grad", "kernel_grad"):
+        assert name in str(explained)
+
+
+def test_explain_repeats_what_was_asked_for(implementation: str) -> None:
+    explained = explain(X, KERNEL, implementation=implementation, platform="cpu")
+    assert {explained.forward.lowering, explained.input_grad.lowering, explained.kernel_grad.lowering} == {
+        implementation
+    }
+
+
+def test_explain_uses_the_default_platform() -> None:
+    assert explain(X, KERNEL) == explain(X, KERNEL, platform=jax.default_backend())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"platform": "gpu"}, ("platform", "'gpu'", "cuda", "rocm")),
+        ({"platform": "abacus"}, ("platform", "'abacus'", "cpu")),
+        ({"strides": 0}, ("strides",)),
+        ({"implementation": "tap"}, ("implementation",)),
+        ({"padding": "full"}, ("padding",)),
+    ],
+    ids=str,
+)
+def test_explain_refuses_what_the_call_refuses(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        explain(X, KERNEL, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_explain_refuses_a_lowering_that_cannot_serve() -> None:
+    with pytest.raises(ValueError, match="1089"):
+        explain(*LARGE, implementation="taps", platform="cpu")

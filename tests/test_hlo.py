@@ -1,0 +1,126 @@
+"""What the compiled and the lowered programs contain, read from their text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from depthwise_jax import explain, separable_conv
+from tests.cases import CORE, SMALL_NETWORKS, Case
+
+CONVOLUTION = re.compile(r"\bconvolution\b")
+
+
+def maps(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Value and both gradients."""
+
+    def run(x: Any, w: Any, g: Any) -> Any:
+        y, vjp = jax.vjp(f, x, w)
+        return y, *vjp(g)
+
+    return run
+
+
+def compiled_text(f: Callable[..., Any], *operands: Any) -> str:
+    return jax.jit(f).lower(*operands).compile().as_text()
+
+
+def test_the_search_finds_a_convolution() -> None:
+    case = CORE[2]
+    assert CONVOLUTION.search(compiled_text(maps(case.conv("conv")), *case.operands()))
+
+
+@pytest.mark.parametrize("case", [*CORE, SMALL_NETWORKS[1]], ids=str)
+def test_taps_compile_to_no_convolution(case: Case) -> None:
+    assert not CONVOLUTION.search(compiled_text(maps(case.conv("taps")), *case.operands()))
+
+
+@pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
+def test_batched_taps_compile_to_no_convolution(case: Case) -> None:
+    stacked = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in case.operands()]
+    assert not CONVOLUTION.search(compiled_text(jax.vmap(maps(case.conv("taps"))), *stacked))
+
+
+@pytest.mark.parametrize("case", [case for case in CORE if case.geometry.get("strides", 1) != 1], ids=str)
+def test_strided_taps_keep_no_dilated_gradient(case: Case) -> None:
+    x, w, g = case.operands()
+    text = jax.jit(lambda x, w, g: jax.vjp(lambda x: case.conv("taps")(x, w), x)[1](g)).lower(x, w, g).as_text()
+    assert "lhs_dilat" not in text
+    # Nor one that is spelled as a pad: an interior of [.., 1, ..] is a dilation by another name.
+    assert not re.search(r"interior = \[[^\]]*[1-9]", text)
+    assert not re.search(r"interior = array<i64: [^>]*[1-9]", text)
+
+
+def test_strided_dx_of_conv_is_a_dilation_so_the_search_works() -> None:
+    case = CORE[2]
+    x, w, g = case.operands()
+    text = jax.jit(lambda x, w, g: jax.vjp(lambda x: case.conv("conv")(x, w), x)[1](g)).lower(x, w, g).as_text()
+    assert "lhs_dilat" in text
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_conv_never_transposes(data_format: str) -> None:
+    # The layout is in the dimension numbers.
+    shape = (2, 6, 5, 3) if data_format == "channels_last" else (2, 3, 6, 5)
+    case = Case("layout", shape, (3, 3, 3, 2), {"data_format": data_format})
+    x, w, _ = case.operands()
+    text = jax.jit(case.conv("conv")).lower(x, w).as_text()
+    assert "transpose" not in text
+    assert text.count("stablehlo.convolution") == 1
+
+
+def test_the_pointwise_half_is_a_dot_general(implementation: str) -> None:
+    case = CORE[1]
+    x, w, _ = case.operands()
+    p = case.draw((1, 1, 6, 4), 20)
+    f = lambda x, w, p: separable_conv(x, w, p, **case.geometry, implementation=implementation)  # noqa: E731
+    text = jax.jit(f).lower(x, w, p).as_text()
+    assert text.count("stablehlo.dot_general") == 1
+    assert text.count("stablehlo.convolution") == (1 if implementation == "conv" else 0)
+    assert "dot_general" in str(jax.make_jaxpr(f)(x, w, p))
+
+
+def test_the_gradients_of_the_pointwise_half_are_dot_generals() -> None:
+    case = CORE[1]
+    x, w, _ = case.operands()
+    p = case.draw((1, 1, 6, 4), 20)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda x, w, p: separable_conv(x, w, p).sum(), (0, 1, 2)))(x, w, p))
+    assert "conv_general_dilated" not in jaxpr
+    assert jaxpr.count("dot_general[") == 3
+
+
+def test_dx_of_several_kernels_per_channel_stays_depthwise_under_conv() -> None:
+    # A transposed convolution with M > 1 inputs per group is what all-gathers: here there are M of one each.
+    case = CORE[1]
+    x, w, g = case.operands()
+    text = jax.jit(lambda x, w, g: jax.vjp(lambda x: case.conv("conv")(x, w), x)[1](g)).lower(x, w, g).as_text()
+    assert text.count("stablehlo.convolution") == 2
+    assert re.findall(r"feature_group_count = (\d+)", text) == ["3", "3"]
+
+
+def test_the_chosen_program_is_the_explained_one() -> None:
+    for case in (CORE[0], CORE[2]):
+        x, w, g = case.operands()
+        explained = explain(x, w, **case.geometry, platform="cpu")
+        f = case.conv()
+        programs = {
+            explained.forward.lowering: f,
+            explained.input_grad.lowering: lambda x, w, g=g: jax.vjp(lambda x: f(x, w), x)[1](g)[0],
+            explained.kernel_grad.lowering: lambda x, w, g=g: jax.vjp(lambda w: f(x, w), w)[1](g)[0],
+        }
+        for lowering, program in programs.items():
+            text = jax.jit(program).lower(x, w).as_text()
+            assert bool(CONVOLUTION.search(text)) == (lowering == "conv")
+
+
+def test_bias_and_activation_add_no_pass_over_the_output() -> None:
+    # XLA fuses them into the loop that makes the convolution: one fusion, no more.
+    case = CORE[0]
+    x, w, _ = case.operands()
+    text = compiled_text(case.conv("taps", activation="relu"), x, w, case.draw((3,), 20))
+    entry = text[text.index("ENTRY") :]
+    assert len(re.findall(r"= \S+ (?:fusion|maximum|add)\(", entry)) <= 2, entry

@@ -1,0 +1,92 @@
+"""Importing: what it costs, what it brings along, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+REPORT = """
+import json, sys, time
+import jax, flax.linen
+before, start = set(sys.modules), time.perf_counter()
+import depthwise_jax
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before), "all": sorted(sys.modules)}))
+"""
+
+
+def run(code: str, **environment: str) -> Any:
+    """Runs code in a fresh interpreter, with one device as users have it, and reads its last line as JSON."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "KERAS_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_takes_under_a_tenth_of_a_second() -> None:
+    # Inside one process after jax and flax.linen; the median, since the machine has other work too.
+    assert statistics.median(run(REPORT)["seconds"] for _ in range(5)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "heavy", ["keras", "torch", "tensorflow", "jax.experimental.pallas", "jax._src.pallas", "matplotlib"]
+)
+def test_import_brings_nothing_heavy(heavy: str) -> None:
+    modules = run(REPORT)["all"]
+    assert not [name for name in modules if name == heavy or name.startswith(f"{heavy}.")]
+
+
+def test_optim_nnx_and_interop_load_when_first_used() -> None:
+    new = run(REPORT)["new"]
+    assert "depthwise_jax" in new
+    assert not {"optax", "flax.nnx", "depthwise_jax.optim", "depthwise_jax.nnx", "depthwise_jax.interop"} & set(new)
+
+
+def test_import_and_first_calls_write_no_file(tmp_path: Path) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    code = f"""
+import os
+os.chdir({str(work)!r})
+import jax.numpy as jnp
+import depthwise_jax
+depthwise_jax.depthwise_conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1)))
+print("[]")
+"""
+    run(code, HOME=str(home), TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(home / ".cache"), PYTHONDONTWRITEBYTECODE="1")
+    assert sorted(tmp_path.rglob("*")) == [home, work]
+
+
+def test_import_creates_no_backend() -> None:
+    # A library that starts the devices takes away the user's chance to configure them.
+    code = """
+import json, jax, depthwise_jax
+jax.config.update("jax_num_cpu_devices", 3)
+print(json.dumps(len(jax.devices())))
+"""
+    assert run(code) == 3
+
+
+def test_the_public_names() -> None:
+    import depthwise_jax
+
+    for name in ("depthwise_conv", "separable_conv", "conv_general_dilated", "explain"):
+        assert callable(getattr(depthwise_jax, name))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        depthwise_jax.no_such_name  # noqa: B018

@@ -1,0 +1,102 @@
+"""The default data_format: read once from keras.json, or set."""
+
+import json
+
+import pytest
+
+from depthwise_jax import settings
+from depthwise_jax.linen import DepthwiseConv2D
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    monkeypatch.setattr(settings, "_image_data_format", None)
+
+
+@pytest.fixture
+def keras_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    return tmp_path / "keras.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"image_data_format": "channels_first"}, "channels_first"),
+        ({"image_data_format": "channels_last", "floatx": "bfloat16", "epsilon": 1}, "channels_last"),
+        ({"image_dim_ordering": "th"}, "channels_last"),
+        ({}, "channels_last"),
+    ],
+)
+def test_the_file_is_read(keras_json, content, expected):
+    keras_json.write_text(json.dumps(content))
+    assert settings.image_data_format() == expected
+    assert DepthwiseConv2D(3).data_format == expected
+
+
+def test_without_a_file_channels_last_and_nothing_is_written(keras_json):
+    assert settings.image_data_format() == "channels_last"
+    assert list(keras_json.parent.iterdir()) == []
+
+
+def test_the_file_is_read_once_and_only_when_needed(keras_json):
+    keras_json.write_text('{"image_data_format": "nonsense"}')
+    assert DepthwiseConv2D(3, data_format="channels_last").data_format == "channels_last"  # never reads it
+    keras_json.write_text('{"image_data_format": "channels_first"}')
+    assert settings.image_data_format() == "channels_first"
+    keras_json.write_text('{"image_data_format": "channels_last"}')
+    assert settings.image_data_format() == "channels_first"
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}", b"[1]", b'"channels_first"'])
+def test_a_malformed_file_warns_and_counts_as_none(keras_json, content):
+    keras_json.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"keras\.json cannot be read, so image_data_format is 'channels_last'"):
+        assert settings.image_data_format() == "channels_last"
+    assert settings.image_data_format() == "channels_last"
+    assert keras_json.read_bytes() == content
+
+
+def test_a_folder_in_its_place_warns(keras_json):
+    keras_json.mkdir()
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert settings.image_data_format() == "channels_last"
+
+
+@pytest.mark.parametrize("value", ["NCHW", "CHANNELS_FIRST", None, 3])
+def test_an_unknown_value_names_the_file(keras_json, value):
+    keras_json.write_text(json.dumps({"image_data_format": value}))
+    with pytest.raises(ValueError, match=r"image_data_format in .*keras\.json must be one of"):
+        settings.image_data_format()
+    with pytest.raises(ValueError, match=r"keras\.json must be one of"):
+        DepthwiseConv2D(3)
+
+
+def test_keras_home_comes_before_the_home_folder(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / ".keras").mkdir(parents=True)
+    (home / ".keras" / "keras.json").write_text('{"image_data_format": "channels_first"}')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    assert settings.image_data_format() == "channels_last"
+    monkeypatch.setattr(settings, "_image_data_format", None)
+    monkeypatch.delenv("KERAS_HOME")
+    assert settings.image_data_format() == "channels_first"
+    monkeypatch.setattr(settings, "_image_data_format", None)
+    monkeypatch.setenv("KERAS_HOME", "~/.keras")
+    assert settings.image_data_format() == "channels_first"
+
+
+def test_set_image_data_format_is_for_layers_made_from_then_on():
+    settings.set_image_data_format("Channels_First")
+    first = DepthwiseConv2D(3)
+    settings.set_image_data_format("channels_last")
+    assert (first.data_format, first.clone().data_format) == ("channels_first", "channels_first")
+    assert DepthwiseConv2D(3).data_format == "channels_last"
+    assert DepthwiseConv2D(3, data_format="CHANNELS_FIRST").data_format == "channels_first"
+
+
+@pytest.mark.parametrize("value", ["NHWC", None, 3])
+def test_setting_nonsense(value):
+    with pytest.raises(ValueError, match="data_format must be one of"):
+        settings.set_image_data_format(value)

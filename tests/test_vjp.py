@@ -1,0 +1,230 @@
+"""Reverse mode: the two transposes, against scatter loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthwise_jax import depthwise_conv, separable_conv
+from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, reduced
+from tests.oracle import assert_close, widest
+
+
+@pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)
+def test_vjp(case: Case, implementation: str) -> None:
+    x, w, g = case.operands()
+    f, oracle = case.conv(implementation), case.oracle
+
+    @jax.jit
+    def pullback(x: Any, w: Any, g: Any) -> Any:
+        y, vjp = jax.vjp(f, x, w)
+        return y, *vjp(g)
+
+    y, dx, dw = pullback(x, w, g)
+    assert dx.dtype == dw.dtype == jnp.float32
+    assert_close(y, oracle.conv(x, w), 1e-5, "value")
+    assert_close(dx, oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize("case", [*CORE[:2], reduced(NETWORKS[-1])], ids=str)
+def test_vjp_of_the_chosen_implementation(case: Case) -> None:
+    x, w, g = case.operands()
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(), x, w)[1](g))(x, w, g)
+    assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_vjp_in_eager_mode(case: Case, implementation: str) -> None:
+    x, w, g = case.operands()
+    _, vjp = jax.vjp(case.conv(implementation), x, w)
+    dx, dw = vjp(g)
+    assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_float64(case: Case, implementation: str, x64: None) -> None:
+    x, w, g = (a.astype(np.float64) for a in case.operands())
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(implementation), x, w)[1](g))(x, w, g)
+    assert dx.dtype == dw.dtype == jnp.float64
+    assert_close(dx, case.oracle.input_grad(g, w), 1e-13, "dx")
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-13, "dw")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, implementation: str, dtype: Any) -> None:
+    x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(implementation), x, w)[1](g))(x, w, g)
+    for actual, exact in ((dx, case.oracle.input_grad(g, w)), (dw, case.oracle.kernel_grad(x, g))):
+        assert actual.dtype == dtype
+        half_ulp = float(jnp.finfo(dtype).eps) / 2 * np.abs(exact) + float(jnp.finfo(dtype).smallest_subnormal)
+        assert np.all(np.abs(widest(actual) - exact) <= half_ulp + 1e-6 * np.max(np.abs(exact)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_narrow_accumulator_would_lose_the_ones(implementation: str, dtype: Any) -> None:
+    large = 2 / float(jnp.finfo(dtype).eps)  # large + 1 rounds to large, large + 8 is a number
+    pullback = jax.jit(
+        lambda x, w, g: jax.vjp(lambda x, w: depthwise_conv(x, w, implementation=implementation), x, w)[1](g)
+    )
+    for place in (0, 4, 8):
+        nine = np.ones(9)
+        nine[place] = large
+        for summed in ((9, 1, 1), (1, 9, 1), (1, 1, 9), (1, 3, 3), (3, 3, 1)):  # dw sums over batch, rows and columns
+            g = jnp.asarray(nine.reshape((*summed, 1)), dtype)
+            _, dw = pullback(jnp.ones_like(g), jnp.ones((1, 1, 1, 1), dtype), g)
+            assert float(dw[0, 0, 0, 0]) == large + 8, (place, summed)
+        for rows, columns, multiplier in ((3, 3, 1), (3, 1, 3), (1, 1, 9)):  # dx over taps and multipliers
+            w = jnp.asarray(nine.reshape(rows, columns, 1, multiplier), dtype)
+            x = jnp.ones((1, 2 * rows - 1, 2 * columns - 1, 1), dtype)
+            dx, _ = pullback(x, w, jnp.ones((1, rows, columns, multiplier), dtype))
+            assert float(dx[0, rows - 1, columns - 1, 0]) == large + 8, (place, rows, columns, multiplier)
+
+
+def test_each_gradient_has_its_operands_dtype(implementation: str) -> None:
+    case = CORE[1]
+    x, w, g = case.operands()
+    x16 = jnp.asarray(x, jnp.bfloat16)
+    y, vjp = jax.vjp(case.conv(implementation), x16, w)
+    dx, dw = vjp(g)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    exact = case.oracle.input_grad(g, w)
+    assert np.all(np.abs(widest(dx) - exact) <= 2.0**-8 * np.abs(exact) + 1e-5)
+    assert_close(dw, case.oracle.kernel_grad(x16, g), 1e-5)
+
+
+def test_preferred_element_type_does_not_change_the_gradients_dtypes(implementation: str) -> None:
+    case = CORE[1]
+    x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in case.operands())
+    g = case.operands()[2]
+    y, vjp = jax.vjp(case.conv(implementation, preferred_element_type=jnp.float32), x, w)
+    dx, dw = vjp(jnp.asarray(g))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    for actual, exact in ((dx, case.oracle.input_grad(g, w)), (dw, case.oracle.kernel_grad(x, g))):
+        assert np.all(np.abs(widest(actual) - exact) <= 2.0**-6 * np.abs(exact) + 2.0**-6)
+
+
+@pytest.mark.parametrize("case", CORE[:3], ids=str)
+def test_complex_has_no_conjugate(case: Case, implementation: str) -> None:
+    # JAX's convention: the transpose of the linear map, as for lax's own convolution.
+    x, w, g = ((a + 1j * b).astype(np.complex64) for a, b in zip(case.operands(0), case.operands(1), strict=True))
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(implementation), x, w)[1](g))(x, w, g)
+    assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize("case", [CORE[2], CORE[3]], ids=str)
+def test_linear_transpose(case: Case, implementation: str) -> None:
+    x, w, g = case.operands()
+    f = case.conv(implementation)
+    (dx,) = jax.linear_transpose(lambda x: f(x, w), x)(g)
+    (dw,) = jax.linear_transpose(lambda w: f(x, w), w)(g)
+    assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize("case", [CORE[2], CORE[3]], ids=str)
+def test_the_transposes_transposed(case: Case, implementation: str) -> None:
+    # dx is linear in g and in w, dw in x and in g: four transposes that all lead back into the three maps.
+    x, w, g = case.operands()
+    f, oracle = case.conv(implementation), case.oracle
+
+    def input_grad(g: Any, w: Any) -> Any:
+        return jax.vjp(lambda x: f(x, w), x)[1](g)[0]
+
+    def kernel_grad(x: Any, g: Any) -> Any:
+        return jax.vjp(lambda w: f(x, w), w)[1](g)[0]
+
+    @jax.jit
+    def pullbacks(x: Any, w: Any, g: Any) -> Any:
+        return *jax.vjp(input_grad, g, w)[1](x), *jax.vjp(kernel_grad, x, g)[1](w)
+
+    of_dx_g, of_dx_w, of_dw_x, of_dw_g = pullbacks(x, w, g)
+    assert_close(of_dx_g, oracle.conv(x, w), 1e-5, "dx by g")
+    assert_close(of_dx_w, oracle.kernel_grad(x, g), 1e-5, "dx by kernel")
+    assert_close(of_dw_x, oracle.input_grad(g, w), 1e-5, "dw by x")
+    assert_close(of_dw_g, oracle.conv(x, w), 1e-5, "dw by g")
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope"),
+    [
+        (None, np.ones_like),
+        ("relu", lambda y: (y > 0) * 1.0),
+        ("relu6", lambda y: ((y > 0) & (y < 6)) * 1.0),
+        ("tanh", lambda y: 1 - np.tanh(y) ** 2),
+        (jnp.sin, np.cos),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:
+    shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
+    case = Case("vjp-bias", shape, (3, 3, 3, 2), {"strides": 2, "padding": "same", "data_format": data_format})
+    oracle = case.oracle
+    x, w, g = case.operands()
+    x, b = 2 * x, case.draw((6,), 20)
+    dx, dw, db = jax.jit(lambda x, w, b, g: jax.vjp(case.conv(implementation, activation=activation), x, w, b)[1](g))(
+        x, w, b, g
+    )
+    g = slope(oracle.add_bias(oracle.conv(x, w), b)) * g
+    assert_close(dx, oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, oracle.kernel_grad(x, g), 1e-5, "dw")
+    assert_close(db, np.moveaxis(g, oracle.channel_axis, -1).reshape(-1, 6).sum(0), 1e-5, "db")
+
+
+def test_an_integer_input_beside_a_float_kernel(implementation: str) -> None:
+    case = CORE[0]
+    _, w, g = case.operands()
+    x = np.arange(np.prod(case.x)).reshape(case.x) % 5
+    dx, dw = jax.vjp(case.conv(implementation), x, w)[1](g)
+    assert dx.dtype == jax.dtypes.float0
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "lowering", [name for name in LOWERINGS if name != "conv"]
+)  # lax multiplies it by the zeros of a dilated g
+@pytest.mark.parametrize("case", [CORE[0], CORE[2], CORE[4], CORE[5]], ids=str)
+def test_a_nan_stays_where_it_is_read(case: Case, lowering: str) -> None:
+    x, w, g = case.operands()
+    x[0, 2, ..., 1] = np.nan
+    g[-1, -1, ..., 0] = np.nan
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(lowering), x, w)[1](g))(x, w, g)
+    np.testing.assert_array_equal(np.isnan(dx), np.isnan(case.oracle.input_grad(g, w)))
+    np.testing.assert_array_equal(np.isnan(dw), np.isnan(case.oracle.kernel_grad(x, g)))
+
+
+def test_jacrev_is_the_matrix_of_the_map(implementation: str) -> None:
+    case = Case("jacobian", (1, 4, 3, 2), (2, 2, 2, 2), {"strides": (2, 1), "padding": "same"})
+    x, w, _ = case.operands()
+    by_x, by_w = jax.jit(jax.jacrev(case.conv(implementation), argnums=(0, 1)))(x, w)
+    unit_y = np.eye(int(np.prod(case.oracle.y_shape))).reshape((-1, *case.oracle.y_shape))
+    assert_close(by_x, np.stack([case.oracle.input_grad(e, w) for e in unit_y]).reshape(by_x.shape), 1e-5)
+    assert_close(by_w, np.stack([case.oracle.kernel_grad(x, e) for e in unit_y]).reshape(by_w.shape), 1e-5)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_separable(implementation: str, data_format: str) -> None:
+    shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
+    case = Case("vjp-separable", shape, (3, 3, 3, 2), {"padding": "same", "data_format": data_format})
+    oracle, axis = case.oracle, case.oracle.channel_axis
+    x, w, _ = case.operands()
+    p, b = case.draw((1, 1, 6, 4), 30), case.draw((4,), 31)
+    f = lambda *z: separable_conv(*z, **case.geometry, implementation=implementation)  # noqa: E731
+    g = case.draw(jax.eval_shape(f, x, w, p, b).shape, 32)
+    dx, dw, dp, db = jax.jit(lambda *z: jax.vjp(f, *z[:4])[1](z[4]))(x, w, p, b, g)
+    middle = np.moveaxis(oracle.conv(x, w), axis, -1).reshape(-1, 6)
+    last = np.moveaxis(widest(g), axis, -1)
+    back = np.moveaxis(last @ widest(p)[0, 0].T, -1, axis)
+    assert_close(dx, oracle.input_grad(back, w), 1e-5, "dx")
+    assert_close(dw, oracle.kernel_grad(x, back), 1e-5, "dw")
+    assert_close(dp[0, 0], middle.T @ last.reshape(-1, 4), 1e-5, "dp")
+    assert_close(db, last.reshape(-1, 4).sum(0), 1e-5, "db")
