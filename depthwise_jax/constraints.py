@@ -150,8 +150,8 @@ class Box(Constraint):
         return jnp.clip(w, *self._limits(w))
 
     def excess(self, w: jax.Array) -> jax.Array:
-        lower, upper = self._limits(w)
-        return jnp.maximum(jnp.maximum(lower - w, w - upper), 0).astype(_wide(w.dtype))
+        lower, upper, w = (x.astype(_wide(w.dtype)) for x in (*self._limits(w), w))
+        return jnp.maximum(jnp.maximum(lower - w, w - upper), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{self!r} has no Keras configuration; Keras knows no box constraint")

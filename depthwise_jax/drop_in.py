@@ -98,9 +98,7 @@ def _recognise(
     channels, outputs = lhs.shape[layout.channels], rhs.shape[features]
     if channels != groups or rhs.shape[inputs] != 1 or outputs == 0 or outputs % groups:
         return None
-    kernel = jnp.transpose(rhs, (*window_axes, inputs, features))
-    kernel = kernel.reshape(*kernel.shape[:rank], groups, outputs // groups)
-    size, spatial = kernel.shape[:rank], layout.spatial_shape(lhs.shape)
+    size, spatial = tuple(rhs.shape[axis] for axis in window_axes), layout.spatial_shape(lhs.shape)
     strides, dilation, spread = (tuple(s or (1,) * rank) for s in (window_strides, rhs_dilation, lhs_dilation))
     named = isinstance(padding, str)
     if named and padding.upper() not in ("SAME", "VALID"):
@@ -108,12 +106,17 @@ def _recognise(
     if not named and any(amount < 0 for pair in padding for amount in pair):
         return None
     precision = hashable_precision(precision)
+
+    def kernel() -> Array:  # made for calls that are taken alone: the others leave no trace
+        arranged = jnp.transpose(rhs, (*window_axes, features, inputs))
+        return arranged.reshape(*size, groups, outputs // groups)
+
     if all(step == 1 for step in spread):
         try:
             window, _ = resolve(spatial, size, strides, padding, dilation)
         except (TypeError, ValueError):
             return None  # an empty result, or what lax has its own error for
-        return primitives.conv_p, kernel, Convolution(window, layout, spatial, precision)
+        return primitives.conv_p, kernel(), Convolution(window, layout, spatial, precision)
     # The transpose in x of a convolution with strides `spread` convolves the dilated cotangent with the flipped kernel.
     if named or outputs != groups or any(step != 1 for step in strides) or not all(isinstance(n, int) for n in spatial):
         return None
@@ -126,4 +129,4 @@ def _recognise(
     if any(n == 0 for n in spatial) or any(n < 1 for n in out) or any(amount < 0 for pair in pads for amount in pair):
         return None
     window = Window(size, spread, pads, dilation)
-    return primitives.input_grad_p, lax.rev(kernel, range(rank)), Convolution(window, layout, out, precision)
+    return primitives.input_grad_p, lax.rev(kernel(), range(rank)), Convolution(window, layout, out, precision)

@@ -189,12 +189,17 @@ def _arguments(
     if 0 in kernel.shape:
         raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier), got shape {kernel.shape}")
     layout = Layout(rank, data_format)
-    if implementation is not None and implementation not in lowering.LOWERINGS:
+    check_implementation(implementation)
+    return layout, activations.get(activation, channel_axis=layout.channels)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError unless `implementation` is None or the name of a lowering."""
+    if implementation is not None and implementation not in tuple(lowering.LOWERINGS):
         raise ValueError(
             f"implementation must be None or one of {tuple(lowering.LOWERINGS)}, "
             f"got implementation={implementation!r}; " + closest(str(implementation), lowering.LOWERINGS)
         )
-    return layout, activations.get(activation, channel_axis=layout.channels)
 
 
 def _geometry(

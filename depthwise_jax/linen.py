@@ -30,7 +30,7 @@ class _Layer(nn.Module):
     def __call__(self, x: ArrayLike) -> Array:
         x = jnp.asarray(x)
         shapes = self._spec.shapes(x.shape)
-        values = {p.name: self._value(p, shapes[p.name]) for p in self._spec.parameters}
+        values = {p.name: _value(self, p, shapes[p.name], self._spec.param_dtype) for p in self._spec.parameters}
         y = self._spec(x, values)
         if self.is_mutable_collection("losses") and not self.is_initializing():
             for parameter in self._spec.parameters:
@@ -42,15 +42,6 @@ class _Layer(nn.Module):
                 loss = self._spec.activity_loss(y)
                 self.sow("losses", "activity", loss, init_fn=lambda: 0.0, reduce_fn=lambda total, new: total + new)
         return y
-
-    def _value(self, parameter: spec.Parameter, shape: tuple[int, ...]) -> Array:
-        if self.has_variable("params", parameter.name):
-            stored = meta.unbox(self.get_variable("params", parameter.name))
-            parameter.check_shape(stored.shape, shape)
-        init = introspect.tagged(
-            self, parameter.initialize, constraint=parameter.constraint, regularizer=parameter.regularizer
-        )
-        return self.param(parameter.name, init, shape, self._spec.param_dtype)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The output's shape for an input's shape; None stands for an unknown axis in both."""
@@ -76,6 +67,17 @@ class _Layer(nn.Module):
             ValueError: it is another layer's, or names what is not built in.
         """
         return cls(**spec.arguments_from_config(cls.__name__, _arguments(cls), config))
+
+
+def _value(module: nn.Module, parameter: spec.Parameter, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The parameter's value, initialised if need be. No method: Flax would give it a name in the profile."""
+    if module.has_variable("params", parameter.name):
+        stored = meta.unbox(module.get_variable("params", parameter.name))
+        parameter.check_shape(stored.shape, shape)
+    init = introspect.tagged(
+        module, parameter.initialize, constraint=parameter.constraint, regularizer=parameter.regularizer
+    )
+    return module.param(parameter.name, init, shape, dtype)
 
 
 def _arguments(cls: type[nn.Module]) -> list[str]:

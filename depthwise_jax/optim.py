@@ -154,7 +154,8 @@ def apply_updates_projected(params: Any, updates: Any, constraints: Any) -> Any:
     Raises:
         TypeError, ValueError: as `project`.
     """
-    return project_params(optax.apply_updates(params, updates), constraints)
+    # The sum must be rounded to the parameters' dtype first; XLA may keep more precision where there is no barrier.
+    return project_params(jax.lax.optimization_barrier(optax.apply_updates(params, updates)), constraints)
 
 
 def feasibility(params: Any, constraints: Any) -> Any:

@@ -97,8 +97,7 @@ def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) 
         aval, other = operands[position].aval, operands[1 - position]
         arguments = (cotangent, other) if cotangent_first else (other, cotangent)
         result = bind(primitive, *arguments, dtype=aval.dtype, **params)
-        # Under explicit sharding a cotangent is sharded as its operand, which may be less or more than the rule's
-        # result.
+        # Under explicit sharding a cotangent is sharded as its operand is, which may differ from this result.
         if jax.typeof(result).sharding.spec != aval.sharding.spec:
             result = jax.sharding.reshard(result, aval.sharding)
         return result
@@ -128,8 +127,7 @@ def _compiled(primitive: Primitive, **params: Any) -> Callable[..., Array]:
 
 
 def _lowering_rule(direction: str, platform: str, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
-    # The lowerings are traced without shardings: the program around them carries those, and the compiler propagates
-    # them.
+    # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
     avals: Sequence[Any] = ctx.avals_in
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
     run = functools.partial(lowering.run, direction, platform, partitioned=_partitioned(ctx))

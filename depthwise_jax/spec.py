@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 
 from depthwise_jax import activations, constraints, initializers, regularizers
-from depthwise_jax.functional import depthwise_conv, separable_conv
+from depthwise_jax.functional import check_implementation, depthwise_conv, hashable_precision, separable_conv
 from depthwise_jax.initializers import Initializer
 from depthwise_jax.layout import DATA_FORMATS, Layout
 from depthwise_jax.registry import closest
@@ -110,6 +110,8 @@ class Spec:
         self.param_dtype = _floating(arguments["param_dtype"], "param_dtype")
         if self.param_dtype is None:
             raise TypeError("param_dtype must be a floating dtype; got None")
+        hashable_precision(arguments["precision"])
+        check_implementation(arguments["implementation"])
 
     @property
     def _function(self) -> Callable[..., Array]:
@@ -199,7 +201,7 @@ class Spec:
         sizes = tuple(input_shape)
         if not all(size is None or (isinstance(size, int | np.integer) and size >= 0) for size in sizes):
             raise TypeError(f"input_shape must hold integers and None; got {input_shape!r}")
-        # For an unknown axis: the window's length, so that no output is empty; two channels, so that glu can halve them.
+        # For an unknown axis: the window's length, so that no output is empty; two channels, which glu can halve.
         window = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)]
         stand_ins = self.layout.arrange([1] * (len(sizes) - self.layout.rank - 1), window, 2)
         known = [stand_in if size is None else int(size) for size, stand_in in zip(sizes, stand_ins, strict=False)]
@@ -307,6 +309,8 @@ def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str,
         if name != layer or config.get("module") not in (None, "keras.layers") or config.get("registered_name"):
             described = {key: config.get(key) for key in ("module", "class_name", "registered_name")}
             raise ValueError(f"config must be that of a built-in {layer}; got one of {described}")
+        if not isinstance(config.get("config"), Mapping):
+            raise ValueError(f"a configuration with 'class_name' has a dict as its 'config'; got {dict(config)!r}")
         config = config["config"]
     arguments = dict(config)
     if arguments.pop("groups", 1) != 1:

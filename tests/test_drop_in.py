@@ -161,7 +161,6 @@ def test_preferred_element_type() -> None:
         "feature_group_count": C,
         "preferred_element_type": jnp.float32,
     }
-    assert is_fast(lambda x, w: conv_general_dilated(x, w, (1, 1), "SAME", **options), x, w)
     y = conv_general_dilated(x, w, (1, 1), "SAME", **options)
     assert y.dtype == jnp.float32
     assert_close(y, np.asarray(lax.conv_general_dilated(x, w, (1, 1), "SAME", **options), np.float64), 1e-5)
@@ -196,8 +195,18 @@ UNCHANGED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, dict[str, Any]
         jnp.float32,
         {**NHWC, "padding": "VALID", "batch_group_count": C},
     ),
-    "lhs_dilation of a dense call": (X, (3, 2, C, 4), jnp.float32, {**NHWC, "lhs_dilation": (2, 2)}),
-    "lhs_dilation with strides": (X, W, jnp.float32, {**DEPTHWISE, "lhs_dilation": (2, 3), "window_strides": (2, 2)}),
+    "lhs_dilation of a dense call": (
+        X,
+        (3, 2, C, 4),
+        jnp.float32,
+        {**NHWC, "padding": [(1, 1), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
+    "lhs_dilation with strides": (
+        X,
+        W,
+        jnp.float32,
+        {**DEPTHWISE, "padding": [(1, 1), (1, 1)], "lhs_dilation": (2, 3), "window_strides": (2, 2)},
+    ),
     "no spatial axis": (
         (2, C),
         (1, C),
@@ -286,8 +295,8 @@ def test_a_strided_depthwise_dx() -> None:
         {"padding": [(0, 0)]},
         {"padding": "FULL"},
         {"rhs_dilation": (0, 1)},
-        {"rhs_dilation": (1,)},
         {"lhs_dilation": (0, 1)},
+        {"lhs_dilation": (2, 2)},
         {"dimension_numbers": ("NHW", "HWIO", "NHWC")},
         {"dimension_numbers": ("NHWC", "HWIO")},
         {"batch_group_count": 2},

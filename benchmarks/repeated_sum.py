@@ -1,0 +1,55 @@
+"""Shows the kernel gradient of lax's depthwise convolution on a mesh of two axes, with the batch sharded over one of them.
+
+Run as `python -m benchmarks.repeated_sum`. It prints the gradient's ratio to the single-device one: the size of the other
+axis, where 1 is right. It is why the table in depthwise_jax.lowering gives that gradient to `taps`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from depthwise_jax import depthwise_conv
+
+CHANNELS = 4
+
+
+def lax_conv(x: Array, kernel: Array) -> Array:
+    """The convolution as lax has it."""
+    return lax.conv_general_dilated(
+        x,
+        kernel.reshape(3, 3, 1, CHANNELS),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=CHANNELS,
+    )
+
+
+def ratio(conv: Callable[[Array, Array], Array], mesh_shape: tuple[int, int]) -> float:
+    """The median ratio of the kernel gradient with the batch sharded over the mesh's first axis to the one without."""
+    x = jax.random.normal(jax.random.key(0), (8, 6, 6, CHANNELS))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, CHANNELS, 1))
+    gradient = jax.jit(jax.grad(lambda kernel, x: (conv(x, kernel) ** 2).sum()))
+    mesh = jax.make_mesh(mesh_shape, ("batch", "other"), axis_types=(AxisType.Auto,) * 2)
+    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+    return float(np.median(np.asarray(gradient(kernel, sharded)) / np.asarray(gradient(kernel, x))))
+
+
+def main() -> None:
+    """Prints the ratios."""
+    print(f"jax {jax.__version__}; kernel gradient, batch sharded over the first mesh axis, relative to one device")
+    for mesh_shape in ((8, 1), (4, 2), (2, 4)):
+        print(f"mesh {mesh_shape}: lax {ratio(lax_conv, mesh_shape):.3f}, ours {ratio(depthwise_conv, mesh_shape):.3f}")
+
+
+if __name__ == "__main__":
+    main()
