@@ -16,12 +16,14 @@ from depthwise_jax.linen import SeparableConv3D as SeparableConv3D
 from depthwise_jax.linen import regularization_loss as regularization_loss
 
 if TYPE_CHECKING:
+    from depthwise_jax import interop as interop
+    from depthwise_jax import nnx as nnx
     from depthwise_jax import optim as optim
 
 __version__ = "0.1.0"
 
 # Loaded when first used: what they import takes longer than all the rest.
-_LAZY = ("optim",)
+_LAZY = ("interop", "nnx", "optim")
 
 
 def __getattr__(name: str) -> Any:

@@ -110,7 +110,7 @@ def get(identifier: Any, argument: str = "activation", channel_axis: int = -1) -
     if isinstance(identifier, type):
         raise TypeError(f"{argument} must be a function or an object to call; got the class {identifier.__name__}")
     function = _REGISTRY.get(identifier, argument)
-    if function is linear:
+    if function is None or function is linear:
         return None
     if function is not identifier and function in _ALONG_CHANNELS:
         return partial(function, axis=channel_axis)

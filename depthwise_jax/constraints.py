@@ -230,7 +230,7 @@ class _Norm(Constraint):
             member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | (norms == 0)
             projected = jnp.where(member, x, direction * (target / length))
         else:
-            norms = _sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
+            norms = _plain_norms(x, axes)
             projected = self._keras(x, norms)
         if w.dtype == x.dtype:
             return projected
@@ -241,12 +241,15 @@ class _Norm(Constraint):
         least, greatest = self._shell()
         if w.dtype != _wide(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
             return self(w)
-        if not self.exact:
-            w = self(w)
-        direction, length, norms = _polar(w, _axes(self.axis, w.ndim, type(self).__name__))
-        # The sum parameter + update adds 3 half-eps to what computing the projection took, a step inward 4 more.
-        target = greatest * (1 - 8 * float(jnp.finfo(w.dtype).eps))
-        return jnp.where(norms <= target, w, direction * (target / length))
+        axes = _axes(self.axis, w.ndim, type(self).__name__)
+        # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; a plain sum
+        # of squares count half-eps, both here and in `excess`.
+        margin = 8 + (_count(w, axes) / 2 if _is_short(w, axes) else 0)
+        target = greatest * (1 - margin * float(jnp.finfo(w.dtype).eps))
+        norms = _norms(w, axes)
+        if self.exact:
+            return w * (target / jnp.maximum(jnp.maximum(norms, target), jnp.finfo(w.dtype).tiny))
+        return w * (jnp.minimum(norms, target) / (_KERAS_EPSILON + norms))
 
     @property
     def _strict(self) -> bool:
@@ -254,7 +257,7 @@ class _Norm(Constraint):
 
     def excess(self, w: jax.Array) -> jax.Array:
         least, greatest = self._shell()
-        _, _, norms = _polar(w.astype(_wide(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
+        norms = _norms(w.astype(_wide(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
         return jnp.maximum(jnp.maximum(norms - greatest, least - norms), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -441,12 +444,7 @@ class _Composition(Constraint):
         if len(each) < len(self.parts):
             return None
         shape = tuple(map(min, *(excess.shape for excess in each))) if len(each) > 1 else each[0].shape
-        return functools.reduce(jnp.maximum, (reduce_to(jnp.max, excess, shape) for excess in each))
-
-
-def reduce_to(reduction: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Reduces `x` to `shape`, which has 1 where it differs from the shape of `x`."""
-    return reduction(x, axis=tuple(axis for axis in range(x.ndim) if x.shape[axis] != shape[axis]), keepdims=True)
+        return functools.reduce(jnp.maximum, (_largest(excess, shape) for excess in each))
 
 
 REGISTRY = Registry(
@@ -475,6 +473,11 @@ def _greater(a: Any, b: Any) -> Any:
 
 def _lesser(a: Any, b: Any) -> Any:
     return min(a, b) if _is_number(a) and _is_number(b) else jnp.minimum(a, b)
+
+
+def _largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The largest along each axis in which `shape` has 1 and `x` may have more."""
+    return jnp.max(x, axis=tuple(axis for axis in range(x.ndim) if x.shape[axis] != shape[axis]), keepdims=True)
 
 
 def _wide(dtype: Any) -> Any:
@@ -524,6 +527,25 @@ def _sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
 
 
+def _count(x: jax.Array, axes: tuple[int, ...]) -> int:
+    """The numbers in a slice."""
+    return max(1, math.prod(x.shape[axis] for axis in axes))
+
+
+def _is_short(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether a plain sum over a slice is right to a few eps, whatever the numbers: windows up to 5 x 5."""
+    return _count(x, axes) <= 32
+
+
+def _plain_norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return _sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
+
+
+def _norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Each slice's norm, right to a few eps; of short slices the cheap way, which overflows where Keras' does."""
+    return _plain_norms(x, axes) if _is_short(x, axes) else _polar(x, axes)[2]
+
+
 def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Each slice as direction / length, and its norm, whatever its magnitude and number of elements.
 
@@ -535,14 +557,15 @@ def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
     largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
     power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
     power = lax.stop_gradient(jnp.clip(power, info.tiny, 1 / info.tiny))  # 1 / power is a normal number too
-    direction = x / power
-    # The squares, at most 16, are cut at a grid so coarse that the sum of the heads is exact in any order; the tails are
-    # tiny, and so is the error of their sum. A plain sum would lose many small elements beside one large one.
+    direction = x * (1 / power)
+    # The squares, at most 16, are cut at a grid so coarse that the sum of the heads is exact in any order; the tails
+    # are tiny, and so is the error of their sum. A plain sum would lose many small elements beside one large one.
     squares = jnp.square(direction)
-    count = max(1, math.prod(x.shape[axis] for axis in axes))
-    grid = 2.0 ** (info.nmant - 3 - math.ceil(math.log2(count)))
-    heads = lax.stop_gradient(jnp.round(squares * grid) / grid)
-    length = _sqrt(jnp.sum(heads, axes, keepdims=True) + jnp.sum(squares - heads, axes, keepdims=True))
+    grid = 2.0 ** (info.nmant - 3 - math.ceil(math.log2(_count(x, axes))))
+    heads = (squares * grid).astype(jnp.int32 if info.bits == 32 else jnp.int64)
+    tails = squares - heads.astype(x.dtype) * (1 / grid)
+    total = jnp.sum(heads, axes, keepdims=True, dtype=heads.dtype).astype(x.dtype) * (1 / grid)
+    length = _sqrt(total + jnp.sum(tails, axes, keepdims=True))
     return direction, jnp.where(length == 0, 1, length), power * length
 
 

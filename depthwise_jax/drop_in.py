@@ -121,7 +121,11 @@ def _recognise(
     if named or outputs != groups or any(step != 1 for step in strides) or not all(isinstance(n, int) for n in spatial):
         return None
     extent = Window(size, spread, ((0, 0),) * rank, dilation).extent
-    pads = tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(extent, padding, strict=True))
+    # More zeros behind, fewer than a stride, are the input positions that no window reaches.
+    pads = tuple(
+        (e - 1 - low, max(e - 1 - high, 0) if e - 1 - high > -step else -1)
+        for e, step, (low, high) in zip(extent, spread, padding, strict=True)
+    )
     out = tuple(
         (n - 1) * step + 1 + low + high - e + 1
         for n, step, (low, high), e in zip(spatial, spread, padding, extent, strict=True)

@@ -272,7 +272,8 @@ def _pointwise(
 
 def _finish(y: Array, bias: Array | None, activation: activations.Activation | None, layout: Layout) -> Array:
     if bias is not None:
-        y = y + bias.astype(y.dtype).reshape(layout.arrange((), (1,) * layout.rank, bias.size))
+        batch = (1,) * (y.ndim - layout.rank - 1)
+        y = y + bias.astype(y.dtype).reshape(layout.arrange(batch, (1,) * layout.rank, bias.size))
     return y if activation is None else activation(y)
 
 

@@ -37,10 +37,10 @@ class _Layer(nn.Module):
                 if parameter.regularizer is not None:
                     loss = regularizers.penalty(parameter.regularizer, values[parameter.name])
                     # Once per parameter, however often the layer is called.
-                    self.sow("losses", parameter.name, loss, init_fn=lambda: 0.0, reduce_fn=lambda _, new: new)
+                    self.sow("losses", parameter.name, loss, init_fn=_zero, reduce_fn=lambda _, new: new)
             if self._spec.activity_regularizer is not None:
                 loss = self._spec.activity_loss(y)
-                self.sow("losses", "activity", loss, init_fn=lambda: 0.0, reduce_fn=lambda total, new: total + new)
+                self.sow("losses", "activity", loss, init_fn=_zero, reduce_fn=lambda total, new: total + new)
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -67,6 +67,10 @@ class _Layer(nn.Module):
             ValueError: it is another layer's, or names what is not built in.
         """
         return cls(**spec.arguments_from_config(cls.__name__, _arguments(cls), config))
+
+
+def _zero() -> Any:
+    return 0.0
 
 
 def _value(module: nn.Module, parameter: spec.Parameter, shape: tuple[int, ...], dtype: Any) -> Array:

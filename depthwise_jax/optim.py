@@ -12,7 +12,7 @@ is feasible after that rounding. What holds then if the parameter was feasible b
   the projection's differ by less than 2**12. For this the update is emitted in float32.
 * UnitNorm, other MinMaxNorm and any other callable: the projection's own output to rounding, and no more.
 
-A slice that did not move and is feasible stays as it is, though Keras' formulas would shrink it a little.
+Numbers that did not move stay as they are if their slice is feasible, though Keras' formulas would shrink them a bit.
 
 Where `project` stands in a chain:
 
@@ -45,13 +45,13 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey, keystr
 
 from depthwise_jax import introspect
-from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get, reduce_to
+from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
 
 Path = tuple[str, ...]
 
 
 def constraints_of(
-    model: nn.Module,
+    model: Any,
     *args: Any,
     rngs: Any = None,
     method: Callable[..., Any] | str | None = None,
@@ -60,17 +60,23 @@ def constraints_of(
     """The constraints that a model's layers were given, for `project`.
 
     Args:
-        model: an unbound Linen module with layers of `depthwise_jax.linen` at any depth.
+        model: an unbound Linen module with layers of `depthwise_jax.linen` at any depth; or an NNX module with those of
+            `depthwise_jax.nnx`, which takes no more arguments.
         *args: example inputs, arrays or `jax.ShapeDtypeStruct`s, as for `model.init`. Nothing is computed.
         rngs: as for `model.init`; a key of no importance unless given.
         method: as for `model.init`.
         **kwargs: as for `model.init`.
 
     Returns:
-        A tree like `model.init(...)["params"]`: a constraint, or None, for each parameter. It is a plain tree to edit:
-        `constraints["Dense_0"]["kernel"] = MaxNorm(0.25)`.
+        A tree like `model.init(...)["params"]`, or `nnx.state(model, nnx.Param)`: a constraint, or None, for each
+        parameter. It is a plain tree to edit: `constraints["Dense_0"]["kernel"] = MaxNorm(0.25)`.
     """
-    found = introspect.collect(model, *args, rngs=rngs, method=method, **kwargs)
+    if isinstance(model, nn.Module):
+        found = introspect.collect(model, *args, rngs=rngs, method=method, **kwargs)
+    else:
+        from depthwise_jax import nnx  # loaded when first used
+
+        found = nnx.collect(model, *args, **kwargs)
     return jax.tree.map(_constraint_of, found)
 
 
@@ -190,7 +196,7 @@ def _constrained(
     """
     leaves, treedef = jax.tree.flatten_with_path(params, is_leaf=_is_absent)
     named = [(_names(path), leaf) for path, leaf in leaves]
-    lookup = select or _Prefixes(constraints, [path for path, _ in named])
+    lookup = select or _Prefixes(constraints, named)
     return [
         (path, leaf, None if _is_absent(leaf) else _resolve(path, lookup(path, leaf))) for path, leaf in named
     ], treedef
@@ -199,13 +205,13 @@ def _constrained(
 class _Prefixes:
     """A tree of constraints as a function of the path; the tree must be a prefix of the parameters."""
 
-    def __init__(self, constraints: Any, paths: list[Path]):
+    def __init__(self, constraints: Any, named: list[tuple[Path, Any]]):
         entries, _ = jax.tree.flatten_with_path(constraints, is_leaf=lambda node: node is None or callable(node))
         self.entries = {_names(path): entry for path, entry in entries}
-        known = {path[:length] for path in paths for length in range(len(path) + 1)}
+        known = {path[:length] for path, _ in named for length in range(len(path) + 1)}
+        absent = {path for path, leaf in named if _is_absent(leaf)}
         for path in self.entries:
-            # A place left out by optax.masked may stand above the entry.
-            if path not in known and not any(path[:length] in paths for length in range(len(path))):
+            if path not in known and not any(path[:length] in absent for length in range(len(path))):
                 raise ValueError(f"constraints do not match the parameters: there is no parameter {_show(path)}")
 
     def __call__(self, path: Path, leaf: Any) -> Any:
@@ -283,10 +289,9 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
     new = jax.lax.optimization_barrier((base + update).astype(param.dtype))
     target = _apply(path, constraint.interior, new)
     step = jnp.where(target == new, update, target.astype(dtype) - base)
-    excess = constraint.excess(param)
+    excess = constraint.excess(new)  # as large as the parameter's where nothing moved; interior(new) has computed most
     if excess is not None:
-        still = reduce_to(jnp.all, update == 0, excess.shape) & (excess <= 0)
-        step = jnp.where(still, update, step)
+        step = jnp.where((update == 0) & (excess <= 0), update, step)
     return _within(param, base, step, *constraint.interval)
 
 

@@ -121,6 +121,11 @@ def _batching_rule(
     return bind(primitive, first, second, stacked=stacked + 1, **params), 0
 
 
+def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
+    with jax.disable_jit(False):  # a primitive is the smallest thing that runs: without jit it would call itself
+        return _compiled(primitive, **params)(*operands)
+
+
 @functools.lru_cache(maxsize=4096)
 def _compiled(primitive: Primitive, **params: Any) -> Callable[..., Array]:
     return jax.jit(functools.partial(primitive.bind, **params))
@@ -160,7 +165,7 @@ def _define(
     transposes: tuple[tuple[Primitive, bool], tuple[Primitive, bool]],
 ) -> None:
     primitive.def_abstract_eval(functools.partial(_abstract_eval, shape_rule, spec_rule))
-    primitive.def_impl(lambda *operands, **params: _compiled(primitive, **params)(*operands))
+    primitive.def_impl(functools.partial(_impl, primitive))
     rules = (
         _transpose_rule(transpose, i, cotangent_first) for i, (transpose, cotangent_first) in enumerate(transposes)
     )

@@ -1,5 +1,6 @@
 """The layers' contract, written once for every kind of module: arguments, checks, shapes, losses, configuration."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Parameter:
             value = self.initializer(key, shape, dtype)
         except ValueError as error:
             raise ValueError(f"{self.prefix}_initializer: {error}") from error
-        for array in jax.tree.leaves(value):
+        for array in jax.tree.leaves(getattr(value, "raw_value", value)):  # of nnx.VariableMetadata
             if array.shape != shape:
                 raise ValueError(f"{self.prefix}_initializer must give the shape {shape}; got {array.shape}")
         return value
@@ -112,6 +113,15 @@ class Spec:
             raise TypeError("param_dtype must be a floating dtype; got None")
         hashable_precision(arguments["precision"])
         check_implementation(arguments["implementation"])
+
+    def values(self) -> dict[str, Any]:
+        """The arguments by name, each as a plain value that can be compared and hashed: configurations as objects."""
+        names = ("kernel_size", "strides", "dilation_rate", "padding", "depth_multiplier", "dtype", "param_dtype")
+        return {
+            **resolved(self.arguments),
+            **{name: getattr(self, name) for name in names},
+            "data_format": self.layout.data_format,
+        }
 
     @property
     def _function(self) -> Callable[..., Array]:
@@ -182,8 +192,10 @@ class Spec:
     def activity_loss(self, y: Array) -> Array:
         """The activity_regularizer's penalty on the output, divided by the batch size: that of all leading axes."""
         assert self.activity_regularizer is not None
-        batch = int(np.prod(y.shape[: -self.layout.rank - 1]))
-        return regularizers.penalty(self.activity_regularizer, y) / batch if batch else jnp.zeros(())
+        batch = math.prod(y.shape[: -self.layout.rank - 1])  # an int, or symbolic under jax.export
+        if isinstance(batch, int) and batch == 0:
+            return jnp.zeros(())
+        return regularizers.penalty(self.activity_regularizer, y) / batch
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The output's shape.
@@ -332,13 +344,21 @@ def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str,
         raise ValueError(f"{layer} has no argument {unknown[0]!r}; {closest(str(unknown[0]), valid)}")
     if "dtype" in arguments:
         arguments |= _dtypes(arguments["dtype"])
+    return resolved(arguments)
+
+
+def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name with objects for names and configurations, a name for an activation's, tuples for lists."""
+    values = dict(arguments)
     for name, value in arguments.items():
         kind = name.rpartition("_")[2]
         if kind in _RESOLVERS:
-            arguments[name] = _RESOLVERS[kind](value, name)
+            values[name] = _RESOLVERS[kind](value, name)
+        elif name == "activation" and isinstance(value, Mapping):
+            values[name] = activations.serialize(value)
         elif isinstance(value, list):
-            arguments[name] = tuple(value)
-    return arguments
+            values[name] = tuple(value)
+    return values
 
 
 _RESOLVERS = {

@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TEST_DIGITS = 1000
-BATCH = 100
+BATCH = 50
 LIMIT = 1.0
 # What the speed is measured on.
 LAYER, KERNEL = (8, 28, 28, 64), (5, 5, 64, 1)
@@ -56,7 +56,7 @@ class Digits(nn.Module):
         for filters, strides in ((48, 1), (64, 2), (96, 1)):
             x = SeparableConv2D(
                 filters,
-                3,
+                5,
                 strides=strides,
                 padding="same",
                 use_bias=False,
@@ -79,11 +79,12 @@ def load() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]
 def batches(
     images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One epoch in a new order, each batch shifted by up to two pixels either way."""
+    """One epoch in a new order, each image shifted by up to two pixels either way."""
     order = rng.permutation(len(images))
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        yield np.roll(images[chosen], rng.integers(-2, 3, size=2), axis=(1, 2)), labels[chosen]
+        shifted = [np.roll(image, rng.integers(-2, 3, size=2), axis=(0, 1)) for image in images[chosen]]
+        yield np.stack(shifted), labels[chosen]
 
 
 def train(epochs: int) -> tuple[Any, list[float], float, float]:
@@ -93,7 +94,7 @@ def train(epochs: int) -> tuple[Any, list[float], float, float]:
     params = model.init(jax.random.key(0), images[:1])["params"]
     constraints = constraints_of(model, images[:1])
     steps = epochs * (len(images) // BATCH)
-    optimizer = optax.chain(optax.adamw(optax.cosine_onecycle_schedule(steps, 1e-2)), project(constraints))
+    optimizer = optax.chain(optax.adamw(optax.cosine_onecycle_schedule(steps, 1.5e-2)), project(constraints))
 
     def loss_of(params: Any, x: Array, y: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x), y).mean()

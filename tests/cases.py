@@ -1,8 +1,8 @@
 """The table of cases: the geometries that the tests check and the benchmarks time.
 
-CASES are small and between them meet every rank, data format, padding, stride, dilation and multiplier, alone and together.
-NETWORKS are depthwise layers out of known networks at their real sizes, for the benchmarks; `reduced` gives the same geometry at a size
-that a loop in NumPy can check, and the tests take those too.
+CASES are small and between them meet every rank, data format, padding, stride, dilation and multiplier, alone and
+together. NETWORKS are depthwise layers out of known networks at their real sizes, for the benchmarks; `reduced` gives
+the same geometry at a size that a loop in NumPy can check, and the tests take those too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 
 from depthwise_jax import depthwise_conv
 from tests.oracle import Oracle
-
 
 # Every lowering runs the whole suite: a new one is one more name here.
 LOWERINGS = ("conv", "taps")
@@ -38,7 +37,7 @@ class Case:
         return Oracle(self.x, self.kernel, **self.geometry)
 
     def draw(self, shape: Sequence[int], stream: int = 0) -> np.ndarray:
-        """Standard normal numbers in float32, the same at every run: whoever compares two dtypes starts from the same values."""
+        """Standard normal numbers in float32, the same at every run and for every dtype that they are cast to."""
         seed = zlib.crc32(f"{self.name}/{stream}".encode())
         return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -56,6 +55,11 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def label(value: object) -> str:
+    """A parameter's name in test ids, without the address that str gives of a function."""
+    return getattr(value, "__name__", str(value))
 
 
 def _case(name: str, x: Sequence[int], kernel: Sequence[int], **geometry: Any) -> Case:
@@ -156,7 +160,7 @@ CASES = (
     _case("2d-one-pixel-same", (2, 1, 1, 3), (3, 3, 3, 2), strides=2, padding="same"),
 )
 
-# Depthwise layers of MobileNet, EfficientNet, ConvNeXt and RepLKNet, float32, channels last: N, H, W, C, window, stride.
+# Depthwise layers of MobileNet, EfficientNet, ConvNeXt and RepLKNet, channels last: N, H and W, C, window, stride.
 NETWORKS = tuple(
     _case(
         f"{n}x{size}x{size}x{c}-k{k}" + ("-s2" if stride == 2 else ""),

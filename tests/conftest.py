@@ -16,7 +16,7 @@ import pytest
 
 from tests.cases import LOWERINGS
 
-# Compilation, not the draw, is what takes time; the same examples at every run, so that a failure is one that others see too.
+# Compiling takes the time, so no deadline; the same examples at every run, so that others see the same failures.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("repository")
 

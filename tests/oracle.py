@@ -1,13 +1,14 @@
 """The truth of the tests: depthwise convolution as loops over output positions and taps, in NumPy, without JAX.
 
-Three maps, each written out from the definition. For output position o, tap t and the input position p = o*stride + t*dilation - low,
+Three maps, each written out from the definition. For output position o, tap t and the input position
+p = o*stride + t*dilation - low,
 
     y[b, o, c, m] = sum over t of x[b, p, c] * w[t, c, m]
     dx[b, p, c]   = sum over o, t, m of g[b, o, c, m] * w[t, c, m]
     dw[t, c, m]   = sum over b, o of x[b, p, c] * g[b, o, c, m]
 
-where a p outside the input contributes nothing, or, under "reflect" and "circular", is read again inside it. Everything is computed
-in the widest dtype of its kind (float64, complex128, int64); batch and channels are the only axes that NumPy itself runs over.
+where a p outside the input contributes nothing, or, under "reflect" and "circular", is read again inside it. All is
+computed in the widest dtype of its kind (float64, complex128, int64); NumPy runs over batch and channels alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class EmptyOutputError(ValueError):
 
 
 class Oracle:
-    """The three maps of one geometry, for inputs (*batch, *spatial, C) or (*batch, C, *spatial) and kernels (*window, C, M)."""
+    """The three maps of one geometry, for x (*batch, *spatial, C) or (*batch, C, *spatial), kernel (*window, C, M)."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Oracle:
         sizes = list(x_shape)
         sizes.pop(self.channel_axis)
         self.batch, self.spatial = tuple(sizes[: len(sizes) - rank]), tuple(sizes[len(sizes) - rank :])
+        pads: Sequence[tuple[int, int]]
         spans = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilation, strict=True)]
         self.again = padding if padding in ("reflect", "circular") else None
         if padding == "valid":
@@ -65,7 +67,7 @@ class Oracle:
         elif isinstance(padding, int):
             pads = [(padding, padding)] * rank
         else:
-            pads = list(padding)  # pyright: ignore[reportAssignmentType]
+            pads = padding  # pyright: ignore[reportAssignmentType]
         self.low = [low for low, _ in pads]
         room = [n + low + high - e for n, (low, high), e in zip(self.spatial, pads, spans, strict=True)]
         no_output = padding == "same" and 0 in self.spatial  # ceil(0 / s) is 0
@@ -77,7 +79,7 @@ class Oracle:
         self.y_shape = tuple(output)
 
     def _reads(self) -> Iterator[tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]]:
-        """Every (output position, tap, input position) that meets inside the input, as indices behind one batch axis."""
+        """Every (output position, tap, input position) inside the input, as indices behind one batch axis."""
         for position in itertools.product(*map(range, self.out)):
             for tap in itertools.product(*map(range, self.window)):
                 read = [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,7 +49,7 @@ CONSTANT = [
 ]
 
 
-def make(name, config):
+def make(name, config) -> Any:
     return initializers.get({"class_name": name, "config": config})
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import print_saved_residuals
 
 from depthwise_jax import depthwise_conv
 from tests.cases import CORE, Case
@@ -25,7 +26,7 @@ def count_compilations() -> Iterator[list[str]]:
     """Collects an entry for every program that XLA compiles."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
@@ -77,17 +78,18 @@ def test_jit_traces_once_for_equal_geometry(implementation: str) -> None:
         return depthwise_conv(x, w, strides=(1, 1), implementation=implementation)
 
     x, w, _ = CORE[0].operands()
-    f(x, w), f(2 * x, w)
+    f(x, w)
+    f(2 * x, w)
     assert len(traces) == 1
 
 
 def test_numpy_jax_and_list_settings_are_the_same_call(implementation: str) -> None:
     x, w, _ = CORE[2].operands()
     expected = depthwise_conv(x, w, strides=2, padding=((1, 2), (0, 1)), implementation=implementation)
-    for strides in ((2, 2), [2, 2], np.int64(2), np.array([2, 2])):
-        actual = depthwise_conv(
-            jnp.asarray(x), w, strides=strides, padding=[[1, 2], (0, np.int32(1))], implementation=implementation
-        )
+    padding: Any = [[1, 2], (0, np.int32(1))]
+    all_strides: list[Any] = [(2, 2), [2, 2], np.int64(2), np.array([2, 2])]
+    for strides in all_strides:
+        actual = depthwise_conv(jnp.asarray(x), w, strides=strides, padding=padding, implementation=implementation)
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -145,7 +147,7 @@ def forward_calls(policy: Any, conv: Callable[..., Any]) -> int:
 
 
 def test_the_policy_by_name_saves_the_output(implementation: str) -> None:
-    # lax's own convolution would be saved under dots_saveable, which knows it by its primitive; ours is saved by its name.
+    # lax's convolution is saved under dots_saveable, which knows its primitive; ours is saved by its name.
     conv = SQUARE.conv(implementation)
     assert forward_calls(jax.checkpoint_policies.save_only_these_names("depthwise_conv"), conv) == 1
     assert forward_calls(jax.checkpoint_policies.everything_saveable, conv) == 1
@@ -163,7 +165,7 @@ def test_the_policy_by_name_knows_a_call_with_bias_and_activation(
     f = jax.checkpoint(
         lambda x, w, b: jnp.sin(SQUARE.conv(implementation, activation=activation)(x, w, b)).sum(), policy=policy
     )
-    jax.ad_checkpoint.print_saved_residuals(f, x, w, b)
+    print_saved_residuals(f, x, w, b)
     assert "named 'depthwise_conv'" in capsys.readouterr().out
 
 
@@ -220,6 +222,24 @@ def test_loops_and_branches(implementation: str) -> None:
     once = SQUARE.oracle.conv(x, w)
     assert_close(run(x, w, 1), once, 1e-5)
     assert_close(run(x, w, 2), SQUARE.oracle.conv(SQUARE.oracle.conv(once, w), w), 1e-5)
+
+
+def test_under_jaxs_strictest_settings(implementation: str) -> None:
+    x, w, g = SQUARE.operands()
+    b = SQUARE.draw((3,), 20)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.checking_leaks():
+        f = jax.jit(lambda x, w, b, g: jax.vjp(SQUARE.conv(implementation, activation="relu"), x, w, b)[1](g))
+        dx, dw, db = f(x, w, b, g)
+    g = g * (SQUARE.oracle.add_bias(SQUARE.oracle.conv(x, w), b) > 0)
+    assert_close(dx, SQUARE.oracle.input_grad(g, w), 1e-5)
+    assert_close(dw, SQUARE.oracle.kernel_grad(x, g), 1e-5)
+    assert_close(db, g.sum((0, 1, 2)), 1e-5)
+
+
+def test_disable_jit(implementation: str) -> None:
+    x, w, _ = SQUARE.operands()
+    with jax.disable_jit():
+        assert_close(SQUARE.conv(implementation)(x, w), SQUARE.oracle.conv(x, w), 1e-5)
 
 
 def test_shapes_without_data(implementation: str) -> None:

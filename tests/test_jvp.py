@@ -1,4 +1,4 @@
-"""Forward mode: J(x, w) applied to (tx, tw) is conv(tx, w) + conv(x, tw), for both, for one, and with what comes after."""
+"""Forward mode: J(x, w) applied to (tx, tw) is conv(tx, w) + conv(x, tw)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CASES, CORE, SMALL_NETWORKS, Case
+from tests.cases import CASES, CORE, SMALL_NETWORKS, Case, label
 from tests.oracle import assert_close, widest
 
 
@@ -80,7 +80,7 @@ def test_an_integer_input_has_no_tangent(implementation: str) -> None:
         ("tanh", lambda y: 1 - np.tanh(y) ** 2),
         (jnp.sin, np.cos),
     ],
-    ids=str,
+    ids=label,
 )
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthwise_jax import depthwise_conv, linen, separable_conv
+from depthwise_jax import depthwise_conv, separable_conv
+from tests import layers as linen
 from tests.oracle import Oracle
 
 KEY = jax.random.key(0)

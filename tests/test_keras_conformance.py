@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthwise_jax import introspect, linen
+from depthwise_jax import introspect, linen, spec
 from tests.keras_reference import keras
 
 LAYERS = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
@@ -151,6 +151,10 @@ def as_json(config: Any) -> Any:
     return config
 
 
+def through_a_file(config: Any) -> Any:
+    return json.loads(json.dumps(config))
+
+
 @pytest.mark.parametrize("seed", range(CONFIGURATIONS_PER_LAYER))
 @pytest.mark.parametrize("name", LAYERS)
 def test_random_configuration(name, seed):
@@ -188,9 +192,46 @@ def test_random_configuration(name, seed):
 
     # the configuration, from ours to Keras and from Keras to ours
     original = keras_layer(name, config)
-    theirs_config, our_config = original.get_config(), getattr(linen, name)(**config, name=original.name).get_config()
-    assert as_json(json.loads(json.dumps(our_config))) == as_json(json.loads(json.dumps(theirs_config)))
-    rebuilt = getattr(keras.layers, name).from_config(json.loads(json.dumps(our_config)))
-    assert as_json(rebuilt.get_config()) == as_json(theirs_config)
-    whole = json.loads(json.dumps(keras.saving.serialize_keras_object(original)))
-    assert as_json(getattr(linen, name).from_config(whole).get_config()) == as_json(theirs_config)
+    named = getattr(linen, name)(**config, name=original.name)
+    expected_config = as_json(original.get_config())
+    assert as_json(named.get_config()) == expected_config
+    rebuilt = keras.saving.deserialize_keras_object(through_a_file(spec.serialize(named)))
+    assert as_json(rebuilt.get_config()) == expected_config
+    assert as_json(type(original).from_config(through_a_file(named.get_config())).get_config()) == expected_config
+    whole = through_a_file(keras.saving.serialize_keras_object(original))
+    for form in (whole, whole["config"]):
+        assert as_json(getattr(linen, name).from_config(form).get_config()) == expected_config
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_seeded_initializers_make_keras_weights_bit_for_bit(name):
+    config = {"kernel_size": 3, "data_format": "channels_last", "depth_multiplier": 2}
+    config["depthwise_initializer"] = {"class_name": "HeNormal", "config": {"seed": 3}}
+    config["bias_initializer"] = {"class_name": "RandomUniform", "config": {"seed": 4}}
+    if name.startswith("Separable"):
+        config |= {"filters": 5, "pointwise_initializer": {"class_name": "GlorotUniform", "config": {"seed": 5}}}
+    shape = (1, *(4,) * int(name[-2]), 3)
+    theirs = keras_layer(name, config)
+    theirs.build(shape)
+    params = getattr(linen, name)(**config).init(jax.random.key(0), jnp.zeros(shape))["params"]
+    assert set(params) == set(names_of(theirs))
+    for variable in theirs.trainable_variables:
+        np.testing.assert_array_equal(params[variable.name], variable.value)
+
+
+def test_what_keras_writes_for_a_lambda_is_refused():
+    # of an activation Keras writes the bytecode alone, without saying what it is
+    for argument, value, match in (
+        ("activation", lambda x: x, "activation: a configuration has the keys .*'value'"),
+        ("depthwise_constraint", lambda w: w, "depthwise_constraint: .*'__lambda__'"),
+    ):
+        with pytest.warns(UserWarning, match="unsafe"):
+            whole = keras.saving.serialize_keras_object(keras.layers.DepthwiseConv2D(3, **{argument: value}))
+        with pytest.raises(ValueError, match=match):
+            linen.DepthwiseConv2D.from_config(whole)
+
+
+def test_an_activation_layer_of_keras_is_refused_by_name():
+    whole = keras.saving.serialize_keras_object(keras.layers.DepthwiseConv2D(3, activation=keras.layers.ReLU(3.0)))
+    with pytest.raises(ValueError, match=r"activation: .*'keras\.layers'"):
+        linen.DepthwiseConv2D.from_config(whole)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import linen
-from depthwise_jax.linen import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv1D, SeparableConv2D
+from tests.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv1D, SeparableConv2D
 
 KEY = jax.random.key(0)
 ONE_PER_AXIS = ("kernel_size", "strides", "dilation_rate")

@@ -1,6 +1,7 @@
 """Regularizers against Keras and their formulas."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ CONFIGS = [
 ]
 
 
-def make(name, config):
+def make(name, config) -> Any:
     return regularizers.get({"class_name": name, "config": config})
 
 
@@ -78,7 +79,7 @@ def test_the_base_has_no_penalty():
 def test_configurations_go_through_keras_and_back(name, config):
     ours = make(name, config)
     theirs = keras.regularizers.deserialize(regularizers.serialize(ours))
-    back = regularizers.get(keras.regularizers.serialize(theirs))
+    back: Any = regularizers.get(keras.regularizers.serialize(theirs))
     assert type(back) is type(ours)
     # Keras holds some of the factors in float32
     matrix = jnp.asarray(W.reshape(6, 8))

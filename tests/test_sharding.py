@@ -1,4 +1,4 @@
-"""Sharding by the compiler: automatic, with the collectives of the compiled program counted, and explicit, with the types checked."""
+"""Sharding by the compiler: automatic, counting the compiled program's collectives, and explicit, with its types."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES = [
 
 NONE: dict[str, int] = {}
 ONE_ALL_REDUCE = {"all-reduce": 1}
-# What the compiled program of each map may contain, by the sharded axes. Rows exchange their halo in as many permutes as it takes.
+# What the compiled program of each map contains, by the sharded axes; rows exchange their halo in some permutes.
 COLLECTIVES = {
     "batch": {"forward": NONE, "dx": NONE, "dw": ONE_ALL_REDUCE},
     "channels": {"forward": NONE, "dx": NONE, "dw": NONE},
@@ -42,12 +42,12 @@ COLLECTIVES = {
     },
 }
 COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+    r" (all-reduce|all-gather|(?:ragged-)?all-to-all|reduce-scatter|collective-(?:permute|broadcast))(?:-start)?\("
 )
 
 
-# XLA adds up the partial kernel gradients of a partitioned convolution over every axis of the mesh, sharded or not: "conv" serves
-# kernel gradients on a mesh of one axis, and refuses others (test_conv_refuses_...). All other lowerings get the mesh of two axes.
+# XLA adds up the partial kernel gradients of a partitioned convolution over every axis of the mesh, sharded or not:
+# "conv" serves them on a mesh of one axis, and refuses others. All other lowerings get the mesh of two axes.
 SERVED = [
     (name, sharded) for name in LOWERINGS for sharded in COLLECTIVES if (name, sharded) != ("conv", "batch+channels")
 ]

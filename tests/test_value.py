@@ -12,14 +12,14 @@ from flax import linen as nn
 from jax import lax
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, reduced
+from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, label, reduced
 from tests.oracle import assert_close, widest
 
 ONE = CORE[1]  # "same", two kernels per channel
 
 
 def assert_within_roundings(actual: jax.Array, exact: np.ndarray, *roundings: np.ndarray) -> None:
-    """Within float32's accumulation error of `exact`, plus half a unit in the last place of each value that was rounded on the way."""
+    """Within float32's accumulation error of `exact`, and half a unit in the last place of each value rounded."""
     info = jnp.finfo(actual.dtype)
     allowed = 1e-6 * np.max(np.abs(exact)) + sum(
         np.abs(r) * float(info.eps) / 2 + float(info.smallest_subnormal) for r in roundings
@@ -88,6 +88,15 @@ def test_preferred_element_type_float32_keeps_the_accumulator(implementation: st
     y = ONE.conv(implementation, preferred_element_type=jnp.float32)(x, w)
     assert y.dtype == jnp.float32
     assert_close(y, ONE.oracle.conv(x, w), 1e-6)
+
+
+def test_float8(implementation: str) -> None:
+    # It promotes to nothing by itself, but is summed in float32 like every narrow type.
+    x, w, _ = (jnp.asarray(a).astype(jnp.float8_e4m3fn) for a in ONE.operands())
+    y = ONE.conv(implementation)(x, w)
+    exact = ONE.oracle.conv(x.astype(jnp.float32), w.astype(jnp.float32))
+    assert y.dtype == jnp.float8_e4m3fn
+    assert_within_roundings(y, exact, exact)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.uint8, np.uint32])
@@ -165,8 +174,8 @@ def test_oracle_agrees_with_lax(case: Case, x64: None) -> None:
     spatial = "DHW"[3 - rank :]
     layout = f"N{spatial}C" if oracle.channel_axis == -1 else f"NC{spatial}"
     y = lax.conv_general_dilated(
-        x.astype(np.float64).reshape((int(np.prod(oracle.batch)), *x.shape[len(oracle.batch) :])),
-        w.astype(np.float64).reshape((*oracle.window, 1, -1)),
+        jnp.asarray(x, np.float64).reshape((int(np.prod(oracle.batch)), *x.shape[len(oracle.batch) :])),
+        jnp.asarray(w, np.float64).reshape((*oracle.window, 1, -1)),
         oracle.strides,
         padding,
         rhs_dilation=oracle.dilation,
@@ -232,7 +241,7 @@ def test_the_kernel_is_not_flipped(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "tanh", jnp.cos], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "tanh", jnp.cos], ids=label)
 def test_bias_and_activation(implementation: str, data_format: str, activation: Any) -> None:
     shape = (2, 3, 5, 4) if data_format == "channels_first" else (2, 5, 4, 3)
     case = Case("bias", shape, (3, 3, 3, 2), {"padding": "same", "data_format": data_format})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, reduced
+from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, label, reduced
 from tests.oracle import assert_close, widest
 
 
@@ -162,7 +162,7 @@ def test_the_transposes_transposed(case: Case, implementation: str) -> None:
         ("tanh", lambda y: 1 - np.tanh(y) ** 2),
         (jnp.sin, np.cos),
     ],
-    ids=str,
+    ids=label,
 )
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:

@@ -61,7 +61,7 @@ def test_causal_never_reads_ahead() -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), [("reflect", "reflect"), ("circular", "wrap")])
-def test_paddings_that_read_the_input_again(name: str, mode: str) -> None:
+def test_paddings_that_read_the_input_again(name: str, mode: Any) -> None:
     window, before = resolve((7, 6), (3, 4), (2, 1), name, (2, 1))
     assert window.padding == ((0, 0), (0, 0))
     assert before is not None

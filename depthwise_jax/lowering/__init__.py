@@ -149,7 +149,8 @@ def run(
 
 def accumulation_dtype(dtype: Any) -> Any:
     """The dtype in which products of a dtype are summed: float32 for narrower floats, else the dtype itself."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(dtype)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32 if narrow else dtype)
 
 
 def _is_symbolic(convolution: Convolution) -> bool:
