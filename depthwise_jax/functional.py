@@ -195,7 +195,7 @@ def _arguments(
 
 def check_implementation(implementation: str | None) -> None:
     """Raises ValueError unless `implementation` is None or the name of a lowering."""
-    if implementation is not None and implementation not in tuple(lowering.LOWERINGS):
+    if implementation is not None and not (isinstance(implementation, str) and implementation in lowering.LOWERINGS):
         raise ValueError(
             f"implementation must be None or one of {tuple(lowering.LOWERINGS)}, "
             f"got implementation={implementation!r}; " + closest(str(implementation), lowering.LOWERINGS)
@@ -312,7 +312,8 @@ def hashable_precision(precision: Any) -> Any:
     pair = isinstance(precision, list | tuple)
     values = tuple(precision) if pair else (precision,)
     names = {"default", "high", "highest", "bfloat16", "tensorfloat32", "float32", "fastest"}
-    if (pair and len(values) != 2) or any(v not in names and not isinstance(v, lax.Precision | None) for v in values):
+    valid = (v in names if isinstance(v, str) else isinstance(v, lax.Precision | None) for v in values)
+    if (pair and len(values) != 2) or not all(valid):
         raise ValueError(
             "precision must be None, a jax.lax.Precision, its name, or a pair of them for x and kernel; "
             f"got precision={precision!r}"

@@ -147,6 +147,8 @@ class STFT(_Configured):
             raise ValueError(f"side must be 'real' or 'imag'; got {self.side!r}")
         if self.scaling not in ("density", "spectrum", None):
             raise ValueError(f"scaling must be 'density', 'spectrum' or None; got {self.scaling!r}")
+        if not isinstance(self.window, str | None):
+            raise ValueError(f"window must be a name of scipy.signal.windows or None; got {self.window!r}")
         if self.window is not None:
             self._taper(1)
 

@@ -7,13 +7,14 @@ are known exactly, at any depth, whether the modules are shared, rematerialised,
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import struct
 from flax.core import DenyList, Scope, init, meta
+from jax.tree_util import DictKey
 
 # A flag of the scope, because every lifting hands flags on and nn.jit keys its cache of traces by them.
 _FLAG = "depthwise_jax_introspection"
@@ -70,20 +71,23 @@ def collect(
             return getattr(module, method or "__call__")(*args, **kwargs)
         return getattr(method, "__func__", method)(module, *args, **kwargs)
 
-    def trace_init(arrays: list[Any]) -> Any:
+    def trace_init(flags: dict[str, bool], arrays: list[Any]) -> Any:
         remaining = iter(arrays)
         args, kwargs = treedef.unflatten(
             [next(remaining) if known else leaf for known, leaf in zip(is_array, leaves, strict=True)]
         )
-        # As model.init does, with the flag.
-        initialise = init(run, mutable=DenyList("intermediates"), flags={_FLAG: True})
+        # As model.init does, with the flags.
+        initialise = init(run, mutable=DenyList("intermediates"), flags=flags)
         _, variables = initialise(jax.random.key(0) if rngs is None else rngs, *args, **kwargs)
         return variables.get("params", {})
 
-    params = jax.eval_shape(trace_init, [leaf for known, leaf in zip(is_array, leaves, strict=True) if known])
-    return jax.tree.map(
-        lambda leaf: leaf.found() if isinstance(leaf, _Box) else None, params, is_leaf=meta.is_axis_metadata
-    )
+    arrays = [leaf for known, leaf in zip(is_array, leaves, strict=True) if known]
+    boxed = jax.eval_shape(partial(trace_init, {_FLAG: True}), arrays)
+    boxes = jax.tree.leaves_with_path(boxed, is_leaf=meta.is_axis_metadata)
+    found = {path: box.found() for path, box in boxes if isinstance(box, _Box)}
+    # The tree itself without boxes: nn.WeightNorm names its parameters after the paths of others, a box's included.
+    params = jax.eval_shape(partial(trace_init, {}), arrays)
+    return jax.tree.map_with_path(lambda path, _: found.get(path), params, is_leaf=meta.is_axis_metadata)
 
 
 def tagged(
@@ -155,11 +159,12 @@ def _key(value: Any) -> Any:
     return value
 
 
-class _Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
+@dataclass(frozen=True)
+class _Box(meta.AxisMetadata[Any]):
     value: Any
-    tag: _Tag = struct.field(pytree_node=False)
-    instance_shape: tuple[int, ...] = struct.field(pytree_node=False)
-    axes: tuple[int, ...] = struct.field(pytree_node=False)
+    tag: _Tag
+    instance_shape: tuple[int, ...]
+    axes: tuple[int, ...]
 
     def unbox(self) -> Any:
         return self.value
@@ -187,3 +192,15 @@ class _Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
         return Found(
             self.tag.constraint, self.tag.regularizer, array.shape, array.dtype, self.instance_shape, self.axes
         )
+
+
+def _flatten_box(box: _Box) -> Any:
+    # Under a key like a dict's: nn.SpectralNorm reads the keys of a parameter's path.
+    return ((DictKey("value"), box.value),), (box.tag, box.instance_shape, box.axes)
+
+
+def _unflatten_box(static: Any, children: Any) -> _Box:
+    return _Box(*children, *static)
+
+
+jax.tree_util.register_pytree_with_keys(_Box, _flatten_box, _unflatten_box)

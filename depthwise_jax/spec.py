@@ -379,12 +379,12 @@ def _floating(dtype: Any, argument: str) -> Any:
     if dtype is None:
         return None
     try:
-        resolved = jnp.dtype(dtype)
-    except TypeError:
-        resolved = None
-    if resolved is None or not jnp.issubdtype(resolved, jnp.inexact):
+        canonical = jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        canonical = None
+    if canonical is None or not jnp.issubdtype(canonical, jnp.inexact):
         raise TypeError(f"{argument} must be a floating dtype; got {dtype!r}")
-    return resolved
+    return canonical
 
 
 _MIXED = {"mixed_float16": jnp.float16, "mixed_bfloat16": jnp.bfloat16}

@@ -37,7 +37,7 @@ KERAS_CASES = [
 ]
 
 
-def kernel(shape: tuple[int, ...] = (3, 3, 4, 2), spread: float = 3.0, seed: int = 0) -> np.ndarray:
+def kernel(shape: tuple[int, ...] = (3, 3, 4, 2), spread: float = 3.0, seed: int = 0) -> Any:
     """Slices of very different norms, one of them zero."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal(shape) * np.exp(rng.uniform(-spread, spread, (1, 1, *shape[2:])))
@@ -51,7 +51,7 @@ def formula(name: str, w: np.ndarray, **arguments: Any) -> np.ndarray:
     if name == "NonNeg":
         return np.maximum(w, 0)
     n = np.sqrt(np.sum(w**2, axis=arguments.pop("axis", 0), keepdims=True))
-    bounds = {"MaxNorm": {"min_value": 0, "max_value": 2}, "MinMaxNorm": {"min_value": 0, "max_value": 1}}
+    bounds: Any = {"MaxNorm": {"min_value": 0, "max_value": 2}, "MinMaxNorm": {"min_value": 0, "max_value": 1}}
     bounds = bounds.get(name, {"min_value": 1, "max_value": 1}) | arguments
     rate = bounds.pop("rate", 1)
     return w * (rate * np.clip(n, *bounds.values()) + (1 - rate) * n) / (1e-7 + n)
@@ -146,7 +146,7 @@ def test_the_base_class_is_the_identity() -> None:
 
 def test_axis_0_bounds_columns_and_window_bounds_filters() -> None:
     """The table of the module's docstring, on a (3, 3, C, M) kernel."""
-    w = np.full((3, 3, 2, 2), 10.0, np.float32)
+    w: Any = np.full((3, 3, 2, 2), 10.0, np.float32)
     columns, filters, together = (MaxNorm(1.0, axis=axis, exact=True)(w) for axis in (0, "window", (0, 1, 2)))
     np.testing.assert_allclose(norm(columns, (0, 1)), np.sqrt(3), rtol=1e-6)
     np.testing.assert_allclose(norm(filters, (0, 1)), 1, rtol=1e-6)
@@ -157,7 +157,7 @@ def test_axis_0_bounds_columns_and_window_bounds_filters() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 3, 2), (3, 5, 3, 2), (2, 3, 2, 3, 2)])
 def test_window_is_every_axis_but_the_last_two(shape: tuple[int, ...]) -> None:
-    w = RNG.standard_normal(shape).astype(np.float32)
+    w: Any = RNG.standard_normal(shape).astype(np.float32)
     axes = tuple(range(len(shape) - 2))
     np.testing.assert_allclose(norm(UnitNorm(axis="window")(w), axes), 1, rtol=1e-5)
 
@@ -241,7 +241,7 @@ def _traced_bound() -> Any:
 
 
 def test_a_slice_of_zeros_stays() -> None:
-    zeros = np.zeros((3, 2), np.float32)
+    zeros: Any = np.zeros((3, 2), np.float32)
     for constraint in (UnitNorm(), UnitNorm(exact=True), MinMaxNorm(0.5, exact=True), MaxNorm(exact=True)):
         np.testing.assert_array_equal(constraint(zeros), zeros)
 
@@ -268,7 +268,7 @@ def test_and_applies_the_first_then_the_second() -> None:
 
 def test_intervals_with_nothing_in_common_raise() -> None:
     with pytest.raises(ValueError, match="no number in common"):
-        Box(upper=-1.0) & NonNeg()
+        compose(Box(upper=-1.0), NonNeg())
 
 
 @pytest.mark.parametrize("axis", [0, (0, 1), "window", (2,)])

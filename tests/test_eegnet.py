@@ -85,7 +85,7 @@ def test_both_constraints_hold_at_every_step(series: Any) -> None:
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
         return (params, stats, state), (value, params["spatial"]["kernel"], params["head"]["kernel"])
 
     carry = params, variables["batch_stats"], tx.init(params)
@@ -102,5 +102,5 @@ def test_both_constraints_hold_at_every_step(series: Any) -> None:
         assert norms.max() > 0.999 * bound  # the constraint was at work
 
     assert losses[-1] < losses[0]
-    logits = model.apply({"params": params, "batch_stats": stats}, series["test"][0], False)
+    logits: Any = model.apply({"params": params, "batch_stats": stats}, series["test"][0], False)
     assert np.mean(np.argmax(logits, -1) == series["test"][1]) > 0.9

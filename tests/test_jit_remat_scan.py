@@ -227,7 +227,12 @@ def test_loops_and_branches(implementation: str) -> None:
 def test_under_jaxs_strictest_settings(implementation: str) -> None:
     x, w, g = SQUARE.operands()
     b = SQUARE.draw((3,), 20)
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.checking_leaks():
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
         f = jax.jit(lambda x, w, b, g: jax.vjp(SQUARE.conv(implementation, activation="relu"), x, w, b)[1](g))
         dx, dw, db = f(x, w, b, g)
     g = g * (SQUARE.oracle.add_bias(SQUARE.oracle.conv(x, w), b) > 0)

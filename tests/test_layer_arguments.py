@@ -1,6 +1,7 @@
 """Every invalid argument and call of a layer: the error's type, and the names in its message."""
 
 import re
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -311,3 +312,34 @@ def test_regularization_loss_refuses_other_params():
         linen.regularization_loss(layer, {"params": params}, x)
     with pytest.raises(ValueError, match=has("['kernel']", "(3, 3, 2, 1)", "(3, 3, 4, 1)")):
         linen.regularization_loss(layer, {**params, "kernel": jnp.zeros((3, 3, 4, 1))}, x)
+
+
+ARGUMENTS = [field.name for field in fields(linen.SeparableConv2D) if field.name not in ("parent", "name")]
+
+
+def configurations(**values):
+    return [{"class_name": name, "config": config} for name, configs in values.items() for config in configs]
+
+
+NONSENSE = [
+    *(object(), [], {}, {1: 2}, {"class_name": None}, {"class_name": []}, float("nan"), b"x", 1j, "xyz", -1, -1.5, ""),
+    *(set(), ["same", "same", "same"], [[1], [1]], ((1, "a"), (1, 1)), ("high", "high", "high"), ["conv"]),
+    *configurations(
+        MaxNorm=[{"axis": "q"}, {"max_value": None}],
+        HeNormal=[{"input_axes": 3, "output_axes": 2}],
+        VarianceScaling=[{"scale": "a"}, {"mode": []}],
+        STFT=[{"side": []}, {"window": 3}],
+        L1=[{"l1": []}, {"l1": np.zeros(2)}],
+        OrthogonalRegularizer=[{"mode": []}],
+        Constant=[{"value": 1j}],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "argument", [field.name for field in fields(linen.SeparableConv2D)[: -len(("parent", "name"))]]
+)
+def test_nonsense_is_a_value_or_type_error_that_names_the_argument(argument):
+    for value in [*NONSENSE, *([np.zeros((2, 2)), np.array(2.5)] if "initializer" not in argument else [])]:
+        with pytest.raises((ValueError, TypeError), match=argument):
+            SeparableConv2D(**{"filters": 2, "kernel_size": 3, argument: value})

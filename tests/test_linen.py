@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -269,6 +270,26 @@ def vmapped(module, params: int | None = 0):
     )
 
 
+class Normalised(nn.Module):
+    wrapper: Any
+    options: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        return self.wrapper(layer_for_lifting())(x, **(self.options or {}))
+
+
+class Repeated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = layer_for_lifting()
+
+        def negative(_, x) -> Any:
+            return jnp.sum(x) < 0
+
+        return nn.while_loop(negative, lambda _, x: layer(x) + 1, layer, layer(x))
+
+
 STACK = jnp.stack([X, 2 * X])
 # model, input, method, and (path, lifted axes) of the layer
 MODELS = {
@@ -283,6 +304,9 @@ MODELS = {
     "method": (BlockBySetup(), X, BlockBySetup.twice, [(("layer",), ())]),
     "method by name": (BlockBySetup(), X, "twice", [(("layer",), ())]),
     "shared": (Shared(3), X, None, [(("DepthwiseConv2D_0",), ())]),
+    "spectral norm": (Normalised(nn.SpectralNorm, {"update_stats": True}), X, None, [(("DepthwiseConv2D_0",), ())]),
+    "weight norm": (Normalised(nn.WeightNorm), X, None, [(("DepthwiseConv2D_0",), ())]),
+    "while loop": (Repeated(), X, None, [(("DepthwiseConv2D_0",), ())]),
     "remat": (nn.remat(Block)(), X, None, [(("DepthwiseConv2D_0",), ())]),
     "jit": (nn.jit(Block)(), X, None, [(("DepthwiseConv2D_0",), ())]),
     "scan": (Scanned(), X, None, [(("Block_0", "DepthwiseConv2D_0"), (0,))]),
@@ -306,6 +330,10 @@ def test_lifted_parameters_are_found_with_their_axes_and_their_penalty_is_the_su
     spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = random_params(model, x, method)
     found = introspect.collect(model, spec, method=method)
+    tree = jax.tree.map(lambda _: None, params)
+    assert jax.tree.structure(found, is_leaf=lambda f: f is None) == jax.tree.structure(
+        tree, is_leaf=lambda f: f is None
+    )
     expected = 0.0
     for path, axes in layers:
         for parameter, instance_shape in (("kernel", (3, 3, 3, 1)), ("bias", (3,))):
@@ -488,3 +516,18 @@ def test_the_first_random_initialization_has_keras_distribution():
     limit = np.sqrt(6 / (9 * 513))  # fan_in 9 * 512, fan_out 9
     assert np.abs(kernel).max() == pytest.approx(limit, rel=0.01)
     assert np.std(kernel) == pytest.approx(limit / np.sqrt(3), rel=0.03)
+
+
+def test_losses_with_a_symbolic_batch():
+    layer = DepthwiseConv2D(3, activity_regularizer="l2")
+    params = random_params(layer, X)
+
+    def run(params, x):
+        return layer.apply({"params": params}, x, mutable=["losses"])
+
+    (batch,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(run))(params, jax.ShapeDtypeStruct((batch, *X.shape[1:]), X.dtype))
+    for actual, expected in zip(
+        jax.tree.leaves(exported.call(params, X)), jax.tree.leaves(run(params, X)), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)

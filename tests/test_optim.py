@@ -244,9 +244,9 @@ def test_elementwise_sets_hold_exactly_for_any_numbers(dtype: str, data: Any) ->
     low, high = jnp.minimum(a, b), jnp.maximum(a, b)
     step = element_step(dtype)
     for start, steps in ((jnp.clip(p, low, high), 1), (p, 2)):
+        after = {"box": start}
         for _ in range(steps):
-            after = step(start, gradient, rate, low, high)
-            start = after["box"]
+            after = step(after["box"], gradient, rate, low, high)
         box = np.asarray(after["box"], np.float64)
         assert after["box"].dtype == dtype
         assert (box >= np.asarray(low, np.float64)).all()
@@ -294,9 +294,9 @@ def test_many_numbers_of_every_magnitude() -> None:
     low, high = jnp.minimum(a, b), jnp.maximum(a, b)
     step = element_step("float32")
     for start, steps in ((jnp.clip(p, low, high), 1), (p, 2)):
+        after = {"box": start}
         for _ in range(steps):
-            after = step(start, g, jnp.float32(0.37), low, high)
-            start = after["box"]
+            after = step(after["box"], g, jnp.float32(0.37), low, high)
         assert bool(((after["box"] >= low) & (after["box"] <= high) & (after["non_neg"] >= 0)).all())
 
 
@@ -359,7 +359,7 @@ def test_inside_the_set_the_update_stays_as_it_is() -> None:
 def test_float64_parameters() -> None:
     rng = np.random.default_rng(9)
     constraints = {"ball": MaxNorm(BOUND, axis="window"), "box": Box(-0.1, 0.3)}
-    params = {name: jnp.asarray(rng.standard_normal((3, 3, 20, 2))) for name in constraints}
+    params: Any = {name: jnp.asarray(rng.standard_normal((3, 3, 20, 2))) for name in constraints}
     tx = project(constraints)
     for _ in range(3):
         updates = {name: jnp.asarray(rng.standard_normal((3, 3, 20, 2))) for name in constraints}

@@ -29,7 +29,7 @@ def uniform(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
 # --- Gradient accumulation --------------------------------------------------------------------------------------------
 
 
-def accumulate(tx: Any, params: jax.Array, steps: int) -> list[float]:
+def accumulate(tx: Any, params: Any, steps: int) -> list[float]:
     """The only element of the parameters after every micro-step with a zero gradient."""
     state = tx.init(params)
     history = []
@@ -116,7 +116,7 @@ def test_a_scheduled_bound_through_inject_hyperparams() -> None:
     schedule = optax.linear_schedule(1.0, 0.25, 3)
     projected = optax.inject_hyperparams(lambda bound: project(MaxNorm(bound, exact=True)))(bound=schedule)
     tx = optax.chain(optax.sgd(1.0), projected)
-    params = jnp.zeros((3, 2))
+    params: Any = jnp.zeros((3, 2))
     state = tx.init(params)
     update = jax.jit(tx.update)
     for step in range(5):
@@ -135,7 +135,7 @@ def test_select_sees_paths_and_parameters() -> None:
 
     tx = project(select=select)
     updates, _ = tx.update(jax.tree.map(lambda w: -2 * w, params), tx.init(params), params)
-    after = optax.apply_updates(params, updates)
+    after: Any = optax.apply_updates(params, updates)
     assert seen == {("dw", "kernel"): (3, 2), ("dw", "bias"): (2,), ("list", "0"): (3, 2)}
     np.testing.assert_allclose(np.linalg.norm(after["dw"]["kernel"], axis=0), 1, rtol=2e-6)
     np.testing.assert_array_equal(after["dw"]["bias"], [-5, -5])
@@ -157,8 +157,9 @@ def test_train_state() -> None:
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     for _ in range(3):
         state = state.apply_gradients(grads=jax.tree.map(lambda w: -jnp.ones_like(w), params))
-    np.testing.assert_allclose(np.sqrt(np.sum(state.params["kernel"] ** 2, (0, 1))), 0.5, rtol=2e-6)
-    np.testing.assert_allclose(state.params["bias"], 1.5, rtol=1e-5)
+    after: Any = state.params
+    np.testing.assert_allclose(np.sqrt(np.sum(after["kernel"] ** 2, (0, 1))), 0.5, rtol=2e-6)
+    np.testing.assert_allclose(after["bias"], 1.5, rtol=1e-5)
 
 
 def test_nnx_optimizer() -> None:
@@ -166,7 +167,7 @@ def test_nnx_optimizer() -> None:
     model = nnx.Linear(4, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     tx = optax.chain(optax.sgd(0.5), project({"kernel": MaxNorm(0.5), "bias": NonNeg()}))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    by_select = project(select=lambda path, leaf: {("kernel",): MaxNorm(0.5), ("bias",): NonNeg()}[path])
+    by_select = project(select=lambda path, leaf: {"kernel": MaxNorm(0.5), "bias": NonNeg()}["/".join(path)])
     by_select.init(nnx.state(model, nnx.Param))
     for _ in range(2):
         grads = nnx.grad(lambda model: model(jnp.ones((2, 4))).sum())(model)
@@ -181,6 +182,7 @@ def test_differentiating_through_a_step() -> None:
     params, grads = uniform(3, 2), uniform(3, 2)
 
     def loss(rate: Any) -> Any:
+        w: Any
         tx, w = optax.chain(optax.sgd(rate), project(MaxNorm(0.4, exact=True))), params
         for _ in range(2):
             updates, _ = tx.update(grads, tx.init(w), w)
@@ -291,6 +293,11 @@ TX = optax.chain(optax.adam(0.3), project(PER_FILTER))
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
 
 
+def assert_same(after: Any, expected: Any) -> None:
+    """To rounding: a small number that is left of two of size 1 is right to an ulp of 1."""
+    np.testing.assert_allclose(after, expected, rtol=1e-6, atol=float(np.spacing(np.float32(1))))
+
+
 def kernels() -> tuple[Any, Any]:
     """Parameters and a batch of gradients."""
     params = {"kernel": uniform(3, 3, 8, 2), "exact": uniform(3, 3, 8, 2), "bias": uniform(8)}
@@ -321,12 +328,12 @@ def test_channels_sharded_without_collectives(on_one_device: Any) -> None:
     grads = jax.device_put(jax.tree.map(lambda g: g.mean(0), grads), shard)
     state = jax.jit(TX.init)(params)
     step = jax.jit(training_step).lower(params, state, grads).compile()
-    assert not COLLECTIVE.findall(step.as_text())
+    assert not COLLECTIVE.findall(str(step.as_text()))
     for _ in range(2):
         params, state = step(params, state, grads)
     for name, w in params.items():
         assert w.sharding.is_equivalent_to(shard[name], w.ndim)
-        np.testing.assert_allclose(w, expected[name], rtol=1e-6)
+        assert_same(w, expected[name])
 
 
 @pytest.mark.parametrize("mapped", ["shard_map", "pmap"])
@@ -348,7 +355,7 @@ def test_data_parallel(mapped: str, on_one_device: Any) -> None:
     for _ in range(2):
         after, state = step(after, state, grads)
     for name, w in after.items():
-        np.testing.assert_allclose(w, expected[name], rtol=1e-6)
+        assert_same(w, expected[name])
 
 
 def test_scan_over_steps_and_vmap_over_models(on_one_device: Any) -> None:
@@ -365,7 +372,7 @@ def test_scan_over_steps_and_vmap_over_models(on_one_device: Any) -> None:
     stacked = jax.tree.map(lambda w: jnp.stack([w, w[::-1]]), params)
     after, _ = train(stacked)
     for name, w in after.items():
-        np.testing.assert_allclose(w[0], expected[name], rtol=1e-6)
+        assert_same(w[0], expected[name])
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
