@@ -18,6 +18,7 @@ from jax.test_util import check_grads
 
 from depthwise_jax import constraints
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm, compose
+from tests.keras_reference import keras
 
 NARROW = (jnp.bfloat16, jnp.float16)
 RNG = np.random.default_rng(0)
@@ -66,7 +67,6 @@ def norm(w: Any, axis: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "arguments"), KERAS_CASES)
 def test_equals_keras_value_by_value(name: str, arguments: dict[str, Any]) -> None:
-    keras = pytest.importorskip("keras")
     theirs = getattr(keras.constraints, name)(
         **{key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
     )
@@ -91,7 +91,6 @@ def test_narrow_dtypes_follow_the_formula(name: str, arguments: dict[str, Any], 
 
 @pytest.mark.parametrize(("name", "arguments"), KERAS_CASES)
 def test_configuration_round_trips_through_keras(name: str, arguments: dict[str, Any]) -> None:
-    keras = pytest.importorskip("keras")
     ours = getattr(constraints, name)(**arguments)
     config = json.loads(json.dumps(constraints.serialize(ours)))
     theirs = keras.constraints.deserialize(config)

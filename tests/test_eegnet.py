@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sktime.datasets import load_basic_motions
 
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.linen import DepthwiseConv2D, SeparableConv2D
@@ -54,10 +55,9 @@ class EEGNet(nn.Module):
 @pytest.fixture(scope="module")
 def series() -> Any:
     """BasicMotions (UEA archive): standing, walking, running, badminton; 40 series to train on and 40 to test."""
-    load = pytest.importorskip("sktime.datasets").load_basic_motions
     split = {}
     for name in ("train", "test"):
-        x, y = load(split=name, return_type="numpy3d")
+        x, y = load_basic_motions(split=name, return_type="numpy3d")
         split[name] = x, np.unique(y, return_inverse=True)[1]
     mean, std = (f(split["train"][0], axis=(0, 2), keepdims=True) for f in (np.mean, np.std))
     return {name: (jnp.asarray((x - mean) / std, jnp.float32)[..., None], y) for name, (x, y) in split.items()}

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, UnitNorm
 from depthwise_jax.optim import feasibility, project, project_params
+from tests.keras_reference import keras
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +50,6 @@ def test_multi_steps_projects_once_where_keras_projects_every_micro_step() -> No
     ours = accumulate(tx, jnp.array([4.0]), 8)
     np.testing.assert_allclose(ours, [4, 4, 4, 2.5, 2.5, 2.5, 2.5, 1.75], rtol=1e-6)
 
-    keras = pytest.importorskip("keras")
     variable = keras.Variable([4.0])
     variable.constraint = keras.constraints.MinMaxNorm(0.0, 1.0, rate=0.5)
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
@@ -163,7 +165,6 @@ def test_train_state() -> None:
 
 
 def test_nnx_optimizer() -> None:
-    nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(4, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     tx = optax.chain(optax.sgd(0.5), project({"kernel": MaxNorm(0.5), "bias": NonNeg()}))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -391,7 +392,6 @@ def test_flax_serialization_round_trip() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # orbax's own
 def test_orbax_round_trip(tmp_path: Any) -> None:
-    ocp = pytest.importorskip("orbax.checkpoint")
     params, _ = kernels()
     saved = {"params": params, "state": TX.init(params)}
     with ocp.StandardCheckpointer() as checkpointer:

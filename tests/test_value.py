@@ -13,6 +13,7 @@ from jax import lax
 
 from depthwise_jax import depthwise_conv, separable_conv
 from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, label, reduced
+from tests.keras_reference import keras
 from tests.oracle import assert_close, widest
 
 ONE = CORE[1]  # "same", two kernels per channel
@@ -187,10 +188,9 @@ def test_oracle_agrees_with_lax(case: Case, x64: None) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CORE if c.geometry.get("padding", "valid") in ("valid", "same")], ids=str)
 def test_keras_agrees(case: Case, implementation: str) -> None:
-    keras_ops = pytest.importorskip("keras").ops
     x, w, _ = case.operands()
     options = {"padding": "valid", "data_format": "channels_last", **case.geometry}
-    expected = keras_ops.depthwise_conv(x, w, **options)
+    expected = keras.ops.depthwise_conv(x, w, **options)
     assert_close(case.conv(implementation)(x, w), widest(expected), 1e-5)
 
 
