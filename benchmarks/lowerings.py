@@ -1,8 +1,8 @@
-"""Times the lowerings against each other on this machine's default backend: what `TABLE` in depthwise_jax.lowering says.
+"""Times the lowerings against each other on this machine: the measurements behind `TABLE` in depthwise_jax.lowering.
 
-Run as `python -m benchmarks.lowerings` from the repository's root. Each row is a layer of a known network; each figure is
-the median milliseconds of one call, and the ratio is the median over rounds of the pairwise ratio, taken interleaved in
-one process. Every result is compared with lax's before it is timed.
+Run as `python -m benchmarks.lowerings` from the repository's root. Each row is a layer of a known network; each figure
+is the median milliseconds of one call, and the ratio is the median over rounds of the pairwise ratio, taken interleaved
+in one process. Every result is compared with lax's before it is timed.
 """
 
 from __future__ import annotations

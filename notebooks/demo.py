@@ -96,8 +96,11 @@ def train(epochs: int) -> tuple[Any, list[float], float, float]:
     steps = epochs * (len(images) // BATCH)
     optimizer = optax.chain(optax.adamw(optax.cosine_onecycle_schedule(steps, 1.5e-2)), project(constraints))
 
+    def logits(params: Any, x: Array) -> Any:
+        return model.apply({"params": params}, x)
+
     def loss_of(params: Any, x: Array, y: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x), y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, x: Array, y: Array) -> tuple[Any, Any, Array]:
@@ -113,8 +116,8 @@ def train(epochs: int) -> tuple[Any, list[float], float, float]:
                 losses.append(float(loss))
                 progress.update()
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    predict = jax.jit(lambda params, x: model.apply({"params": params}, x).argmax(-1))
-    accuracy = float((np.asarray(predict(params, test_images)) == test_labels).mean())
+    predicted = np.asarray(jax.jit(logits)(params, test_images)).argmax(-1)
+    accuracy = float((predicted == test_labels).mean())
     violation = max(float(v) for v in jax.tree.leaves(feasibility(params, constraints)))
     return params, losses, accuracy, violation
 
@@ -158,15 +161,19 @@ def picture(params: Any, losses: list[float], path: str) -> None:
     """Draws the loss and the first layer's kernels."""
     kernel = np.asarray(params["first"]["kernel"])[:, :, 0]
     figure = plt.figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    axes = left.subplots()
+    grid = figure.add_gridspec(4, 8)
+    axes = figure.add_subplot(grid[:, :4])
     axes.plot(losses, color="#0072B2", linewidth=0.8)
-    axes.set(xlabel="training step", ylabel="cross-entropy [nats]", yscale="log")
-    right.suptitle(f"first layer: 5x5 kernels, each of norm at most {LIMIT:g}")
+    axes.set(xlabel="training step", ylabel="cross-entropy [nats]", yscale="log", title="training")
     bound = np.abs(kernel).max()
-    for i, axis in enumerate(right.subplots(4, 4).flat):
-        axis.imshow(kernel[..., i], cmap="PuOr", vmin=-bound, vmax=bound)
-        axis.set_axis_off()
+    for i in range(kernel.shape[-1]):
+        axes = figure.add_subplot(grid[i // 4, 4 + i % 4])
+        axes.imshow(kernel[..., i], cmap="PuOr", vmin=-bound, vmax=bound)
+        axes.set_title(f"norm {np.linalg.norm(kernel[..., i]):.2f}", fontsize=8)
+        axes.set_axis_off()
+    figure.suptitle(
+        f"right: the first layer's 5x5 kernels, each constrained to a norm of at most {LIMIT:g}", fontsize=9
+    )
     figure.savefig(path, dpi=120)
 
 

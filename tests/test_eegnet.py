@@ -55,9 +55,10 @@ class EEGNet(nn.Module):
 @pytest.fixture(scope="module")
 def series() -> Any:
     """BasicMotions (UEA archive): standing, walking, running, badminton; 40 series to train on and 40 to test."""
+    load: Any = load_basic_motions  # without annotations of its own
     split = {}
     for name in ("train", "test"):
-        x, y = load_basic_motions(split=name, return_type="numpy3d")
+        x, y = load(split=name, return_type="numpy3d")
         split[name] = x, np.unique(y, return_inverse=True)[1]
     mean, std = (f(split["train"][0], axis=(0, 2), keepdims=True) for f in (np.mean, np.std))
     return {name: (jnp.asarray((x - mean) / std, jnp.float32)[..., None], y) for name, (x, y) in split.items()}

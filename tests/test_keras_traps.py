@@ -5,6 +5,7 @@ Keras' side is asserted where a line shows it, so that a later Keras which mends
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def test_4_no_initializer_means_the_documented_default():
     layer = DepthwiseConv2D(3, depthwise_initializer=None, bias_initializer=None)
     params = layer.init(KEY, X)["params"]
     expected = DepthwiseConv2D(3).init(KEY, X)["params"]
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    chex.assert_trees_all_equal(params, expected)
     assert not params["bias"].any()
     theirs = keras.layers.DepthwiseConv2D(3, bias_initializer=None)
     theirs.build(X.shape)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.export
@@ -498,7 +499,7 @@ def test_a_configuration_makes_the_same_layer(layer):
     y, variables = layer.init_with_output(KEY, x)
     other, other_variables = again.init_with_output(KEY, x)
     np.testing.assert_array_equal(y, other)
-    jax.tree.map(np.testing.assert_array_equal, variables, other_variables)
+    chex.assert_trees_all_equal(variables, other_variables)
     assert y.dtype == other.dtype
 
 

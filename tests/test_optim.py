@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -339,7 +340,7 @@ def test_apply_updates_projected_is_the_projections_own_output() -> None:
     after = jax.jit(lambda p, u: apply_updates_projected(p, u, ALL_CONSTRAINTS))(params, updates)
     summed = optax.apply_updates(params, updates)
     expected = jax.jit(lambda w: jax.tree.map(lambda c, x: c(x), ALL_CONSTRAINTS, w))(summed)
-    jax.tree.map(np.testing.assert_array_equal, after, expected)
+    chex.assert_trees_all_equal(after, expected)
     # What that is worth: an idempotent constraint sees nothing left to do.
     again = jax.jit(lambda params: project_params(params, ALL_CONSTRAINTS))(after)
     for dtype in DTYPES:
@@ -352,7 +353,7 @@ def test_inside_the_set_the_update_stays_as_it_is() -> None:
     updates = jax.tree.map(lambda w: jnp.asarray(np.random.default_rng(8).normal(0, 0.01, w.shape), w.dtype), params)
     tx = project({"exact": MaxNorm(1.0, exact=True), "box": Box(-0.1, 0.1)})
     projected, _ = tx.update(updates, tx.init(params), params)
-    jax.tree.map(np.testing.assert_array_equal, projected, updates)
+    chex.assert_trees_all_equal(projected, updates)
 
 
 @pytest.mark.usefixtures("x64")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def test_a_rejected_step_leaves_parameters_untouched(dtype: str, bad: float) -> 
     params, state = step(params, state, good)
     after, state = step(params, state, good | {"box": good["box"].at[0, 0].set(bad)})
     assert state[0].total_notfinite == 1
-    jax.tree.map(np.testing.assert_array_equal, after, params)
+    chex.assert_trees_all_equal(after, params)
     assert all(value <= 1e-6 for value in jax.tree.leaves(feasibility(after, FINITE_OR_NOT)))
 
 
@@ -107,7 +108,7 @@ def test_nan_is_never_hidden() -> None:
     constraints = {"box": Box(-1, 1), "ball": MaxNorm(1.0, exact=True)}
     tx = project(constraints)
     updates, _ = tx.update(jax.tree.map(lambda w: w.at[0].set(jnp.nan), params), tx.init(params), params)
-    after = optax.apply_updates(params, updates)
+    after: Any = optax.apply_updates(params, updates)
     assert all(np.isnan(value) for value in jax.tree.leaves(feasibility(after, constraints)))
 
 
@@ -175,6 +176,7 @@ def test_nnx_optimizer() -> None:
         optimizer.update(model, grads)
     assert model.kernel[...].dtype == jnp.bfloat16
     assert (np.linalg.norm(np.asarray(model.kernel[...], np.float64), axis=0) <= 0.5).all()
+    assert model.bias is not None
     np.testing.assert_array_equal(model.bias[...], [0, 0, 0])
 
 
@@ -387,7 +389,7 @@ def test_flax_serialization_round_trip() -> None:
     fresh, _ = kernels()
     restored = flax.serialization.from_bytes((fresh, TX.init(fresh)), flax.serialization.to_bytes((params, state)))
     assert jax.tree.structure(restored) == jax.tree.structure((params, state))
-    jax.tree.map(np.testing.assert_array_equal, restored, (params, state))
+    chex.assert_trees_all_equal(restored, (params, state))
 
 
 @pytest.mark.filterwarnings("ignore")  # orbax's own
@@ -399,7 +401,7 @@ def test_orbax_round_trip(tmp_path: Any) -> None:
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "step", jax.tree.map(jnp.zeros_like, saved))
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    chex.assert_trees_all_equal(restored, saved)
 
 
 def test_the_transform_adds_no_state() -> None:
