@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+ARGS ?=
 
 .PHONY: demo test lint format clean
 
@@ -10,7 +11,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python notebooks/demo.py
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/test.installed $(VENV)/demo.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
