@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-torch lint format clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python notebooks/demo.py
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+# The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
+test-torch: $(VENV)/test.installed $(VENV)/torch.installed
+	$(BIN)/python -m pytest -q tests/test_interop_torch.py
 
 lint: $(VENV)/test.installed $(VENV)/demo.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .

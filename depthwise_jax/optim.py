@@ -36,7 +36,6 @@ alone.
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -126,7 +125,7 @@ def project(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def project_params(params: chex.ArrayTree, constraints: Any) -> Any:
+def project_params(params: Any, constraints: Any) -> Any:
     """Every constrained parameter's projection, the constraint's own output.
 
     For parameters that no `project` has seen: initial ones, imported ones, averages.
@@ -147,7 +146,7 @@ def project_params(params: chex.ArrayTree, constraints: Any) -> Any:
     )
 
 
-def apply_updates_projected(params: chex.ArrayTree, updates: chex.ArrayTree, constraints: Any) -> Any:
+def apply_updates_projected(params: Any, updates: Any, constraints: Any) -> Any:
     """`optax.apply_updates` and then the projection: always the constraint's own output, where sums are not.
 
     Args:
@@ -165,7 +164,7 @@ def apply_updates_projected(params: chex.ArrayTree, updates: chex.ArrayTree, con
     return project_params(jax.lax.optimization_barrier(optax.apply_updates(params, updates)), constraints)
 
 
-def feasibility(params: chex.ArrayTree, constraints: Any) -> Any:
+def feasibility(params: Any, constraints: Any) -> Any:
     """How far constrained parameters lie outside their sets, to log or to assert.
 
     Args:

@@ -1,0 +1,65 @@
+"""Times whole models of Keras, Equinox and Flax as they are and under `accelerate`, on this machine's default backend.
+
+Run as `python -m benchmarks.accelerate` from the repository's root, with the extra `test`. Each figure is the median
+milliseconds of one call, and the ratio is the median over rounds of the pairwise ratio, taken interleaved in one
+process. Outputs and gradients are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from depthwise_jax.interop import accelerate
+from tests.models import MODELS, Model
+
+SIZES: dict[str, Callable[[], Model]] = {
+    "Keras MobileNetV2 (alpha 1, 4x96x96)": partial(MODELS["keras"], batch=4, size=96, alpha=1.0),
+    "Equinox, 2 depthwise (4x64x64, width 64)": partial(MODELS["equinox"], batch=4, size=64, width=64),
+    "Linen EfficientNet-like (4x96x96, width 32)": partial(MODELS["linen"], batch=4, size=96, width=32),
+}
+
+
+def gradient(function: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], Any]:
+    """The gradient in the parameters of the mean of the squared output."""
+    return jax.grad(lambda params, x: jnp.mean(function(params, x) ** 2))
+
+
+def interleaved(plain: Callable[[], Any], fast: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Median milliseconds of both, and the median of the pairwise ratios."""
+    times = np.empty((rounds, 2))
+    for row in times:
+        for column, function in enumerate((plain, fast)):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            row[column] = 1e3 * (time.perf_counter() - start)
+    return *np.median(times, axis=0), float(np.median(times[:, 0] / times[:, 1]))
+
+
+def main() -> None:
+    """Prints a row per model and direction."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    rounds = parser.parse_args().rounds
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {rounds} rounds")
+    print(f"{'model':44} {'':9} {'plain ms':>9} {'ours ms':>9} {'speed-up':>9}")
+    for name, make in SIZES.items():
+        function, params, x = make()
+        for direction, transform in (("forward", lambda f: f), ("gradient", gradient)):
+            plain, fast = (jax.jit(transform(f)) for f in (function, accelerate(function)))
+            for ours, theirs in zip(jax.tree.leaves(fast(params, x)), jax.tree.leaves(plain(params, x)), strict=True):
+                scale = float(jnp.abs(theirs).max()) + 1e-6
+                assert float(jnp.abs(ours - theirs).max()) <= 1e-3 * scale, name
+            before, after, ratio = interleaved(partial(plain, params, x), partial(fast, params, x), rounds)
+            print(f"{name:44} {direction:9} {before:9.2f} {after:9.2f} {ratio:8.2f}x")
+
+
+if __name__ == "__main__":
+    main()

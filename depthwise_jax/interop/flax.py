@@ -1,0 +1,267 @@
+"""Between flax's own Conv, grouped by channel, and our layers: single layers, and whole trees of parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from depthwise_jax import introspect
+from depthwise_jax.drop_in import conv_general_dilated
+from depthwise_jax.interop.modules import make, parts
+
+Path = tuple[str, ...]
+
+
+def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: str | None = None) -> tuple[Any, Any]:
+    """The layer of ours that computes what a flax Conv with one group per channel does.
+
+    Args:
+        conv: a flax.linen.Conv, or an nnx.Conv, whose feature_group_count is the number of input channels.
+        params: the Linen Conv's parameters, kernel (*window, 1, C*M) and bias (C*M,); an nnx.Conv has its own.
+        framework: "linen" or "nnx", the kind of layer to make; that of `conv` by default.
+
+    Returns:
+        (module, params), the kernel as (*window, C, M) and every value as it was. The initializers stay behind: they
+        are made for another shape.
+
+    Raises:
+        TypeError: no Conv, or its parameters missing or given twice.
+        ValueError: the Conv is not depthwise, or has what a layer of ours cannot spell; the message names it.
+    """
+    is_linen = isinstance(conv, nn.Conv)
+    if is_linen:
+        if not isinstance(params, Mapping):
+            raise TypeError(f"a flax.linen.Conv comes with its params; got params={params!r}")
+        values = dict(meta.unbox(params))
+    elif _is_nnx_conv(conv):
+        if params is not None:
+            raise TypeError("an nnx.Conv has its own parameters; params must be None")
+        values = {name: p[...] for name in ("kernel", "bias") if (p := getattr(conv, name)) is not None}
+    else:
+        raise TypeError(f"conv must be a flax.linen.Conv or an nnx.Conv; got {type(conv).__name__}")
+    what = getattr(conv, "name", None) or "Conv"
+    rank = 1 if isinstance(conv.kernel_size, int) else len(conv.kernel_size)
+    size = (conv.kernel_size,) if isinstance(conv.kernel_size, int) else tuple(conv.kernel_size)
+    groups, features = conv.feature_group_count, conv.out_features if not is_linen else conv.features
+    shape = jnp.shape(values.get("kernel", ()))
+    if len(shape) != rank + 2 or shape[:rank] != size or shape[-1] != features:
+        window = ", ".join(map(str, size))
+        raise ValueError(f"{what}: the parameter 'kernel' must have the shape ({window}, 1, {features}); got {shape}")
+    if shape[-2] != 1 or features % groups:
+        raise ValueError(
+            f"{what} is not depthwise: its feature_group_count must be the number of input channels, and divide "
+            f"features; got feature_group_count={groups}, {groups * shape[-2]} input channels and features={features}"
+        )
+    if rank > 3:
+        raise ValueError(f"{what} has {rank} spatial axes; a layer of depthwise_jax has one to three")
+    _check_plain(conv, rank, what)
+    arguments = {
+        "kernel_size": size,
+        "strides": 1 if conv.strides is None else conv.strides,
+        "padding": _padding(conv.padding, rank),
+        "depth_multiplier": features // groups,
+        "data_format": "channels_last",
+        "dilation_rate": 1 if conv.kernel_dilation is None else conv.kernel_dilation,
+        "use_bias": conv.use_bias,
+        "dtype": conv.dtype,
+        "param_dtype": jnp.result_type(values["kernel"]),
+        "precision": conv.precision,
+        "name": getattr(conv, "name", None),
+    }
+    values["kernel"] = kernel_from_flax(values["kernel"], groups)
+    return make(f"DepthwiseConv{rank}D", arguments, values, framework or ("linen" if is_linen else "nnx"), what)
+
+
+def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: str | None = None) -> tuple[Any, Any]:
+    """The flax Conv that computes what a depthwise layer of ours does: the way back of `from_flax`.
+
+    Args:
+        module: a depthwise layer of `depthwise_jax.linen`, or of `depthwise_jax.nnx`.
+        params: the Linen layer's parameters; an NNX layer has its own.
+        framework: "linen" or "nnx", the kind of Conv to make; that of `module` by default.
+
+    Returns:
+        (conv, params): a flax.linen.Conv or an nnx.Conv, the latter with these parameters in it. Initializers,
+        regularizers and constraints stay behind: a Conv has no place for them.
+
+    Raises:
+        TypeError: no layer of ours, or its parameters missing or given twice.
+        ValueError: a Conv cannot spell the layer; the message names the argument.
+    """
+    contract, values = parts(module, params)
+    if contract.separable:
+        raise ValueError(f"a {contract.layer} is two convolutions, and no Conv")
+    if contract.layout.data_format != "channels_last":
+        raise ValueError(f"a flax Conv is channels_last; got data_format={contract.layout.data_format!r}")
+    if contract.arguments["activation"] not in (None, "linear"):
+        raise ValueError(f"a flax Conv has no activation; got activation={contract.arguments['activation']!r}")
+    *_, channels, multiplier = values["kernel"].shape
+    values["kernel"] = kernel_to_flax(values["kernel"])
+    arguments = {
+        "kernel_size": contract.kernel_size,
+        "strides": contract.strides,
+        "padding": contract.padding.upper() if isinstance(contract.padding, str) else contract.padding,
+        "kernel_dilation": contract.dilation_rate,
+        "feature_group_count": channels,
+        "use_bias": contract.arguments["use_bias"],
+        "dtype": contract.dtype,
+        "param_dtype": contract.param_dtype,
+        "precision": contract.arguments["precision"],
+    }
+    if (framework or ("linen" if isinstance(module, nn.Module) else "nnx")) == "linen":
+        return nn.Conv(channels * multiplier, name=getattr(module, "name", None), **arguments), values
+    from flax import nnx
+
+    conv = nnx.eval_shape(lambda: nnx.Conv(channels, channels * multiplier, **arguments, rngs=nnx.Rngs(0)))
+    nnx.update(conv, values)
+    return conv, values
+
+
+def params_from_flax(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """Moves a model's parameters over, path by path: every depthwise Conv's kernel becomes that of a layer of ours.
+
+    For a model whose depthwise Convs are to be replaced by our layers under the same names.
+
+    Args:
+        model: the Linen model with its flax.linen.Convs, unbound; or an nnx model.
+        params: its parameters, a tree of dicts; others' entries stay as they are.
+        *args, **kwargs: for a Linen model, example inputs and what else `model.init` takes; `jax.ShapeDtypeStruct`s do.
+
+    Returns:
+        A tree like `params`, each kernel (*window, 1, C*M) of a Conv with feature_group_count = C > 1 as (*window, C,
+        M). Axes that nn.scan and nn.vmap added must be leading ones.
+
+    Raises:
+        ValueError: a path of the model is not in `params`, or its kernel has another shape.
+    """
+    groups = _linen_groups(model, args, kwargs) if isinstance(model, nn.Module) else _nnx_groups(model)
+    return _with_kernels(params, groups)
+
+
+def params_to_flax(params: Any, params_of_convs: Any) -> Any:
+    """Moves a tree of parameters back: what `params_from_flax` changed gets the shapes that the Convs have.
+
+    Args:
+        params: a tree of dicts with kernels (*window, C, M).
+        params_of_convs: a tree like it, of anything with a shape, such as `jax.eval_shape(model.init, ...)["params"]`
+            of the model with its Convs; where a kernel's shape is (*window, 1, C*M) in it, `params`' kernel gets it.
+
+    Raises:
+        ValueError: the trees differ in anything else than such kernels.
+    """
+
+    def back(path: Any, value: Any, target: Any) -> Any:
+        shape, wanted = jnp.shape(value), jnp.shape(target)
+        if shape == wanted:
+            return value
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if path[-1] != jax.tree_util.DictKey("kernel") or len(shape) < 3:
+            raise ValueError(f"the parameter {name!r} must have the shape {wanted}; got {shape}")
+        if wanted != (*shape[:-2], 1, shape[-2] * shape[-1]):
+            raise ValueError(f"the parameter {name!r} must be a depthwise kernel that fits {wanted}; got {shape}")
+        return kernel_to_flax(value)
+
+    try:
+        return jax.tree_util.tree_map_with_path(back, meta.unbox(params), meta.unbox(params_of_convs))
+    except TypeError as error:
+        raise ValueError(f"params must be a tree like params_of_convs: {error}") from error
+
+
+def kernel_from_flax(kernel: Any, channels: int) -> Any:
+    """(..., 1, C*M) as (..., C, M); output channel c*M + m is the same number in both."""
+    return kernel.reshape((*kernel.shape[:-2], channels, kernel.shape[-1] // channels))
+
+
+def kernel_to_flax(kernel: Any) -> Any:
+    """(..., C, M) as (..., 1, C*M)."""
+    return kernel.reshape((*kernel.shape[:-2], 1, kernel.shape[-2] * kernel.shape[-1]))
+
+
+def _is_nnx_conv(conv: Any) -> bool:
+    from flax import nnx
+
+    return isinstance(conv, nnx.Conv)
+
+
+def _check_plain(conv: Any, rank: int, what: str) -> None:
+    """Raises ValueError for what a Conv may have and a layer of ours has not."""
+    for name in ("mask", "preferred_element_type", "conv_general_dilated_cls"):
+        if getattr(conv, name, None) is not None:
+            raise ValueError(f"{what}: {name} is not None, and a layer of depthwise_jax has no such argument")
+    dilation = conv.input_dilation
+    if dilation is not None and any(step != 1 for step in ((dilation,) if isinstance(dilation, int) else dilation)):
+        raise ValueError(f"{what}: input_dilation={dilation!r} is a transposed convolution; a layer has none")
+    if conv.conv_general_dilated not in (None, lax.conv_general_dilated, conv_general_dilated):
+        raise ValueError(f"{what}: conv_general_dilated={conv.conv_general_dilated!r} computes no one knows what")
+    from flax.nnx.nn.dtypes import promote_dtype as nnx_promote_dtype
+
+    if conv.promote_dtype not in (promote_dtype, nnx_promote_dtype):
+        raise ValueError(f"{what}: promote_dtype={conv.promote_dtype!r} is not flax's own, which a layer follows")
+
+
+def _padding(padding: Any, rank: int) -> Any:
+    """Flax takes one integer per axis too."""
+    if isinstance(padding, str | int):
+        return padding
+    return tuple((amount, amount) if isinstance(amount, int) else amount for amount in padding)
+
+
+def _linen_groups(model: nn.Module, args: Any, kwargs: Any) -> dict[Path, int]:
+    """The depthwise Convs of a Linen model by path, with their channels."""
+    groups: dict[Path, int] = {}
+
+    def watch(call: Callable[..., Any], call_args: Any, call_kwargs: Any, context: Any) -> Any:
+        conv = context.module
+        if isinstance(conv, nn.Conv) and context.method_name == "__call__":
+            (x,) = call_args or call_kwargs.values()
+            if _is_depthwise(conv.feature_group_count, x.shape[-1]):
+                groups[conv.path] = conv.feature_group_count
+        return call(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(watch):
+        introspect.collect(model, *args, **kwargs)  # traces init
+    return groups
+
+
+def _nnx_groups(model: Any) -> dict[Path, int]:
+    """The depthwise Convs of an NNX model by path, with their channels."""
+    from flax import nnx
+
+    return {
+        tuple(map(str, path)): conv.feature_group_count
+        for path, conv in nnx.iter_modules(model)
+        if isinstance(conv, nnx.Conv) and _is_depthwise(conv.feature_group_count, conv.in_features)
+    }
+
+
+def _is_depthwise(groups: int, channels: int) -> bool:
+    return groups == channels > 1
+
+
+def _with_kernels(params: Any, groups: Mapping[Path, int]) -> Any:
+    found = set()
+
+    def convert(path: Any, value: Any) -> Any:
+        *conv, name = (str(getattr(entry, "key", entry)) for entry in path)
+        channels = groups.get(tuple(conv))
+        if name != "kernel" or channels is None:
+            return value
+        found.add(tuple(conv))
+        shape = jnp.shape(value)
+        if len(shape) < 3 or shape[-2] != 1 or shape[-1] % channels:
+            raise ValueError(
+                f"the parameter {'/'.join((*conv, name))!r} of a depthwise Conv with {channels} channels must have a "
+                f"shape (*window, 1, {channels}*M); got {shape}"
+            )
+        return kernel_from_flax(value, channels)
+
+    converted = jax.tree_util.tree_map_with_path(convert, meta.unbox(params))
+    missing = sorted(set(groups) - found)
+    if missing:
+        raise ValueError(f"params have no parameter {'/'.join((*missing[0], 'kernel'))!r}, which the model has")
+    return converted

@@ -1,0 +1,225 @@
+"""accelerate: runs any function with the depthwise convolutions in its jaxpr computed by this package.
+
+For what has no place to put another convolution in, such as a Keras model on the JAX backend, Equinox or Haiku. Where
+there is one, it is the simpler way: `nnx.Conv(..., conv_general_dilated=depthwise_jax.conv_general_dilated)`, and
+flax.linen.Conv's argument of the same name.
+
+    model = accelerate(lambda params, x: network.apply(params, x))
+    gradient = jax.jit(jax.grad(lambda params, x: model(params, x).sum()))
+
+Equations are replaced in the jaxpr itself, inside jit, scan, while, cond, remat and shard_map too; everything else in
+it stays as it is. So the function must be given before it is differentiated, as above: the gradient of a convolution in
+the kernel is no depthwise convolution, and is left as it is in `accelerate(jax.grad(f))`.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
+
+from depthwise_jax.drop_in import conv_general_dilated
+
+# Which equations hold jaxprs to look into. All others, and so every custom derivative rule, stay as they are.
+_LOOKED_INTO = ("jit", "pjit", "closed_call", "core_call", "scan", "while", "cond", "checkpoint", "remat2", "shard_map")
+
+
+def accelerate(function: Callable[..., Any]) -> "Accelerated":
+    """A function that computes what `function` does, its depthwise convolutions by this package.
+
+    It can be differentiated, mapped and compiled as `function` can. Each call traces `function`: put it under jax.jit.
+    A remat policy that names lax's convolution does not know this package's; save "depthwise_conv" by name instead.
+
+    Args:
+        function: a function of trees whose arrays are traced, and whose other leaves are given to it as they are; it
+            returns trees of arrays.
+
+    Returns:
+        The function. Its `report(*args, **kwargs)` tells what it replaces and what it skips.
+
+    Raises:
+        TypeError: not callable.
+    """
+    if not callable(function):
+        raise TypeError(f"accelerate takes a function; got {function!r}")
+    return Accelerated(function)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A grouped convolution in a function's jaxpr.
+
+    Attributes:
+        path: the equations that it lies in, from the outside, such as ("jit", "scan").
+        lhs, rhs: the operands' types, such as "float32[8,56,56,144]".
+        feature_group_count, batch_group_count: its groups.
+        skipped: why it was left as it is; None where it was replaced.
+    """
+
+    path: tuple[str, ...]
+    lhs: str
+    rhs: str
+    feature_group_count: int
+    batch_group_count: int
+    skipped: str | None = None
+
+    def __str__(self) -> str:
+        groups = f"{self.feature_group_count} groups" + (
+            f", {self.batch_group_count} batch groups" if self.batch_group_count > 1 else ""
+        )
+        verdict = "replaced" if self.skipped is None else f"skipped: {self.skipped}"
+        return f"{'/'.join((*self.path, 'conv_general_dilated'))} {self.lhs} {self.rhs} {groups}: {verdict}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` does with each grouped convolution of a call; prints as one line each."""
+
+    sites: tuple[Site, ...]
+
+    @property
+    def replaced(self) -> tuple[Site, ...]:
+        """Those computed by this package."""
+        return tuple(site for site in self.sites if site.skipped is None)
+
+    @property
+    def skipped(self) -> tuple[Site, ...]:
+        """Those left as they are."""
+        return tuple(site for site in self.sites if site.skipped is not None)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.sites)) or "no grouped convolution"
+
+
+class Accelerated:
+    """What `accelerate` returns: a function, with `report`."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        closed, arrays, treedef = _traced(self._function, args, kwargs)
+        return treedef.unflatten(jaxpr_as_fun(_accelerated(closed))(*arrays))
+
+    def report(self, *args: Any, **kwargs: Any) -> Report:
+        """What becomes of each grouped convolution in a call with these arguments; nothing is computed.
+
+        Args:
+            *args, **kwargs: as for the function; `jax.ShapeDtypeStruct`s do for arrays.
+        """
+        closed, _, _ = _traced(self._function, args, kwargs)
+        return Report(tuple(_sites(closed, ())))
+
+
+def _traced(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[ClosedJaxpr, list[Any], Any]:
+    """The function's jaxpr at these arguments, its operands, and the tree of its results."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) for leaf in leaves]
+
+    def of_arrays(*arrays: Any) -> Any:
+        remaining = iter(arrays)
+        merged = [next(remaining) if known else leaf for known, leaf in zip(is_array, leaves, strict=True)]
+        args, kwargs = treedef.unflatten(merged)
+        return function(*args, **kwargs)
+
+    arrays = [leaf for known, leaf in zip(is_array, leaves, strict=True) if known]
+    closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+    return closed, arrays, jax.tree.structure(shapes)
+
+
+# By the jaxpr that was rewritten: the same jaxpr gives the same one again, so that what JAX compiled for it is found.
+_rewritten: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _accelerated(jaxpr: Any) -> Any:
+    """The jaxpr, closed or not, with its depthwise convolutions replaced; itself where it has none."""
+    if jaxpr not in _rewritten:
+        old = list(_open(jaxpr).eqns)
+        new = [replacement for eqn in old for replacement in _replacements(eqn)]
+        same = len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
+        _rewritten[jaxpr] = None if same else _with_eqns(jaxpr, new)
+    return jaxpr if _rewritten[jaxpr] is None else _rewritten[jaxpr]
+
+
+def _replacements(eqn: JaxprEqn) -> list[JaxprEqn]:
+    """The equations to compute instead of one."""
+    if eqn.primitive is lax.conv_general_dilated_p:
+        return _ours(eqn) or [eqn]
+    if eqn.primitive.name not in _LOOKED_INTO:
+        return [eqn]
+    params = {name: _map_jaxprs(_accelerated, value) for name, value in eqn.params.items()}
+    if all(new is eqn.params[name] for name, new in params.items()):
+        return [eqn]
+    return [eqn.replace(params=params)]
+
+
+def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | None:
+    """A convolution's equations in this package, or None where the drop-in gives it to lax."""
+    with eqn.ctx.manager:
+        inner = jax.make_jaxpr(functools.partial(conv_general_dilated, **eqn.params))(*(v.aval for v in eqn.invars))
+    if any(new.primitive is lax.conv_general_dilated_p for new in inner.jaxpr.eqns):
+        return None
+    names = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
+    names |= dict(zip(inner.jaxpr.outvars, eqn.outvars, strict=True))
+    return [
+        new.replace(
+            invars=[names.get(v, v) if not hasattr(v, "val") else v for v in new.invars],
+            outvars=[names.get(v, v) for v in new.outvars],
+            ctx=eqn.ctx,
+            source_info=eqn.source_info,
+        )
+        for new in inner.jaxpr.eqns
+    ]
+
+
+def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iterator[Site]:
+    """The grouped convolutions of a jaxpr; all skipped inside `custom`, an equation that is left alone."""
+    for eqn in _open(jaxpr).eqns:
+        if eqn.primitive is lax.conv_general_dilated_p:
+            groups, batch_groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+            if groups == batch_groups == 1:
+                continue
+            skipped = None
+            if custom is not None:
+                skipped = f"inside {custom}, which is left alone"
+            elif batch_groups > 1:
+                skipped = "the gradient of a convolution in its kernel; differentiate what accelerate returns instead"
+            elif _ours(eqn) is None:
+                skipped = "not depthwise, or what conv_general_dilated leaves to lax"
+            lhs, rhs = (v.aval.str_short() for v in eqn.invars)
+            yield Site(path, lhs, rhs, groups, batch_groups, skipped)
+            continue
+        name = eqn.params.get("name")
+        step = f"{eqn.primitive.name}:{name}" if isinstance(name, str) else eqn.primitive.name
+        left_alone = custom or (None if eqn.primitive.name in _LOOKED_INTO else eqn.primitive.name)
+        for value in eqn.params.values():
+            found: list[Any] = []
+            _map_jaxprs(found.append, value)
+            for inner in found:
+                yield from _sites(inner, (*path, step), left_alone)
+
+
+def _map_jaxprs(function: Callable[[Any], Any], value: Any) -> Any:
+    """A parameter of an equation with a function applied to the jaxprs in it; itself where nothing changes."""
+    if isinstance(value, ClosedJaxpr | Jaxpr):
+        return function(value)
+    if isinstance(value, tuple | list) and any(isinstance(entry, ClosedJaxpr | Jaxpr) for entry in value):
+        new = [_map_jaxprs(function, entry) for entry in value]
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+    return value
+
+
+def _open(jaxpr: Any) -> Any:
+    """The jaxpr in a closed one; later versions of JAX have one kind."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _with_eqns(jaxpr: Any, eqns: list[JaxprEqn]) -> Any:
+    new = _open(jaxpr).replace(eqns=eqns)
+    return new if _open(jaxpr) is jaxpr else jaxpr.replace(jaxpr=new)

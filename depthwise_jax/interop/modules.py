@@ -1,0 +1,113 @@
+"""One of our layers with its parameters, for Linen or for NNX: made of its parts and taken apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from depthwise_jax import linen
+from depthwise_jax.spec import Spec
+
+FRAMEWORKS = ("linen", "nnx")
+
+
+def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], framework: str, what: str) -> Any:
+    """Makes a layer and its parameters.
+
+    Args:
+        layer: the layer's class name.
+        arguments: its arguments, without `in_features`.
+        values: its parameters' values by name, as arrays.
+        framework: "linen" or "nnx".
+        what: what the messages call the layer.
+
+    Returns:
+        (module, params): `params` is a dict of the values as JAX arrays.
+
+    Raises:
+        ValueError: the framework is none of the two, the layer takes no such arguments, or the values do not fit it.
+    """
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"framework must be one of {FRAMEWORKS}; got {framework!r}")
+    try:
+        module = getattr(linen, layer)(**arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from error
+    for name, value in values.items():
+        if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+            raise ValueError(
+                f"{what}: the parameter {name!r} is {value.dtype}, which JAX has with jax_enable_x64 alone"
+            )
+    params = {name: jnp.asarray(value) for name, value in values.items()}
+    contract: Spec = module._spec
+    channels = channels_of(contract, params, what)
+    check_values(contract, channels, params, what)
+    if framework == "linen":
+        return module, params
+    from flax import nnx
+
+    import depthwise_jax.nnx
+
+    arguments = {key: value for key, value in arguments.items() if key != "name"}
+    cls = getattr(depthwise_jax.nnx, layer)
+    # Without the work of initializers, whose values are replaced.
+    module = nnx.eval_shape(lambda: cls(channels, **arguments, rngs=nnx.Rngs(0)))
+    nnx.update(module, params)
+    return module, params
+
+
+def parts(module: Any, params: Mapping[str, Any] | None) -> tuple[Spec, dict[str, jax.Array]]:
+    """A layer's contract, and its parameters' values in the layer's order.
+
+    Args:
+        module: a layer of `depthwise_jax.linen`, with `params`; or one of `depthwise_jax.nnx`, which has its own.
+        params: the Linen layer's parameters.
+
+    Raises:
+        TypeError: no layer of ours, or `params` missing or too much.
+        ValueError: `params` do not fit the layer.
+    """
+    contract = getattr(module, "_spec", None)
+    if not isinstance(contract, Spec):
+        raise TypeError(
+            f"module must be a layer of depthwise_jax.linen or depthwise_jax.nnx; got {type(module).__name__}"
+        )
+    if isinstance(module, nn.Module):
+        if not isinstance(params, Mapping):
+            raise TypeError(f"{contract.layer} is a Linen module, whose params must be given; got {params!r}")
+        values = dict(meta.unbox(params))
+        values = {parameter.name: values.pop(parameter.name, None) for parameter in contract.parameters} | values
+    else:
+        if params is not None:
+            raise TypeError(f"{contract.layer} is an NNX module, which has its own parameters; params must be None")
+        values = {parameter.name: getattr(module, parameter.name)[...] for parameter in contract.parameters}
+    what = getattr(module, "name", None) or contract.layer
+    check_values(contract, channels_of(contract, values, what), values, what)
+    return contract, values
+
+
+def check_values(contract: Spec, channels: int, values: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError unless the values are the layer's parameters, in their shapes."""
+    names = [parameter.name for parameter in contract.parameters]
+    extra = sorted(set(values) - set(names))
+    if extra:
+        raise ValueError(f"{what}: {contract.layer} has no parameter {extra[0]!r} with these arguments; it has {names}")
+    shapes = contract.shapes(contract.layout.arrange((), (1,) * contract.layout.rank, channels))
+    for name in names:
+        found = None if values.get(name) is None else tuple(jnp.shape(values[name]))
+        if found != shapes[name]:
+            raise ValueError(f"{what}: the parameter {name!r} must have the shape {shapes[name]}; got {found}")
+
+
+def channels_of(contract: Spec, values: Mapping[str, Any], what: str) -> int:
+    """The input's channels, which the first parameter's shape tells."""
+    name = contract.parameters[0].name
+    shape = jnp.shape(values[name]) if values.get(name) is not None else None
+    rank = contract.layout.rank
+    if shape is None or len(shape) != rank + 2 or 0 in shape:
+        expected = ", ".join(map(str, (*contract.kernel_size, "C", contract.depth_multiplier)))
+        raise ValueError(f"{what}: the parameter {name!r} must have the shape ({expected}); got {shape}")
+    return shape[-2]

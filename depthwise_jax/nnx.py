@@ -1,0 +1,297 @@
+"""The layers as Flax NNX modules: those of `depthwise_jax.linen`, with `in_features` first and `rngs` by name.
+
+A parameter's constraint and regularizer are metadata of its `nnx.Param`, under "constraint" and "regularizer", where
+`depthwise_jax.optim.constraints_of` and `regularization_loss` find them; `nnx.Param(value, constraint=...)` of another
+layer is found too.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import meta
+from flax.traverse_util import unflatten_dict
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from depthwise_jax import introspect, regularizers, settings, spec
+from depthwise_jax.window import Padding, per_axis
+
+
+class Loss(nnx.Intermediate):
+    """The type of variable in which `nnx.capture(model, Loss)` collects the activity penalties of a call."""
+
+
+class _Layer(nnx.Module):
+    rank: ClassVar[int]
+    in_features: int
+    data_format: str | None
+
+    def __post_init__(self, rngs: nnx.Rngs) -> None:
+        (self.in_features,) = per_axis(self.in_features, 1, "in_features")
+        if self.data_format is None:  # read once, at construction, as Keras does
+            self.data_format = settings.image_data_format()
+        for name, value in self._spec.values().items():
+            setattr(self, name, nnx.static(value))  # even where an array was given, which NNX takes for data
+        contract = self._spec
+        shapes = contract.shapes(contract.layout.arrange((), (1,) * self.rank, self.in_features))
+        for name in shapes:
+            setattr(self, name, nnx.data(None))
+        for parameter in contract.parameters:
+            value = parameter.initialize(rngs.params(), shapes[parameter.name], contract.param_dtype)
+            if isinstance(value, meta.AxisMetadata):
+                raise TypeError(
+                    f"{parameter.prefix}_initializer gives Linen's {type(value).__name__}; "
+                    "NNX takes nnx.with_partitioning or nnx.with_metadata"
+                )
+            tags: dict[str, Any] = {"constraint": parameter.constraint, "regularizer": parameter.regularizer}
+            tags = {key: tag for key, tag in tags.items() if tag is not None}
+            if tags:
+                tags["instance_shape"] = shapes[parameter.name]
+            setattr(self, parameter.name, nnx.Param(value, **tags))
+
+    @property
+    def _spec(self) -> spec.Spec:
+        # Made of the attributes when needed: attributes that are plain values make equal modules equal to nnx.jit.
+        return spec.Spec(type(self).__name__, self.rank, {name: getattr(self, name) for name in _arguments(type(self))})
+
+    def __call__(self, x: ArrayLike) -> Array:
+        x, contract = jnp.asarray(x), self._spec
+        shapes = contract.shapes(x.shape)
+        values = {parameter.name: getattr(self, parameter.name)[...] for parameter in contract.parameters}
+        for parameter in contract.parameters:
+            parameter.check_shape(values[parameter.name].shape, shapes[parameter.name])
+        y = contract(x, values)
+        # Outside of nnx.capture, sow would keep the value in the module for good.
+        if contract.activity_regularizer is not None and hasattr(self, "__captures__"):
+            loss = contract.activity_loss(y)
+            self.sow(Loss, "activity", loss, init_fn=lambda: jnp.zeros(()), reduce_fn=lambda total, new: total + new)
+        return y
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The output's shape for an input's shape; None stands for an unknown axis in both."""
+        return self._spec.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras' configuration of this layer, which Keras' own class of the same name accepts.
+
+        Raises:
+            ValueError: Keras has no word for one of the arguments.
+        """
+        return self._spec.get_config(None)
+
+    @classmethod
+    def from_config(cls, in_features: int, config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Self:
+        """Makes the layer from Keras' configuration; nothing that the configuration names is imported or run.
+
+        Args:
+            in_features: the input's channels, of which Keras' configuration says nothing.
+            config: as for the Linen layers' `from_config`; its name is of no use here.
+            rngs: as for the layer.
+
+        Raises:
+            ValueError: it is another layer's, or names what is not built in.
+        """
+        arguments = spec.arguments_from_config(cls.__name__, _arguments(cls), config)
+        arguments.pop("name", None)
+        return cls(in_features, **arguments, rngs=rngs)  # pyright: ignore[reportCallIssue]
+
+
+def _arguments(cls: type) -> list[str]:
+    """The names of the arguments that the Linen layers have too."""
+    return [field.name for field in dataclasses.fields(cls) if field.init and field.name != "in_features"]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _DepthwiseConv(_Layer):
+    """A depthwise convolution: each input channel is convolved with its own `depth_multiplier` kernels.
+
+    Attributes: `kernel`, an nnx.Param (*kernel_size, in_features, depth_multiplier), and `bias`, one of shape
+    (in_features*depth_multiplier,), or None without a bias; and every argument.
+
+    Args:
+        in_features: the input's channels, C.
+        rngs: the random numbers for the parameters, by name only.
+
+    The other arguments, their defaults and the shapes are those of the layer in `depthwise_jax.linen` of this name.
+    Penalties come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
+
+    Raises:
+        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+    """
+
+    in_features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "valid"
+    depth_multiplier: int = 1
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+    kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+    _: dataclasses.KW_ONLY
+    rngs: dataclasses.InitVar[nnx.Rngs]
+
+
+class DepthwiseConv1D(_DepthwiseConv):
+    __doc__ = f"Over one spatial axis. {_DepthwiseConv.__doc__}"
+
+    rank = 1
+
+
+class DepthwiseConv2D(_DepthwiseConv):
+    __doc__ = f"Over two spatial axes. {_DepthwiseConv.__doc__}"
+
+    rank = 2
+
+
+class DepthwiseConv3D(_DepthwiseConv):
+    __doc__ = f"Over three spatial axes; Keras has no such layer. {_DepthwiseConv.__doc__}"
+
+    rank = 3
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _SeparableConv(_Layer):
+    """A depthwise convolution, then a pointwise one that mixes the channels, then bias and activation.
+
+    Attributes: `depthwise_kernel`, an nnx.Param (*kernel_size, in_features, depth_multiplier), `pointwise_kernel`, one
+    of shape (*(1,) * rank, in_features*depth_multiplier, filters), and `bias`, (filters,) or None; and every argument.
+
+    Args:
+        in_features: the input's channels, C.
+        filters: the output's channels.
+        rngs: the random numbers for the parameters, by name only.
+
+    The other arguments, their defaults and the shapes are those of the layer in `depthwise_jax.linen` of this name.
+    Penalties come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
+
+    Raises:
+        ValueError, TypeError: as DepthwiseConv's.
+    """
+
+    in_features: int
+    filters: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "valid"
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    depth_multiplier: int = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = "glorot_uniform"
+    pointwise_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    pointwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    pointwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+    depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+    _: dataclasses.KW_ONLY
+    rngs: dataclasses.InitVar[nnx.Rngs]
+
+
+class SeparableConv1D(_SeparableConv):
+    __doc__ = f"Over one spatial axis. {_SeparableConv.__doc__}"
+
+    rank = 1
+
+
+class SeparableConv2D(_SeparableConv):
+    __doc__ = f"Over two spatial axes. {_SeparableConv.__doc__}"
+
+    rank = 2
+
+
+class SeparableConv3D(_SeparableConv):
+    __doc__ = f"Over three spatial axes; Keras has no such layer. {_SeparableConv.__doc__}"
+
+    rank = 3
+
+
+def collect(model: nnx.Module) -> Any:
+    """Finds the parameters of a model that carry a constraint or a regularizer.
+
+    Args:
+        model: any NNX module, or a state of `nnx.Param`s.
+
+    Returns:
+        A tree of dicts like `nnx.state(model, nnx.Param)` whose leaves are `introspect.Found`, or None where a
+        parameter has neither. The axes that nnx.vmap and nnx.scan added are taken to be the leading ones.
+
+    Raises:
+        ValueError: a parameter does not end in the shape that its layer gave it, as when they are not.
+    """
+    return unflatten_dict({path: _found(path, param) for path, param in _params(model)})
+
+
+def regularization_loss(model: nnx.Module) -> Array:
+    """The sum of all weight penalties of a model: a function of its parameters alone, each of which counts once.
+
+    The activity penalties are not in it: `nnx.capture(model, Loss)` collects them.
+
+    Args:
+        model: any NNX module, or a state of `nnx.Param`s, that contains these layers' parameters at any depth; lifted
+            by nnx.vmap or nnx.scan along leading axes, each instance counts.
+
+    Returns:
+        A scalar, at least float32.
+
+    Raises:
+        ValueError: as `collect`.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for path, param in _params(model):
+        found = _found(path, param)
+        if found is not None and found.regularizer is not None:
+
+            def penalty(instance: Array, regularizer: Any = found.regularizer) -> Array:
+                return regularizers.penalty(regularizer, instance)
+
+            total += jnp.sum(introspect.per_instance(penalty, found.lifted_axes, reduces=True)(param[...]))
+    return total
+
+
+def _params(model: nnx.Module) -> Any:
+    return nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def _found(path: tuple[Any, ...], param: nnx.Variable[Any]) -> introspect.Found | None:
+    tags = param.get_metadata()
+    constraint, regularizer = tags.get("constraint"), tags.get("regularizer")
+    if constraint is None and regularizer is None:
+        return None
+    shape = tuple(param.shape)
+    instance = tuple(tags.get("instance_shape", shape))
+    lifted = len(shape) - len(instance)
+    if lifted < 0 or shape[lifted:] != instance:
+        raise ValueError(
+            f"the parameter {'/'.join(map(str, path))!r} of shape {shape} must end in the shape {instance} that its "
+            "layer made: nnx.vmap and nnx.scan must add leading axes for its constraint and regularizer to apply"
+        )
+    return introspect.Found(constraint, regularizer, shape, param.dtype, instance, tuple(range(lifted)))
