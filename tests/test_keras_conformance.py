@@ -12,7 +12,7 @@ from depthwise_jax import introspect, linen, spec
 from tests.keras_reference import keras
 
 LAYERS = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
-CONFIGURATIONS_PER_LAYER = 60
+CONFIGURATIONS_PER_LAYER = 75
 QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
