@@ -3,6 +3,7 @@
 PyTorch itself is needed, and imported, by `to_torch` alone.
 """
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -175,8 +176,7 @@ def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     Args, Raises:
         as `to_arrays`.
     """
-    import torch
-
+    torch: Any = importlib.import_module("torch")  # an optional package, so without its types
     arguments, state = to_arrays(module, params)
     dtype = getattr(torch, str(state["weight"].dtype))
     conv = getattr(torch.nn, f"Conv{state['weight'].ndim - 2}d")(**arguments, dtype=dtype)
