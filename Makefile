@@ -15,6 +15,7 @@ test: $(VENV)/test.installed
 
 # The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
 test-torch: $(VENV)/test.installed $(VENV)/torch.installed
+	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
 	$(BIN)/python -m pytest -q tests/test_interop_torch.py
 
 lint: $(VENV)/test.installed $(VENV)/demo.installed $(VENV)/lint.installed
