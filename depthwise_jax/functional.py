@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from depthwise_jax.convolution import Convolution
 from depthwise_jax.layout import Layout
 from depthwise_jax.registry import closest
 from depthwise_jax.window import InputPadding, Padding, resolve
+
+# The activations that conv_fused_p applies.
+_FUSED = ((None, "linear"), (jax.nn.relu, "relu"), (jax.nn.relu6, "relu6"))
 
 
 def depthwise_conv(
@@ -35,40 +39,51 @@ def depthwise_conv(
 ) -> Array:
     """Convolves each input channel with its own kernels; no channels are mixed.
 
-    y[..., o, c*M + m] = sum over t of x[..., o*strides + t*dilation_rate - low, c] * kernel[t, c, m], a
+    `y[..., o, c*M + m] = sum over t of x[..., o*strides + t*dilation_rate - low, c] * kernel[t, c, m]`, a
     cross-correlation, where taps outside the input contribute nothing. Sums are taken in float32 for narrower floats,
     and rounded once.
 
     Args:
-        x: (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first; any number of leading batch axes.
-        kernel: (*window, C, M), one to three window axes; its rank decides how many spatial axes x has.
-        bias: (C*M,), added to the convolution.
-        strides: steps of the window, one or one per spatial axis.
-        padding: "valid", "same" (ceil(n / strides) outputs, the odd zero at the end), "causal" (one spatial axis: all
-            zeros before), "reflect" or "circular" (the input again, (span - 1) // 2 before and span // 2 after), in any
-            case; an integer; or one (low, high) pair per spatial axis.
+        x: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first; any number of leading batch axes.
+        kernel: `(*window, C, M)`, one to three window axes; its rank decides how many spatial axes x has.
+        bias: `(C*M,)`, added to the convolution.
+        strides: steps of the window in input positions, one or one per spatial axis.
+        padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), "causal" (one spatial axis: all
+            zeros before), "reflect" or "circular" (the input again, `(span - 1) // 2` before and `span // 2` after), in
+            any case; an integer; or one (low, high) pair per spatial axis.
         data_format: "channels_last" or "channels_first".
-        dilation_rate: distance between taps, one or one per spatial axis; goes with any strides.
+        dilation_rate: distance between taps in input positions, one or one per spatial axis; goes with any strides.
         activation: a name ("relu", "gelu", ...) or a callable, applied last.
-        precision: as in lax.conv_general_dilated.
+        precision: as in `jax.lax.conv_general_dilated`.
         preferred_element_type: the result's dtype, at least as wide as what JAX promotes the operands to, which it is
             by default.
-        implementation: "conv" or "taps" to insist on a lowering; None chooses one (see explain).
+        implementation: "conv", "taps" or "native" to insist on a lowering; None chooses one (see explain).
 
     Returns:
-        (*batch, *out, C*M), or (*batch, C*M, *out) with channels_first. It carries the checkpoint name "depthwise_conv"
-        (before bias and activation), for policies such as
-        jax.checkpoint_policies.save_only_these_names("depthwise_conv").
+        `(*batch, *out, C*M)`, or `(*batch, C*M, *out)` with channels_first, in the dtype that the operands promote to.
+        It carries the checkpoint name "depthwise_conv" (after a bias and the activations "relu" and "relu6", before
+        others), for policies such as
+        `jax.checkpoint_policies.save_only_these_names("depthwise_conv")`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, naming it, what came and what is expected.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x, kernel = jnp.ones((8, 28, 28, 32)), jnp.ones((3, 3, 32, 2))
+        >>> depthwise_conv(x, kernel, strides=2, padding="same", activation="relu").shape
+        (8, 14, 14, 64)
+        >>> jax.grad(lambda kernel: depthwise_conv(x, kernel).sum())(kernel).shape
+        (3, 3, 32, 2)
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     layout, function = _arguments(kernel, "kernel", data_format, activation, implementation)
     bias = _checked_bias(bias, kernel.shape[-2] * kernel.shape[-1], "C*M")
     dtype = _result_dtype(preferred_element_type, x, kernel, bias)
-    y = _convolve(x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation)
-    return _finish(y, bias, function, layout)
+    return _convolve(
+        x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation, bias, function
+    )
 
 
 def separable_conv(
@@ -90,10 +105,10 @@ def separable_conv(
     """A depthwise convolution, then a pointwise one that mixes the channels: a matrix product over the channel axis.
 
     Args:
-        x: (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first.
-        depthwise_kernel: (*window, C, M).
-        pointwise_kernel: (*(1,) * rank, C*M, F), with as many axes as depthwise_kernel.
-        bias: (F,).
+        x: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first.
+        depthwise_kernel: `(*window, C, M)`.
+        pointwise_kernel: `(1, ..., 1, C*M, F)`, with as many axes as depthwise_kernel.
+        bias: `(F,)`.
         strides, padding, data_format, dilation_rate: as in depthwise_conv, for its half.
         activation: applied last; nothing stands between the two halves.
         precision, preferred_element_type, implementation: as in depthwise_conv; the first two hold for both halves.
@@ -101,10 +116,16 @@ def separable_conv(
             over them may end sharded in more ways than one.
 
     Returns:
-        (*batch, *out, F), or (*batch, F, *out) with channels_first.
+        `(*batch, *out, F)`, or `(*batch, F, *out)` with channels_first.
 
     Raises:
         TypeError, ValueError: as depthwise_conv.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x, depthwise, pointwise = jnp.ones((8, 28, 28, 3)), jnp.ones((3, 3, 3, 4)), jnp.ones((1, 1, 12, 16))
+        >>> separable_conv(x, depthwise, pointwise, padding="same").shape
+        (8, 28, 28, 16)
     """
     x, kernel, pointwise = jnp.asarray(x), jnp.asarray(depthwise_kernel), jnp.asarray(pointwise_kernel)
     layout, function = _arguments(kernel, "depthwise_kernel", data_format, activation, implementation)
@@ -149,15 +170,24 @@ def explain(
     """Tells which lowering depthwise_conv would use for the forward pass and for both gradients, and why.
 
     Args:
-        x, kernel: as in depthwise_conv; anything with a shape, jax.ShapeDtypeStruct too.
+        x, kernel: as in depthwise_conv; anything with a shape and a dtype, `jax.ShapeDtypeStruct` too.
         strides, padding, data_format, dilation_rate, implementation: as in depthwise_conv.
         platform: "cpu", "cuda", "rocm" or "tpu"; the default backend's if None.
         partitioned: over how many mesh axes the compiler splits the program (automatic or explicit sharding); True is
             one.
 
+    Returns:
+        An `Explanation`, which prints as three lines.
+
     Raises:
         TypeError, ValueError: as depthwise_conv; also an unknown platform, or an implementation that cannot serve the
             call.
+
+    Examples:
+        >>> import jax
+        >>> x, kernel = jax.ShapeDtypeStruct((8, 28, 28, 32), "float32"), jax.ShapeDtypeStruct((3, 3, 32, 1), "float32")
+        >>> explain(x, kernel, platform="tpu").forward.lowering
+        'conv'
     """
     layout, _ = _arguments(kernel, "kernel", data_format, None, implementation)
     convolution, _ = _geometry(x.shape, kernel, layout, strides, padding, dilation_rate, None)
@@ -170,7 +200,17 @@ def explain(
         raise ValueError(f"platform must be one of {lowering.PLATFORMS}, got platform={platform!r}")
     return Explanation(
         *(
-            lowering.choose(platform, name, convolution, partitioned=partitioned, implementation=implementation)
+            lowering.choose(
+                lowering.Call(
+                    name,
+                    convolution,
+                    platform,
+                    jnp.result_type(x.dtype, kernel.dtype),
+                    partitioned=(2,) * partitioned,
+                    slabs=lowering.has_slabs(x.shape, convolution),
+                ),
+                implementation,
+            )
             for name in lowering.MAPS
         )
     )
@@ -236,14 +276,21 @@ def _convolve(
     precision: lax.PrecisionLike,
     dtype: Any,
     implementation: str | None,
+    bias: Array | None = None,
+    activation: activations.Activation | None = None,
 ) -> Array:
+    """The convolution, then bias and activation: in one primitive where it knows them."""
     convolution, input_padding = _geometry(x.shape, kernel, layout, strides, padding, dilation_rate, precision)
     if input_padding is not None:
         amounts = layout.arrange([(0, 0)] * (x.ndim - layout.rank - 1), input_padding.amounts, (0, 0))
         x = jnp.pad(x, amounts, mode=input_padding.mode)
-    return primitives.bind(
-        primitives.conv_p, x, kernel, convolution=convolution, dtype=dtype, implementation=implementation
-    )
+    bind = functools.partial(primitives.bind, convolution=convolution, dtype=dtype, implementation=implementation)
+    known = jnp.issubdtype(dtype, jnp.floating) and (activation is not None or bias is not None)
+    fused = next((name for function, name in _FUSED if known and function is activation), None)
+    if fused is None:
+        return _finish(bind(primitives.conv_p, x, kernel), bias, activation, layout)
+    operands = (x, kernel) if bias is None else (x, kernel, bias)
+    return bind(primitives.conv_fused_p, *operands, activation=fused)
 
 
 def _pointwise(
@@ -272,8 +319,7 @@ def _pointwise(
 
 def _finish(y: Array, bias: Array | None, activation: activations.Activation | None, layout: Layout) -> Array:
     if bias is not None:
-        batch = (1,) * (y.ndim - layout.rank - 1)
-        y = y + bias.astype(y.dtype).reshape(layout.arrange(batch, (1,) * layout.rank, bias.size))
+        y = y + lowering.align_bias(bias.astype(y.dtype), layout, y.ndim)
     return y if activation is None else activation(y)
 
 

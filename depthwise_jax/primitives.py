@@ -7,7 +7,12 @@ For a fixed window the three maps
     kernel_grad_p   dw = kernel_grad(x, g)
 
 are bilinear, and the two transposes of each are the other two. So they are closed under forward and reverse mode in any
-nesting: every derivative of any order runs on the same three maps.
+nesting: every derivative of any order runs on the same three maps. A fourth,
+
+    conv_fused_p    activation(conv(x, kernel) + bias)
+
+is for what a compiled kernel can do at its store. Its value stays fused where it is differentiated, and its derivative
+is the three maps' times a mask that its value tells.
 
 Their parameters: `convolution`, the static Convolution; `stacked`, how many leading axes both operands have in common,
 each index of which is a convolution of its own (what vmap over both makes); `dtype`, the result's; `implementation`,
@@ -39,6 +44,7 @@ CHECKPOINT_NAME = "depthwise_conv"
 conv_p = Primitive("depthwise_conv")
 input_grad_p = Primitive("depthwise_input_grad")
 kernel_grad_p = Primitive("depthwise_kernel_grad")
+conv_fused_p = Primitive("depthwise_conv_fused")
 
 
 def bind(
@@ -48,15 +54,17 @@ def bind(
     dtype: Any,
     implementation: str | None,
     stacked: int = 0,
+    **params: Any,
 ) -> Array:
-    """Applies one of the three primitives.
+    """Applies one of the primitives.
 
     Args:
-        primitive: conv_p, input_grad_p or kernel_grad_p.
+        primitive: conv_p, input_grad_p or kernel_grad_p; or conv_fused_p, which takes x, kernel and perhaps a bias
+            (*stacked, C*M), and the parameter `activation`, one of lowering.native.ACTIVATIONS.
         *operands: two of x (*stacked, *batch, *spatial, C), kernel (*stacked, *window, C, M) and g, shaped as y,
             (*stacked, *batch, *out, C*M), in the order of the primitive; channels_first as Layout has it. They may
             differ in dtype.
-        convolution, dtype, implementation, stacked: the parameters.
+        convolution, dtype, implementation, stacked, **params: the parameters.
 
     Returns:
         The third, in `dtype`.
@@ -66,7 +74,12 @@ def bind(
     missing = [tuple(frozenset().union(*varying) - own) for own in varying]
     aligned = [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(operands, missing, strict=True)]
     return primitive.bind(
-        *aligned, convolution=convolution, dtype=jnp.dtype(dtype), implementation=implementation, stacked=stacked
+        *aligned,
+        convolution=convolution,
+        dtype=jnp.dtype(dtype),
+        implementation=implementation,
+        stacked=stacked,
+        **params,
     )
 
 
@@ -109,16 +122,16 @@ def _batching_rule(
     primitive: Primitive, operands: Sequence[Array], dims: Sequence[int | None], *, stacked: int, **params: Any
 ) -> tuple[Array, int]:
     """One more batch axis where only x or g is mapped, over a map that keeps it; one more stacked axis otherwise."""
-    first, second = operands
-    if dims[0] is not None and dims[1] is None and primitive is not kernel_grad_p:
+    first, *others = operands
+    if dims[0] is not None and all(dim is None for dim in dims[1:]) and primitive is not kernel_grad_p:
         first = jnp.moveaxis(first, dims[0], stacked)
-        return bind(primitive, first, second, stacked=stacked, **params), stacked
+        return bind(primitive, first, *others, stacked=stacked, **params), stacked
     size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
-    first, second = (
+    mapped = (
         jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
         for a, dim in zip(operands, dims, strict=True)
     )
-    return bind(primitive, first, second, stacked=stacked + 1, **params), 0
+    return bind(primitive, *mapped, stacked=stacked + 1, **params), 0
 
 
 def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
@@ -131,30 +144,66 @@ def _compiled(primitive: Primitive, **params: Any) -> Callable[..., Array]:
     return jax.jit(functools.partial(primitive.bind, **params))
 
 
-def _lowering_rule(direction: str, platform: str, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
-    # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
+def _lowering_rule(
+    run: Callable[..., Array],
+    direction: str,
+    platform: str,
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    convolution: Convolution,
+    dtype: Any,
+    stacked: int,
+    **params: Any,
+) -> Any:
     avals: Sequence[Any] = ctx.avals_in
+    specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals[:2]]
+    images = any(any(convolution.layout.spatial_shape(spec)) for spec in specs)
+    call = lowering.Call(
+        direction,
+        convolution,
+        platform,
+        jnp.result_type(*(aval.dtype for aval in avals), dtype),
+        partitioned=_partitioned(ctx),
+        slabs=not (direction == "kernel_grad" and images) and lowering.has_slabs(avals[0].shape[stacked:], convolution),
+        exported=ctx.module_context.lowering_parameters.for_export,
+    )
+    # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
-    run = functools.partial(lowering.run, direction, platform, partitioned=_partitioned(ctx))
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        return mlir.lower_fun(run, multiple_results=False)(ctx.replace(avals_in=plain), *operands, **params)
+        lower = mlir.lower_fun(functools.partial(run, call=call), multiple_results=False)
+        return lower(ctx.replace(avals_in=plain), *operands, dtype=dtype, stacked=stacked, **params)
 
 
-def _partitioned(ctx: mlir.LoweringRuleContext) -> int:
-    """Over how many mesh axes the compiler partitions this program: none on one device, or if all is in shard_map."""
+def _partitioned(ctx: mlir.LoweringRuleContext) -> tuple[int, ...]:
+    """The mesh axes over which the compiler partitions this program: none on one device, or if all is in shard_map."""
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
-        return 0 if axes.manual_axes == frozenset(axes.mesh.axis_names) else _large(axes.mesh.shape.values())
+        return () if axes.manual_axes == frozenset(axes.mesh.axis_names) else _large(axes.mesh.shape.values())
     if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
-        return 0
+        return ()
     avals: Sequence[Any] = ctx.avals_in
     meshes = (aval.sharding.mesh for aval in avals)
     # A mesh that only the arguments of jit have (in_shardings) is not seen here.
-    return next((_large(mesh.shape.values()) for mesh in meshes if not mesh.empty), 2)
+    return next((_large(mesh.shape.values()) for mesh in meshes if not mesh.empty), (axes.num_devices, 1))
 
 
-def _large(sizes: Iterable[int]) -> int:
-    return sum(size > 1 for size in sizes)
+def _large(sizes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(size for size in sizes if size > 1)
+
+
+def _register(
+    primitive: Primitive,
+    direction: str,
+    abstract_eval: Callable[..., Any],
+    run: Callable[..., Array],
+) -> None:
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(functools.partial(_impl, primitive))
+    batching.primitive_batchers[primitive] = functools.partial(_batching_rule, primitive)
+    # One platform per rule: a rule that two platforms share is indexed wrongly in an export for several platforms.
+    for platform in lowering.PLATFORMS:
+        rule = functools.partial(_lowering_rule, run, direction, platform)
+        mlir.register_lowering(primitive, rule, platform=platform)
 
 
 def _define(
@@ -164,17 +213,11 @@ def _define(
     spec_rule: Callable[..., tuple[Any, ...]],
     transposes: tuple[tuple[Primitive, bool], tuple[Primitive, bool]],
 ) -> None:
-    primitive.def_abstract_eval(functools.partial(_abstract_eval, shape_rule, spec_rule))
-    primitive.def_impl(functools.partial(_impl, primitive))
+    _register(primitive, direction, functools.partial(_abstract_eval, shape_rule, spec_rule), lowering.run)
     rules = (
         _transpose_rule(transpose, i, cotangent_first) for i, (transpose, cotangent_first) in enumerate(transposes)
     )
     ad.defbilinear(primitive, *rules)
-    batching.primitive_batchers[primitive] = functools.partial(_batching_rule, primitive)
-    # One platform per rule: a rule that two platforms share is indexed wrongly in an export for several platforms.
-    for platform in lowering.PLATFORMS:
-        rule = functools.partial(_lowering_rule, direction, platform)
-        mlir.register_lowering(primitive, rule, platform=platform)
 
 
 _define(
@@ -207,3 +250,38 @@ def _named_jvp(jvp: Callable[..., Any], primals: Any, tangents: Any, **params: A
 
 
 ad.primitive_jvps[conv_p] = functools.partial(_named_jvp, ad.primitive_jvps[conv_p])
+
+
+def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **params: Any) -> Any:
+    del activation
+    y = _abstract_eval(Convolution.forward_shape, sharding.forward_spec, x, kernel, **params)
+    spec = list(y.sharding.spec)
+    axis = params["convolution"].layout.channels
+    for b in bias:
+        spec[axis] = sharding.agree("channels", spec[axis], *b.sharding.spec[-1:])
+    return y.update(sharding=NamedSharding(y.sharding.mesh, PartitionSpec(*spec)))
+
+
+def _fused_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, activation: str, **params: Any
+) -> tuple[Array, Array]:
+    x, kernel, *_ = primals
+    dx, dkernel, *dbias = (None if type(tangent) is ad.Zero else tangent for tangent in tangents)
+    y = checkpoint_name(bind(conv_fused_p, *primals, activation=activation, **params), CHECKPOINT_NAME)
+    dy = jnp.zeros_like(y)
+    if dx is not None:
+        dy = bind(conv_p, dx, kernel, **params)
+    if dkernel is not None:
+        term = bind(conv_p, x, dkernel, **params)
+        dy = term if dx is None else dy + term
+    for db in dbias:
+        if db is not None:
+            dy = dy + lowering.align_bias(db.astype(y.dtype), params["convolution"].layout, y.ndim)
+    if activation != "linear":
+        inside = (y > 0) & (y < 6) if activation == "relu6" else y > 0
+        dy = jnp.where(inside, dy, jnp.zeros_like(dy))
+    return y, dy
+
+
+_register(conv_fused_p, "forward", _fused_abstract_eval, lowering.run_fused)
+ad.primitive_jvps[conv_fused_p] = _fused_jvp

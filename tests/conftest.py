@@ -14,7 +14,7 @@ import hypothesis
 import jax
 import pytest
 
-from tests.cases import LOWERINGS
+from tests.cases import LOWERINGS, PLAIN
 
 # Compiling takes the time, so no deadline; the same examples at every run, so that others see the same failures.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, database=None, print_blob=True)
@@ -24,6 +24,12 @@ hypothesis.settings.load_profile("repository")
 @pytest.fixture(scope="session", params=LOWERINGS)
 def implementation(request: pytest.FixtureRequest) -> str:
     """A lowering by its name: a test that takes it runs over all of them."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=PLAIN)
+def plain(request: pytest.FixtureRequest) -> str:
+    """A lowering in plain XLA by its name, for tests of what compiled kernels refuse."""
     return request.param
 
 

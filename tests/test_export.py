@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import export
 
-from depthwise_jax import separable_conv
+from depthwise_jax import DepthwiseConv2D, SeparableConv2D, separable_conv
+from depthwise_jax.optim import constraints_of, project
 from tests.cases import CORE, Case
 from tests.oracle import assert_close, widest
 
@@ -29,8 +36,8 @@ def symbolic_batch(case: Case) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_symbolic_batch_on_three_platforms(case: Case, implementation: str) -> None:
-    f = reloaded(case.conv(implementation), *symbolic_batch(case))
+def test_symbolic_batch_on_three_platforms(case: Case, plain: str) -> None:
+    f = reloaded(case.conv(plain), *symbolic_batch(case))
     for batch in (1, 3):
         one = Case(f"{case.name}-{batch}", (batch, *case.x[1:]), case.kernel, case.geometry)
         x, w, _ = one.operands()
@@ -52,9 +59,9 @@ def test_each_platform_gets_its_own_lowering(platforms: tuple[str, ...]) -> None
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_gradients_with_a_symbolic_batch(case: Case, implementation: str) -> None:
+def test_gradients_with_a_symbolic_batch(case: Case, plain: str) -> None:
     x, w = symbolic_batch(case)
-    f = reloaded(jax.grad(lambda x, w: (case.conv(implementation)(x, w) ** 2).sum() / 2, (0, 1)), x, w)
+    f = reloaded(jax.grad(lambda x, w: (case.conv(plain)(x, w) ** 2).sum() / 2, (0, 1)), x, w)
     x, w, _ = case.operands()
     y = case.oracle.conv(x, w)
     dx, dw = f.call(x, w)
@@ -62,21 +69,21 @@ def test_gradients_with_a_symbolic_batch(case: Case, implementation: str) -> Non
     assert_close(dw, case.oracle.kernel_grad(x, y), 1e-5)
 
 
-def test_the_artefact_is_differentiable(implementation: str) -> None:
+def test_the_artefact_is_differentiable(plain: str) -> None:
     case = CORE[1]
     x, w, g = case.operands()
-    f = reloaded(case.conv(implementation), *symbolic_batch(case), vjp_order=1)
+    f = reloaded(case.conv(plain), *symbolic_batch(case), vjp_order=1)
     dx, dw = jax.vjp(f.call, x, w)[1](g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5)
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
 
 
-def test_symbolic_batch_with_bias_and_vmap(implementation: str) -> None:
+def test_symbolic_batch_with_bias_and_vmap(plain: str) -> None:
     case = Case("export-vmap", (2, 5, 4, 3), (3, 3, 3, 2), {"padding": "same"})
     x, w, b = case.draw((3, *case.x), 0), case.draw((3, *case.kernel), 1), case.draw((6,), 2)
     (batch,) = export.symbolic_shape("n")
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, batch, *case.x[1:]), w.shape, b.shape)]
-    f = reloaded(jax.vmap(case.conv(implementation, activation="relu"), (0, 0, None)), *shapes)
+    f = reloaded(jax.vmap(case.conv(plain, activation="relu"), (0, 0, None)), *shapes)
     exact = [np.maximum(case.oracle.add_bias(case.oracle.conv(a, k), b), 0) for a, k in zip(x, w, strict=True)]
     assert_close(f.call(x, w, b), np.stack(exact), 1e-5)
 
@@ -96,11 +103,11 @@ def test_a_symbolic_length(padding: Any) -> None:
         assert_close(f.call(x, w), one.oracle.conv(x, w), 1e-5)
 
 
-def test_separable_on_three_platforms(implementation: str) -> None:
+def test_separable_on_three_platforms(plain: str) -> None:
     case = CORE[1]
     x, w = symbolic_batch(case)
     p = case.draw((1, 1, 6, 4), 20)
-    f = reloaded(lambda x, w, p: separable_conv(x, w, p, **case.geometry, implementation=implementation), x, w, p)
+    f = reloaded(lambda x, w, p: separable_conv(x, w, p, **case.geometry, implementation=plain), x, w, p)
     x, w, _ = case.operands()
     assert_close(f.call(x, w, p), case.oracle.conv(x, w) @ widest(p)[0, 0], 1e-5)
 
@@ -109,3 +116,81 @@ def test_nothing_in_the_artefact_needs_this_package() -> None:
     case = CORE[1]
     exported = export.export(jax.jit(case.conv()), platforms=PLATFORMS)(*case.operands()[:2])
     assert "custom_call" not in exported.mlir_module()
+
+
+# What serves the artefact: a process in which this package cannot be imported, nor flax.
+SERVER = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("depthwise_jax", "flax"):
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Absent())
+try:
+    import depthwise_jax
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("depthwise_jax can be imported")
+
+import numpy as np
+from jax import export
+
+directory = sys.argv[1]
+with open(f"{directory}/model", "rb") as file:
+    model = export.deserialize(file.read())
+assert model.platforms == ("cpu", "cuda", "tpu"), model.platforms
+images = np.load(f"{directory}/images.npy")
+np.savez(f"{directory}/logits.npz", *(model.call(images[:batch]) for batch in (1, 3, len(images))))
+"""
+
+
+def test_a_trained_model_in_a_process_without_this_package(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        [
+            DepthwiseConv2D(3, depth_multiplier=4, activation="relu", depthwise_constraint="max_norm"),
+            SeparableConv2D(6, 3, strides=2, padding="same", activation="gelu"),
+            SeparableConv2D(3, (2, 3), padding="reflect", dilation_rate=2, depthwise_constraint="unit_norm"),
+            lambda x: x.mean((-3, -2)),
+        ]
+    )
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((7, 10, 11, 2)).astype(np.float32)
+    labels = rng.integers(3, size=7)
+    params = model.init(jax.random.key(0), images)["params"]
+    optimizer = optax.chain(optax.adam(0.05), project(constraints_of(model, images)))
+
+    def logits(params: Any, images: Any) -> Any:
+        return model.apply({"params": params}, images)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(logits(p, images), labels).mean()  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    for _ in range(10):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+
+    (batch,) = export.symbolic_shape("n")
+    exported = export.export(jax.jit(lambda x: logits(params, x)), platforms=PLATFORMS)(
+        jax.ShapeDtypeStruct((batch, *images.shape[1:]), jnp.float32)
+    )
+    (tmp_path / "model").write_bytes(exported.serialize())
+    np.save(tmp_path / "images.npy", images)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # -I: neither this directory nor PYTHONPATH is searched.
+    command = [sys.executable, "-I", "-c", SERVER, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    served = np.load(tmp_path / "logits.npz")
+    for name, size in zip(served.files, (1, 3, 7), strict=True):
+        assert_close(served[name], logits(params, images[:size]), 1e-5, f"batch {size}")

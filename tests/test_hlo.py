@@ -115,6 +115,7 @@ def test_the_chosen_program_is_the_explained_one() -> None:
     for lowering, program in programs:
         text = jax.jit(program).lower(x, w).as_text()
         assert bool(CONVOLUTION.search(text)) == (lowering == "conv")
+        assert ("depthwise_jax." in text) == (lowering == "native")  # the handlers' names
 
 
 def test_bias_and_activation_add_no_pass_over_the_output() -> None:

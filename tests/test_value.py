@@ -91,10 +91,10 @@ def test_preferred_element_type_float32_keeps_the_accumulator(implementation: st
     assert_close(y, ONE.oracle.conv(x, w), 1e-6)
 
 
-def test_float8(implementation: str) -> None:
+def test_float8(plain: str) -> None:
     # It promotes to nothing by itself, but is summed in float32 like every narrow type.
     x, w, _ = (jnp.asarray(a).astype(jnp.float8_e4m3fn) for a in ONE.operands())
-    y = ONE.conv(implementation)(x, w)
+    y = ONE.conv(plain)(x, w)
     exact = ONE.oracle.conv(x.astype(jnp.float32), w.astype(jnp.float32))
     assert y.dtype == jnp.float8_e4m3fn
     assert_within_roundings(y, exact, exact)
@@ -102,31 +102,31 @@ def test_float8(implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.uint8, np.uint32])
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_integers_are_exact(case: Case, implementation: str, dtype: Any) -> None:
+def test_integers_are_exact(case: Case, plain: str, dtype: Any) -> None:
     random = np.random.default_rng(0)
     low, high = (0, 3) if np.issubdtype(dtype, np.unsignedinteger) else (-2, 2)  # the sums stay within 8 bits
     x = random.integers(low, high, case.x, dtype, endpoint=True)
     w = random.integers(low, high, case.kernel, dtype, endpoint=True)
-    y = case.conv(implementation)(x, w)
+    y = case.conv(plain)(x, w)
     assert y.dtype == dtype
     np.testing.assert_array_equal(widest(y), case.oracle.conv(x, w))
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_int8_with_an_int32_accumulator(case: Case, implementation: str) -> None:
+def test_int8_with_an_int32_accumulator(case: Case, plain: str) -> None:
     random = np.random.default_rng(0)
     x = random.integers(-128, 127, case.x, np.int8, endpoint=True)
     w = random.integers(-128, 127, case.kernel, np.int8, endpoint=True)
-    y = case.conv(implementation, preferred_element_type=jnp.int32)(x, w)
+    y = case.conv(plain, preferred_element_type=jnp.int32)(x, w)
     assert y.dtype == jnp.int32
     np.testing.assert_array_equal(widest(y), case.oracle.conv(x, w))
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
 @pytest.mark.parametrize("case", CORE[:3], ids=str)
-def test_complex(case: Case, implementation: str, dtype: Any, x64: None) -> None:
+def test_complex(case: Case, plain: str, dtype: Any, x64: None) -> None:
     x, w, _ = (a + 1j * b for a, b in zip(case.operands(0), case.operands(1), strict=True))
-    y = case.conv(implementation)(x.astype(dtype), w.astype(dtype))
+    y = case.conv(plain)(x.astype(dtype), w.astype(dtype))
     assert y.dtype == dtype
     assert_close(y, case.oracle.conv(x, w), 1e-5 if dtype == np.complex64 else 1e-14)
 

@@ -112,10 +112,10 @@ def test_preferred_element_type_does_not_change_the_gradients_dtypes(implementat
 
 
 @pytest.mark.parametrize("case", CORE[:3], ids=str)
-def test_complex_has_no_conjugate(case: Case, implementation: str) -> None:
+def test_complex_has_no_conjugate(case: Case, plain: str) -> None:
     # JAX's convention: the transpose of the linear map, as for lax's own convolution.
     x, w, g = ((a + 1j * b).astype(np.complex64) for a, b in zip(case.operands(0), case.operands(1), strict=True))
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(implementation), x, w)[1](g))(x, w, g)
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(plain), x, w)[1](g))(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
 

@@ -1,13 +1,14 @@
 """Which lowering serves which call, as one table, and the call of the chosen one.
 
-Each lowering is a module with the same three functions, forward(x, kernel), input_grad(g, kernel) and kernel_grad(x,
-g), which take the static Convolution and over how many mesh axes the compiler partitions the program, and compute in
-their operands' common dtype.
+Each lowering is a module with the same four functions: forward(x, kernel, call), input_grad(g, kernel, call) and
+kernel_grad(x, g, call), which compute in their operands' common dtype; and refusal(call), which tells why it cannot
+serve a call, or None.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from depthwise_jax.convolution import Convolution
-from depthwise_jax.lowering import conv, taps
+from depthwise_jax.layout import Layout
+from depthwise_jax.lowering import conv, native, taps
+from depthwise_jax.lowering.call import MAPS, PLATFORMS, Call
 
-LOWERINGS = {"conv": conv, "taps": taps}
-MAPS = ("forward", "input_grad", "kernel_grad")
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+__all__ = ["LOWERINGS", "MAPS", "PLATFORMS", "TABLE", "Call", "Choice", "Rule", "choose", "run", "run_fused"]
+
+LOWERINGS = {"conv": conv, "taps": taps, "native": native}
 
 
 @dataclass(frozen=True)
@@ -36,122 +39,127 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table: a choice, and the calls that it is for. The first row that fits a call decides.
+    """A row of the table: the lowering to take on some platforms, and why.
 
     Attributes:
         platforms: the platforms.
-        maps: the maps.
-        choice: the lowering and the reason.
-        partitioned: only programs that the compiler partitions over at least this many mesh axes.
-        symbolic: only symbolic spatial sizes.
+        lowering: the name of the lowering.
+        reason: why.
     """
 
     platforms: tuple[str, ...]
-    maps: tuple[str, ...]
-    choice: Choice
-    partitioned: int = 0
-    symbolic: bool = False
-
-    def fits(self, platform: str, direction: str, convolution: Convolution, partitioned: int) -> bool:
-        """Whether the row is for this call."""
-        return (
-            platform in self.platforms
-            and direction in self.maps
-            and partitioned >= self.partitioned
-            and (not self.symbolic or _is_symbolic(convolution))
-        )
+    lowering: str
+    reason: str
 
 
-# XLA's partitioner adds up a convolution's partial sums over all devices, also over those that hold the same part: a
-# kernel gradient whose batch is sharded over one of two mesh axes comes out multiplied by the size of the other.
-_REPEATED_SUM = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"
-
-# benchmarks/lowerings.py measures what the rows for the platforms say.
+# Of the rows for a platform the first whose lowering does not refuse the call decides; benchmarks/peers.py measures
+# what they say.
 TABLE = (
-    Rule(PLATFORMS, ("kernel_grad",), Choice("taps", _REPEATED_SUM), partitioned=2),
-    Rule(("cpu",), MAPS, Choice("conv", "taps need known spatial sizes"), symbolic=True),
-    Rule(("cpu",), MAPS, Choice("taps", "XLA's grouped convolution is many times slower on CPU")),
-    Rule(("tpu",), MAPS, Choice("conv", "XLA's grouped convolution is near the hardware's limit on TPU")),
-    Rule(("cuda", "rocm"), MAPS, Choice("conv", "no measurement on a GPU says otherwise")),
+    Rule(("cpu",), "native", "the compiled kernels are the fastest on CPU"),
+    Rule(("cpu",), "taps", "XLA's grouped convolution is many times slower on CPU"),
+    Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
+    Rule(("tpu",), "conv", "XLA's grouped convolution is near the hardware's limit on TPU"),
+    Rule(("cuda", "rocm"), "conv", "no measurement on a GPU says otherwise"),
+    Rule(("tpu", "cuda", "rocm"), "taps", "shifted products serve every platform"),
 )
 
 
-def choose(
-    platform: str, direction: str, convolution: Convolution, *, partitioned: int, implementation: str | None
-) -> Choice:
+def choose(call: Call, implementation: str | None) -> Choice:
     """The lowering for a call.
 
     Args:
-        platform: one of PLATFORMS.
-        direction: one of MAPS.
-        convolution: the convolution.
-        partitioned: over how many mesh axes, of more than one device each, the compiler partitions the program (under
-            automatic or explicit sharding; not in shard_map); more than one if that is unknown.
+        call: the call.
         implementation: a lowering that the caller insists on, or None.
 
     Raises:
-        ValueError: the lowering cannot serve the call.
+        ValueError: the lowering cannot serve the call; without one, no lowering can.
     """
-    if implementation is None:
-        choice = next(rule.choice for rule in TABLE if rule.fits(platform, direction, convolution, partitioned))
-    else:
-        choice = Choice(implementation, "asked for by implementation=")
-    if choice.lowering == "taps" and _is_symbolic(convolution):
-        raise ValueError(
-            f"lowering 'taps' ({choice.reason}) cannot serve this {direction}: it needs known spatial sizes, "
-            f"got the symbolic {convolution.spatial}"
-        )
-    if choice.lowering == "conv" and direction == "kernel_grad" and partitioned > 1:
-        raise ValueError(
-            f"implementation='conv' cannot serve this kernel gradient, partitioned over several mesh axes: "
-            f"{_REPEATED_SUM}; expected implementation=None or 'taps', a mesh of one axis, or jax.shard_map"
-        )
-    return choice
+    where = f"this {call.direction} on {call.platform}"
+    if implementation is not None:
+        refusal = LOWERINGS[implementation].refusal(call)
+        if refusal is not None:
+            raise ValueError(f"implementation={implementation!r} cannot serve {where}: {refusal}")
+        return Choice(implementation, "asked for by implementation=")
+    refusals: list[str] = []
+    for rule in TABLE:
+        if call.platform in rule.platforms:
+            refusal = LOWERINGS[rule.lowering].refusal(call)
+            if refusal is None:
+                return Choice(rule.lowering, "; ".join([rule.reason, *refusals]))
+            refusals.append(f"not {rule.lowering}: {refusal}")
+    raise ValueError(f"no lowering can serve {where}: {'; '.join(refusals)}")
 
 
-def run(
-    direction: str,
-    platform: str,
-    *operands: Array,
-    convolution: Convolution,
-    partitioned: int,
-    stacked: int,
-    dtype: Any,
-    implementation: str | None,
-) -> Array:
+def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: str | None) -> Array:
     """One map, on the chosen lowering.
 
-    The operands are brought to one dtype that holds them and the result; on CPU it has at least float32's precision,
-    since XLA sums narrower types there in steps that round (the other platforms' convolutions sum them in float32).
-
     Args:
-        direction: one of MAPS.
-        platform: one of PLATFORMS.
         *operands: the map's two operands, with `stacked` leading axes in common, each index of which is a convolution
             of its own.
-        convolution: the convolution.
-        partitioned: as in choose.
+        call: the call.
         stacked: the number of those axes.
         dtype: the result's dtype.
         implementation: as in choose.
     """
-    choice = choose(platform, direction, convolution, partitioned=partitioned, implementation=implementation)
-    function = functools.partial(
-        getattr(LOWERINGS[choice.lowering], direction), convolution=convolution, partitioned=partitioned
-    )
+    choice = choose(call, implementation)
+    function = functools.partial(getattr(LOWERINGS[choice.lowering], call.direction), call=call)
     for _ in range(stacked):
         function = jax.vmap(function)
-    computation = jnp.result_type(*operands, dtype)
-    if choice.lowering == "taps" or platform == "cpu":
-        computation = accumulation_dtype(computation)
+    computation = computation_dtype(call, choice)
     return function(*(operand.astype(computation) for operand in operands)).astype(dtype)
 
 
-def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype in which products of a dtype are summed: float32 for narrower floats, else the dtype itself."""
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.dtype(jnp.float32 if narrow else dtype)
+def run_fused(
+    x: Array,
+    kernel: Array,
+    *bias: Array,
+    activation: str,
+    call: Call,
+    stacked: int,
+    dtype: Any,
+    implementation: str | None,
+) -> Array:
+    """activation(y + bias), in one pass over memory where the chosen lowering can.
+
+    Args:
+        x, kernel: as in run.
+        *bias: (*stacked, C*M), or none.
+        activation: one of native.ACTIVATIONS.
+        call, stacked, dtype, implementation: as in run.
+    """
+    choice = choose(call, implementation)
+    if choice.lowering == "native":
+        function = functools.partial(native.fused, activation=activation, call=call)
+        for _ in range(stacked):
+            function = jax.vmap(function)
+        computation = computation_dtype(call, choice)
+        return function(*(operand.astype(computation) for operand in (x, kernel, *bias))).astype(dtype)
+    y = run(x, kernel, call=call, stacked=stacked, dtype=dtype, implementation=implementation)
+    for b in bias:
+        y = y + align_bias(b.astype(dtype), call.convolution.layout, y.ndim)
+    if activation != "linear":
+        y = jnp.maximum(y, 0)
+    return jnp.minimum(y, 6) if activation == "relu6" else y
 
 
-def _is_symbolic(convolution: Convolution) -> bool:
-    return not all(isinstance(n, int) for n in convolution.spatial)
+def align_bias(bias: Array, layout: Layout, ndim: int) -> Array:
+    """A bias (*stacked, C*M), shaped to be added to a y of `ndim` axes."""
+    *stacked, channels = bias.shape
+    batch = (1,) * (ndim - len(stacked) - layout.rank - 1)
+    return bias.reshape(*stacked, *layout.arrange(batch, (1,) * layout.rank, channels))
+
+
+def computation_dtype(call: Call, choice: Choice) -> Any:
+    """The dtype to which the operands of a lowering are brought.
+
+    On CPU XLA sums narrow floats in steps that round, so there they are widened to float32; the compiled kernels and
+    the other platforms' convolutions sum them in float32 as they are.
+    """
+    widened = choice.lowering == "taps" or (choice.lowering == "conv" and call.platform == "cpu")
+    narrow = jnp.issubdtype(call.dtype, jnp.floating) and jnp.finfo(call.dtype).bits < 32
+    return jnp.dtype(jnp.float32) if widened and narrow else call.dtype
+
+
+def has_slabs(shape: Sequence[int], convolution: Convolution) -> bool:
+    """Whether the batch of an x or y of this shape is known, so that it can be cut into slabs."""
+    return all(isinstance(n, int) for n in convolution.batch(shape))

@@ -5,17 +5,32 @@ For finite data this is what the maps mean.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
+from depthwise_jax.lowering.call import Call
 
 
-def forward(x: Array, kernel: Array, convolution: Convolution, *, partitioned: int = 0) -> Array:
+def refusal(call: Call) -> str | None:
+    """Why lax's convolution cannot serve a call, or None."""
+    if call.direction == "kernel_grad" and len(call.partitioned) > 1:
+        # kernel_grad has the details.
+        reason = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"
+        if not call.slabs:
+            return f"{reason}, and the batch has no slabs to sum over: its size is symbolic or its images are sharded"
+        if call.platform not in ("cpu", "tpu"):
+            return f"{reason}, and sums over slabs were tried on cpu and tpu only"
+    return None
+
+
+def forward(x: Array, kernel: Array, call: Call) -> Array:
     """y, in the operands' common dtype."""
-    del partitioned  # lax's convolution partitions itself
+    convolution = call.convolution
     window, layout = convolution.window, convolution.layout
     *size, channels, multiplier = kernel.shape
     batch = convolution.batch(x.shape)
@@ -34,30 +49,102 @@ def forward(x: Array, kernel: Array, convolution: Convolution, *, partitioned: i
     return y.reshape(*batch, *y.shape[1:])
 
 
-def input_grad(g: Array, kernel: Array, convolution: Convolution, *, partitioned: int = 0) -> Array:
+def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype.
 
     With several kernels per channel it is a sum of single-kernel transposes: lax's own transpose is no depthwise
     convolution then, and partitions with an all-gather.
     """
-    del partitioned
-    layout = convolution.layout
-    *_, channels, multiplier = kernel.shape
-    x = jax.ShapeDtypeStruct(convolution.input_grad_shape(g.shape, kernel.shape), g.dtype)
-    batch = convolution.batch(g.shape)
+    x = jax.ShapeDtypeStruct(call.convolution.input_grad_shape(g.shape, kernel.shape), g.dtype)
+
+    def transpose(m: int, single_g: Array) -> Array:
+        single_kernel = lax.slice_in_dim(kernel, m, m + 1, axis=-1)
+        return jax.linear_transpose(lambda x: forward(x, single_kernel, call), x)(single_g)[0]
+
+    first, *others = map(transpose, itertools.count(), _single(g, kernel.shape[-2], call.convolution))
+    return sum(others, start=first)
+
+
+def kernel_grad(x: Array, g: Array, call: Call) -> Array:
+    """dw, in the operands' common dtype, or float32 where it is summed over slabs.
+
+    XLA's partitioner adds up a convolution's partial sums over all devices, also over those that hold the same part: on
+    a mesh of several axes a gradient whose batch is sharded over one of them comes out multiplied by the size of the
+    others. A sum over an array's axis it partitions rightly. So there each slab of the batch has a gradient of its own,
+    and those are summed.
+
+    With several kernels per channel it is one gradient for each of them: the TPU compiler does not know their joint
+    gradient as depthwise.
+    """
+    if len(call.partitioned) > 1:
+        return _slab_gradients(x, g, call.convolution, math.prod(call.partitioned)).sum(0)
+    channels = call.convolution.channels(x.shape)
+    kernel = jax.ShapeDtypeStruct((*call.convolution.window.size, channels, 1), x.dtype)
+    transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
+    return lax.concatenate(
+        [transpose(single_g)[0] for single_g in _single(g, channels, call.convolution)], kernel.ndim - 1
+    )
+
+
+def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
+    """For each of a channel's kernels the part of g (*batch, *out, C*M) that is its own: M arrays (*batch, *out, C)."""
+    layout, batch = convolution.layout, convolution.batch(g.shape)
+    multiplier = convolution.channels(g.shape) // channels
     split = g.reshape(layout.arrange(batch, convolution.out, channels, multiplier))
     axis = split.ndim - 1 if layout.channels == -1 else len(batch) + 1
-
-    def transpose(m: int) -> Array:
-        single_kernel = lax.slice_in_dim(kernel, m, m + 1, axis=-1)
-        single_g = lax.index_in_dim(split, m, axis=axis, keepdims=False)
-        return jax.linear_transpose(lambda x: forward(x, single_kernel, convolution), x)(single_g)[0]
-
-    return sum((transpose(m) for m in range(1, multiplier)), start=transpose(0))
+    return [lax.index_in_dim(split, m, axis=axis, keepdims=False) for m in range(multiplier)]
 
 
-def kernel_grad(x: Array, g: Array, convolution: Convolution, *, partitioned: int = 0) -> Array:
-    """dw, in the operands' common dtype."""
-    del partitioned
-    kernel = jax.ShapeDtypeStruct(convolution.kernel_grad_shape(x.shape, g.shape), x.dtype)
-    return jax.linear_transpose(lambda kernel: forward(x, kernel, convolution), kernel)(g)[0]
+def _slab_gradients(x: Array, g: Array, convolution: Convolution, devices: int) -> Array:
+    """The kernel gradients of slabs of the batch, (slabs, *window, C, M), summed in float32 for narrower floats.
+
+    It is one convolution in which the slabs are a spatial axis. Over S slabs a window of S, in steps of S - 1, of which
+    the input has S - 1 zeros between neighbours, meets slab i of x with slab i of g alone: XLA knows this as a batch
+    axis, computes no more than that, and partitions it without communication.
+    """
+    window, layout = convolution.window, convolution.layout
+    channels, outputs = convolution.channels(x.shape), convolution.channels(g.shape)
+    x, g = (a.reshape(-1, *a.shape[a.ndim - window.rank - 1 :]) for a in (x, g))
+    # XLA takes an axis of one or two slabs for another kind of axis: there are at least three.
+    missing = max(0, 3 - x.shape[0])
+    x, g = (lax.pad(a, jnp.zeros((), a.dtype), [(0, missing, 0), *[(0, 0, 0)] * (a.ndim - 1)]) for a in (x, g))
+    slabs = _slabs(x.shape[0], devices)
+    names = "DHW"[-window.rank :]
+    padding = [
+        (low, (k - 1) * d + (o - 1) * s + 1 - low - n)  # so much, or so little, that there are k outputs
+        for k, s, d, (low, _), n, o in zip(
+            window.size,
+            window.strides,
+            window.dilation,
+            window.padding,
+            convolution.spatial,
+            convolution.out,
+            strict=True,
+        )
+    ]
+    gradients = lax.conv_general_dilated(
+        x.reshape(slabs, -1, *x.shape[1:]),
+        g.reshape(slabs, -1, *g.shape[1:]),
+        window_strides=(slabs - 1, *window.dilation),
+        padding=[(0, 0), *padding],
+        lhs_dilation=(slabs, *(1,) * window.rank),
+        rhs_dilation=(1, *window.strides),
+        # The images of a slab are what is summed over, and the channels are the batch.
+        dimension_numbers=(
+            "".join(("S", *layout.arrange("C", names, "N"))),
+            "".join(("S", *layout.arrange("I", names, "O"))),
+            "S" + names + "NC",
+        ),
+        batch_group_count=channels,
+        precision=convolution.precision,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else None,
+    )
+    return gradients.reshape(slabs, *window.size, channels, outputs // channels)
+
+
+def _slabs(batch: int, devices: int) -> int:
+    """The fewest slabs of a batch of at least three that any shards of it, over some of the devices, do not cut."""
+    shards = math.gcd(batch, devices)
+    return next(slabs for slabs in range(shards, batch + 1, shards) if slabs >= 3 and batch % slabs == 0)

@@ -23,6 +23,7 @@ from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.layout import Layout
+from depthwise_jax.lowering.call import Call
 
 # Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.
 _UNROLLED = 64
@@ -37,10 +38,14 @@ AxisTaps = tuple[range, range]
 Tap = tuple[tuple[Index, ...], tuple[Index, ...]]
 
 
-def forward(x: Array, kernel: Array, convolution: Convolution, *, partitioned: int = 0) -> Array:
+def refusal(call: Call) -> str | None:
+    """Why taps cannot serve a call, or None."""
+    return f"it needs known spatial sizes, got the symbolic {call.convolution.spatial}" if call.symbolic else None
+
+
+def forward(x: Array, kernel: Array, call: Call) -> Array:
     """y, in the operands' common dtype: one fused loop."""
-    del partitioned  # shifts and elementwise products: the compiler partitions them as they stand
-    layout = convolution.layout
+    convolution, layout = call.convolution, call.convolution.layout
     x = _split(x, layout, convolution.channels(x.shape))
     taps = _window_taps(convolution)
     read = _reader(x, layout, taps, convolution.out, convolution.window.strides)
@@ -53,13 +58,13 @@ def forward(x: Array, kernel: Array, convolution: Convolution, *, partitioned: i
     return _merge(_sum(taps, product), layout)
 
 
-def input_grad(g: Array, kernel: Array, convolution: Convolution, *, partitioned: int = 0) -> Array:
+def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype.
 
     Along an axis of stride s, the input positions i with (i + low) % s = r form phase r. Each phase meets its own taps,
     those with t*d % s = r, at stride one; the phases are computed apart and interleaved, so no dilated g is ever made.
     """
-    del partitioned
+    convolution = call.convolution
     window, layout = convolution.window, convolution.layout
     *_, channels, multiplier = kernel.shape
     g = _split(g, layout, channels)
@@ -105,7 +110,7 @@ def input_grad(g: Array, kernel: Array, convolution: Convolution, *, partitioned
     return _merge(dx, layout)
 
 
-def kernel_grad(x: Array, g: Array, convolution: Convolution, *, partitioned: int = 0) -> Array:
+def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     """dw, in the operands' common dtype.
 
     XLA compiles a sum over positions for each channel into a strided scalar loop, but a matrix product with ones well.
@@ -115,9 +120,9 @@ def kernel_grad(x: Array, g: Array, convolution: Convolution, *, partitioned: in
     Args:
         x: (*batch, *spatial, C), or channels first.
         g: (*batch, *out, C*M), likewise.
-        convolution: the convolution.
-        partitioned: as in choose. Slabs would cut across the shards of a partitioned program, so it sums as it stands.
+        call: the call. Slabs would cut across the shards of a partitioned program, so it sums as it stands.
     """
+    convolution = call.convolution
     window, layout = convolution.window, convolution.layout
     channels = convolution.channels(x.shape)
     batch = math.prod(convolution.batch(g.shape))
@@ -140,7 +145,7 @@ def kernel_grad(x: Array, g: Array, convolution: Convolution, *, partitioned: in
     def gradient(tap: Tap) -> Array:
         part, inside = read(tap[1])
         product = _where(inside, part * g)
-        if partitioned:
+        if call.partitioned:
             return product.sum(summed)
         product = _total(slab(product, *index) for index in itertools.product(range(images), range(bands)))
         ones = jnp.ones([product.shape[axis] for axis in summed], product.dtype)

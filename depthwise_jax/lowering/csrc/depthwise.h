@@ -1,0 +1,51 @@
+// Depthwise convolution on CPUs: what the kernels, their driver and the FFI handlers share.
+//
+// Everything is brought to one form: three spatial axes, channels last, one kernel per channel.
+//
+//   x (stack, batch, in..., C)   w (stack, window..., C)   y (stack, batch, out..., C)
+//
+// Each index of `stack` is a convolution of its own. Narrow floats are summed in float; w, dw and bias are held in the
+// type of the sums (float, or double for double).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace depthwise {
+
+using Index = std::ptrdiff_t;
+
+enum class Dtype { f32, f64, f16, bf16 };
+enum class Activation { identity, relu, relu6 };
+
+struct Geometry {
+  Index stack, batch, channels;
+  Index in[3], out[3], window[3], stride[3], low[3], dilation[3];
+};
+
+// Threads to spread work over. `schedule` may run the task at any time, or after parallel_for has returned.
+class Pool {
+ public:
+  virtual ~Pool() = default;
+  virtual int threads() const = 0;
+  virtual void schedule(std::function<void()> task) = 0;
+};
+
+// Null if the geometry is sound, else what is wrong with it. The three maps below trust a geometry that passed.
+const char* problem(const Geometry& geometry);
+
+// y = activation(conv(x, w) + bias); bias (stack, C) may be null.
+void forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const void* bias,
+             Activation activation, void* y, Pool& pool);
+// dx = the transpose of forward in x, of g shaped as y.
+void input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void* w, void* dx, Pool& pool);
+// dw = the transpose of forward in w. The order of its sums depends on the geometry only. False: no memory for the
+// partial sums, at most 8 MiB.
+bool kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, void* dw, Pool& pool);
+
+// The instruction set that is used: "avx512", "avx2", "baseline" or "neon". The environment variable
+// DEPTHWISE_JAX_ISA, read once, names a lower one; null if it names one that is not there.
+const char* instruction_set();
+
+}  // namespace depthwise

@@ -1,0 +1,178 @@
+// The handlers that XLA calls. They take nothing on trust: whatever does not fit is an error, never a read out of bounds.
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "depthwise.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace depthwise {
+namespace {
+
+// Part of every symbol's name; native.py has the same number. Raised when shapes or attributes change their meaning.
+#define DEPTHWISE_ABI 1
+#define DEPTHWISE_NAME(name, abi) DEPTHWISE_NAME_(name, abi)
+#define DEPTHWISE_NAME_(name, abi) depthwise_jax_##name##_v##abi
+
+using Attribute = ffi::Span<const std::int64_t>;
+
+class XlaPool : public Pool {
+ public:
+  explicit XlaPool(ffi::ThreadPool& pool) : pool_(pool) {}
+  int threads() const override { return static_cast<int>(pool_.num_threads()); }
+  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
+
+ private:
+  ffi::ThreadPool& pool_;
+};
+
+ffi::Error invalid(const std::string& message) {
+  return ffi::Error::InvalidArgument("depthwise_jax: " + message);
+}
+
+std::string text(ffi::AnyBuffer::Dimensions shape) {
+  std::string result = "(";
+  for (std::int64_t n : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(n);
+  return result + ")";
+}
+
+ffi::ErrorOr<Dtype> dtype_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::F32: return Dtype::f32;
+    case ffi::DataType::F64: return Dtype::f64;
+    case ffi::DataType::F16: return Dtype::f16;
+    case ffi::DataType::BF16: return Dtype::bf16;
+    default: return ffi::Unexpected(invalid("expected float32, float64, float16 or bfloat16"));
+  }
+}
+
+// The geometry of x (*stack, batch, in..., C), w (*stack, window..., C), y (*stack, batch, out..., C).
+ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride, Attribute low,
+                                   Attribute dilation) {
+  const auto a = x.dimensions(), b = w.dimensions(), c = y.dimensions();
+  const std::string shapes = "x " + text(a) + ", w " + text(b) + ", y " + text(c);
+  auto fail = [&](const std::string& what) { return ffi::Unexpected(invalid(what + "; got " + shapes)); };
+  if (a.size() < 5 || c.size() != a.size() || b.size() + 1 != a.size()) {
+    return fail("expected x and y of one rank, at least 5, and w of one axis less");
+  }
+  if (stride.size() != 3 || low.size() != 3 || dilation.size() != 3) return fail("expected 3 strides, paddings and dilations");
+  Geometry g{};
+  g.stack = 1;
+  const std::size_t stacked = a.size() - 5;
+  for (std::size_t i = 0; i < stacked; ++i) {
+    if (a[i] != b[i] || a[i] != c[i]) return fail("expected the same leading axes");
+    g.stack *= a[i];
+  }
+  g.batch = a[stacked];
+  g.channels = a[stacked + 4];
+  if (c[stacked] != g.batch || c[stacked + 4] != g.channels || b[stacked + 3] != g.channels) {
+    return fail("expected the same batch and channels");
+  }
+  for (int i = 0; i < 3; ++i) {
+    g.in[i] = a[stacked + 1 + i];
+    g.window[i] = b[stacked + i];
+    g.out[i] = c[stacked + 1 + i];
+    g.stride[i] = stride[i];
+    g.low[i] = low[i];
+    g.dilation[i] = dilation[i];
+  }
+  if (const char* what = problem(g)) return fail(what);
+  return g;
+}
+
+ffi::Error check_types(ffi::DataType narrow, ffi::DataType other, ffi::DataType sums) {
+  if (narrow != other) return invalid("expected the large operand and the result of one dtype");
+  const auto expected = narrow == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
+  if (sums != expected) return invalid("expected kernel and bias in the dtype of the sums");
+  if (!instruction_set()) return invalid("DEPTHWISE_JAX_ISA names no instruction set of this machine");
+  return ffi::Error::Success();
+}
+
+ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs bias,
+                       ffi::Result<ffi::AnyBuffer> y, Attribute stride, Attribute low, Attribute dilation,
+                       std::int64_t activation) {
+  auto g = geometry_of(x, w, *y, stride, low, dilation);
+  if (g.has_error()) return g.error();
+  if (auto error = check_types(x.element_type(), y->element_type(), w.element_type()); error.failure()) return error;
+  auto dtype = dtype_of(x.element_type());
+  if (dtype.has_error()) return dtype.error();
+  const void* b = nullptr;
+  if (bias.size() > 1) return invalid("expected at most one bias");
+  if (bias.size() == 1) {
+    auto buffer = bias.get<ffi::AnyBuffer>(0);
+    if (buffer.has_error()) return buffer.error();
+    if (buffer->element_type() != w.element_type() ||
+        static_cast<Index>(buffer->element_count()) != g->stack * g->channels) {
+      return invalid("expected a bias (*stack, C) of the kernel's dtype; got " + text(buffer->dimensions()));
+    }
+    b = buffer->untyped_data();
+  }
+  if (activation < 0 || activation > 2) return invalid("expected an activation of 0, 1 or 2");
+  XlaPool pool(threads);
+  forward(*dtype, *g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation), y->untyped_data(), pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error run_input_grad(ffi::ThreadPool threads, ffi::AnyBuffer cotangent, ffi::AnyBuffer w,
+                          ffi::Result<ffi::AnyBuffer> dx, Attribute stride, Attribute low, Attribute dilation) {
+  auto g = geometry_of(*dx, w, cotangent, stride, low, dilation);
+  if (g.has_error()) return g.error();
+  if (auto error = check_types(cotangent.element_type(), dx->element_type(), w.element_type()); error.failure()) return error;
+  auto dtype = dtype_of(dx->element_type());
+  if (dtype.has_error()) return dtype.error();
+  XlaPool pool(threads);
+  input_grad(*dtype, *g, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(), pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error run_kernel_grad(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer cotangent,
+                           ffi::Result<ffi::AnyBuffer> dw, Attribute stride, Attribute low, Attribute dilation) {
+  auto g = geometry_of(x, *dw, cotangent, stride, low, dilation);
+  if (g.has_error()) return g.error();
+  if (auto error = check_types(x.element_type(), cotangent.element_type(), dw->element_type()); error.failure()) return error;
+  auto dtype = dtype_of(x.element_type());
+  if (dtype.has_error()) return dtype.error();
+  XlaPool pool(threads);
+  if (!kernel_grad(*dtype, *g, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(), pool)) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "depthwise_jax: no memory for partial sums");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace depthwise
+
+#pragma GCC visibility push(default)
+
+extern "C" const char* depthwise_jax_instruction_set() { return depthwise::instruction_set(); }
+
+#define GEOMETRY_ATTRIBUTES \
+  Attr<depthwise::Attribute>("stride").Attr<depthwise::Attribute>("low").Attr<depthwise::Attribute>("dilation")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(forward, DEPTHWISE_ABI), depthwise::run_forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .GEOMETRY_ATTRIBUTES
+                                  .Attr<std::int64_t>("activation"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(input_grad, DEPTHWISE_ABI), depthwise::run_input_grad,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .GEOMETRY_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(kernel_grad, DEPTHWISE_ABI), depthwise::run_kernel_grad,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .GEOMETRY_ATTRIBUTES);
+
+#pragma GCC visibility pop
