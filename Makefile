@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 ARGS ?=
+ITERATIONS ?= 5000
+SEED ?= 1
 
-.PHONY: demo test test-torch lint format clean
+.PHONY: demo test test-torch test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python notebooks/demo.py
@@ -18,7 +20,24 @@ test-torch: $(VENV)/test.installed $(VENV)/torch.installed
 	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
 	$(BIN)/python -m pytest -q tests/test_interop_torch.py
 
-lint: $(VENV)/test.installed $(VENV)/demo.installed $(VENV)/lint.installed
+# Executes notebooks/*.py in new kernels and writes the .ipynb beside them; ARGS may name some, such as 01_quickstart.
+notebooks: $(VENV)/notebooks.installed
+	$(BIN)/python notebooks/execute.py --write $(ARGS)
+
+# The same without writing: fails if a cell fails.
+test-notebooks: $(VENV)/notebooks.installed
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
+# What the TPU compiler makes of the package, without a TPU; libtpu has a virtual environment of its own.
+test-tpu: $(VENV)-tpu/installed
+	$(VENV)-tpu/bin/python -m pytest -q $(ARGS) tests_tpu
+
+$(VENV)-tpu/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu]'
+	touch $@
+
+lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -26,6 +45,20 @@ lint: $(VENV)/test.installed $(VENV)/demo.installed $(VENV)/lint.installed
 format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The API reference into site/, warnings as errors; it needs no network.
+docs: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The compiled kernels under sanitizers: random convolutions, on every instruction set that this machine has.
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address: SANITIZERS = address,undefined
+sanitize-thread: SANITIZERS = thread
+sanitize-address sanitize-thread:
+	cmake -S depthwise_jax/lowering/csrc -B build/$@ -DDEPTHWISE_HARNESS=ON -DDEPTHWISE_SANITIZE=$(SANITIZERS)
+	cmake --build build/$@ --parallel $(JOBS)
+	set -e; for isa in avx512 avx2 baseline neon; do DEPTHWISE_JAX_ISA=$$isa build/$@/harness $(ITERATIONS) $(SEED); done
 
 $(VENV)/%.installed: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
@@ -35,4 +68,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) demo.png
+	rm -rf $(VENV) $(VENV)-tpu build site demo.png

@@ -8,7 +8,7 @@ process. Outputs and gradients are compared before they are timed.
 from __future__ import annotations
 
 import argparse
-import time
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.timing import interleaved, ratio
 from depthwise_jax.interop import accelerate
 from tests.models import MODELS, Model
 
@@ -32,15 +33,9 @@ def gradient(function: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, 
     return jax.grad(lambda params, x: jnp.mean(function(params, x) ** 2))
 
 
-def interleaved(plain: Callable[[], Any], fast: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
-    """Median milliseconds of both, and the median of the pairwise ratios."""
-    times = np.empty((rounds, 2))
-    for row in times:
-        for column, function in enumerate((plain, fast)):
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            row[column] = 1e3 * (time.perf_counter() - start)
-    return *np.median(times, axis=0), float(np.median(times[:, 0] / times[:, 1]))
+def finished(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call, when it is done."""
+    return jax.block_until_ready(function(*arguments))
 
 
 def main() -> None:
@@ -57,8 +52,11 @@ def main() -> None:
             for ours, theirs in zip(jax.tree.leaves(fast(params, x)), jax.tree.leaves(plain(params, x)), strict=True):
                 scale = float(jnp.abs(theirs).max()) + 1e-6
                 assert float(jnp.abs(ours - theirs).max()) <= 1e-3 * scale, name
-            before, after, ratio = interleaved(partial(plain, params, x), partial(fast, params, x), rounds)
-            print(f"{name:44} {direction:9} {before:9.2f} {after:9.2f} {ratio:8.2f}x")
+            tasks = {label: partial(finished, f, params, x) for label, f in (("plain", plain), ("ours", fast))}
+            samples = interleaved(tasks, rounds, seconds=math.inf)
+            before, after = (1e3 * np.median(samples[label]) for label in tasks)
+            speed_up = ratio(samples["plain"], samples["ours"])
+            print(f"{name:44} {direction:9} {before:9.2f} {after:9.2f} {speed_up:8.2f}x")
 
 
 if __name__ == "__main__":

@@ -14,37 +14,42 @@ Activation = Callable[[Array], Array]
 
 
 def linear(x: Array) -> Array:
-    """x."""
+    """`x`."""
     return x
 
 
 def leaky_relu(x: Array) -> Array:
-    """x where x >= 0, else 0.2*x: Keras' slope, where jax.nn has 0.01."""
+    """`x` where `x >= 0`, else `0.2*x`: Keras' slope, where jax.nn has 0.01."""
     return jax.nn.leaky_relu(x, negative_slope=0.2)
 
 
 def gelu(x: Array) -> Array:
-    """x*Phi(x), with the exact normal distribution function."""
+    """`x*Phi(x)`, with the exact normal distribution function."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def soft_shrink(x: Array) -> Array:
-    """sign(x)*max(|x| - 0.5, 0)."""
+    """`sign(x)*max(|x| - 0.5, 0)`."""
     return jnp.where(x > 0.5, x - 0.5, jnp.where(x < -0.5, x + 0.5, 0))
 
 
 def hard_shrink(x: Array) -> Array:
-    """x where |x| > 0.5, else 0."""
+    """`x` where `|x| > 0.5`, else 0."""
     return jnp.where(jnp.abs(x) > 0.5, x, 0)
 
 
 def tanh_shrink(x: Array) -> Array:
-    """x - tanh(x)."""
+    """`x - tanh(x)`."""
     return x - jnp.tanh(x)
 
 
 def sparsemax(x: Array, axis: int = -1) -> Array:
-    """The Euclidean projection onto the probability simplex along `axis` (Martins and Astudillo, 2016)."""
+    """The Euclidean projection onto the probability simplex along `axis` (Martins and Astudillo, 2016).
+
+    Args:
+        x: a floating-point array of any shape.
+        axis: the axis whose numbers are to sum to 1.
+    """
     from optax.projections import projection_simplex  # here, because importing optax takes longer than all else
 
     along_last = jnp.vectorize(projection_simplex, signature="(n)->(n)")

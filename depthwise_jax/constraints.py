@@ -64,7 +64,7 @@ class Constraint:
         """How far each slice of `w` that is projected on its own lies outside the set; None if that is unknown.
 
         Returns:
-            Distances >= 0 with the rank of `w` and, along every axis, its length or 1: one for each slice.
+            Distances >= 0, one for each slice, with the rank of `w` and along every axis its length or 1.
         """
         return None
 
@@ -123,11 +123,14 @@ def as_constraint(constraint: Any) -> Constraint:
 
 @dataclass(frozen=True)
 class Box(Constraint):
-    """Every number in [lower, upper]: `clip(w, lower, upper)`, the bounds rounded to the dtype of `w`.
+    """Every number in `[lower, upper]`: `clip(w, lower, upper)`, the bounds rounded to the dtype of `w`.
 
     Attributes:
         lower: the least value, a number.
         upper: the greatest value, a number not below `lower`.
+
+    Raises:
+        ValueError: lower exceeds upper.
     """
 
     lower: Any = -_INF
@@ -279,6 +282,17 @@ class MaxNorm(_Norm):
         axis: the axes along which the norm is taken: an int, a tuple of ints, "window" (each filter of a depthwise
             kernel `(*window, C, M)`), or None for all.
         exact: the projection itself instead: members stay as they are, and applying it twice changes nothing.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of this, or an axis that the array has not.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((3, 3, 8, 1))  # filters of norm 3
+        >>> print(f"{jnp.linalg.norm(MaxNorm(1.0, axis='window')(kernel)[..., 0, 0]):.3f}")
+        1.000
+        >>> print(f"{jnp.linalg.norm(MaxNorm(1.0)(kernel)[..., 0, 0]):.3f}")  # axis 0: each column's norm is 1
+        1.732
     """
 
     max_value: Any = 2
@@ -303,6 +317,9 @@ class MinMaxNorm(_Norm):
         rate: in [0, 1]; 1 enforces the bounds at once, less moves the norm that part of the way at each step.
         axis: as in `MaxNorm`.
         exact: as in `MaxNorm`; it needs rate=1. A slice of zeros has no direction and stays.
+
+    Raises:
+        TypeError, ValueError: as `MaxNorm`.
     """
 
     min_value: Any = 0.0
@@ -327,6 +344,9 @@ class UnitNorm(_Norm):
     Attributes:
         axis: as in `MaxNorm`.
         exact: as in `MaxNorm`. A slice of zeros has no direction and stays.
+
+    Raises:
+        TypeError, ValueError: as `MaxNorm`.
     """
 
     axis: Axis = 0
@@ -350,6 +370,9 @@ class PerSlice(Constraint):
     Attributes:
         projection: array to array of the same shape.
         axis: the axes of a slice, as in `MaxNorm`.
+
+    Raises:
+        TypeError, ValueError: `projection` is not callable, or `axis` as for `MaxNorm`.
     """
 
     projection: Callable[[Any], Any]

@@ -32,16 +32,24 @@ def conv_general_dilated(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
-    """lax.conv_general_dilated, with depthwise convolutions and their strided transposes computed by this package.
+    """`lax.conv_general_dilated`, with depthwise convolutions and their strided transposes computed by this package.
 
-    Give it to what takes a convolution, such as flax.linen.Conv(..., conv_general_dilated=conv_general_dilated).
+    Give it to what takes a convolution: `flax.linen.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
     A call is taken if each group has one input channel, and there are several; if lhs and the result lie alike,
     channels last or channels first; and if lhs and rhs are floating or complex, of one dtype that the result has too.
     Calls with negative padding, "SAME_LOWER", an empty result, batch groups, an out_sharding, or a dilated lhs that is
     no transpose of a strided depthwise convolution are given to lax as they came.
 
-    Args, results and errors are those of lax.conv_general_dilated.
+    The arguments, results and errors are those of `lax.conv_general_dilated`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x, kernel = jnp.ones((8, 28, 28, 32)), jnp.ones((3, 3, 1, 64))
+        >>> numbers = ("NHWC", "HWIO", "NHWC")
+        >>> y = conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=numbers, feature_group_count=32)
+        >>> y.shape
+        (8, 14, 14, 64)
     """
     call = None
     if (

@@ -57,7 +57,7 @@ class Ones(_Configured):
 
 @dataclass(frozen=True)
 class Constant(_Configured):
-    """All `value`, a number."""
+    """All `value`, a finite number."""
 
     value: float | int | bool = 0.0
 
@@ -67,7 +67,7 @@ class Constant(_Configured):
 
 @dataclass(frozen=True)
 class Identity(_Configured):
-    """gain times the identity matrix; for matrices alone, which no parameter of a convolution is."""
+    """`gain` times the identity matrix; ValueError for any other shape, which every parameter of a convolution has."""
 
     gain: float = 1.0
 
@@ -79,7 +79,7 @@ class Identity(_Configured):
 
 @dataclass(frozen=True)
 class RandomNormal(_Configured):
-    """Normal with `mean` and `stddev`."""
+    """Normal with `mean` and `stddev`; `seed` as this module says."""
 
     mean: float = 0.0
     stddev: float = 0.05
@@ -91,7 +91,7 @@ class RandomNormal(_Configured):
 
 @dataclass(frozen=True)
 class RandomUniform(_Configured):
-    """Uniform in [minval, maxval)."""
+    """Uniform in `[minval, maxval)`; `seed` as this module says."""
 
     minval: float = -0.05
     maxval: float = 0.05
@@ -103,7 +103,7 @@ class RandomUniform(_Configured):
 
 @dataclass(frozen=True)
 class TruncatedNormal(_Configured):
-    """Normal with `mean` and `stddev`, cut off at two standard deviations (`stddev` is that before the cut)."""
+    """Normal with `mean` and `stddev`, cut off at two standard deviations; `stddev` is that before the cut."""
 
     mean: float = 0.0
     stddev: float = 0.05
@@ -115,7 +115,7 @@ class TruncatedNormal(_Configured):
 
 @dataclass(frozen=True)
 class Orthogonal(_Configured):
-    """gain times an orthogonal matrix of shape (prod(shape[:-1]), shape[-1]), so shaped (Saxe et al., 2014).
+    """`gain` times an orthogonal matrix of shape `(prod(shape[:-1]), shape[-1])`, reshaped (Saxe et al., 2014).
 
     For a depthwise kernel with depth_multiplier 1 this makes the whole layer, not each filter, one unit vector.
     """
@@ -131,7 +131,7 @@ class Orthogonal(_Configured):
 
 @dataclass(frozen=True)
 class STFT(_Configured):
-    """The kernel (T, 1, F//2 + 1) of a short-time Fourier transform: one side of the spectrum, windowed.
+    """The kernel `(T, 1, F//2 + 1)` of a short-time Fourier transform: one side of the spectrum, windowed.
 
     `window` is a name of scipy.signal.windows or None; `scaling` is "density" (divided by the window's 2-norm),
     "spectrum" (by its 1-norm) or None.
@@ -237,14 +237,29 @@ _DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "uniform")
 
 @dataclass(frozen=True)
 class VarianceScaling(_Fans):
-    """Mean 0 and variance scale / fan, where `mode` says which fan and `distribution` which distribution.
+    """Mean 0 and variance `scale / fan`, where `mode` says which fan and `distribution` which distribution.
+
+    For a kernel `(*window, C, M)`, Keras' fans are `fan_in = prod(window)*C` and `fan_out = prod(window)*M`, though
+    each output of a depthwise convolution reads `prod(window)` numbers alone; `fan="window"` counts these. What is said
+    of `fan`, `input_axes` and `output_axes` holds for the Glorot, He and LeCun initializers too.
 
     Args:
         scale: positive.
         mode: "fan_in", "fan_out" or "fan_avg", their mean.
         distribution: "truncated_normal" (or "normal"), "untruncated_normal" or "uniform".
         seed: see this module.
-        input_axes, output_axes, fan: what the fans are; see the base class.
+        input_axes, output_axes: the axes whose sizes are multiplied to make the fans, instead of Keras'.
+        fan: "window" for `fan_in = prod(window)` and `fan_out = prod(window)*M`; None for Keras'.
+
+    Raises:
+        ValueError: an argument that is none of this, or "window" together with axes.
+
+    Examples:
+        >>> import jax
+        >>> HeNormal(fan="window").fans((3, 3, 64, 2))
+        (9, 18)
+        >>> HeNormal()(jax.random.key(0), (3, 3, 64, 2)).shape
+        (3, 3, 64, 2)
     """
 
     scale: float = 1.0
@@ -281,42 +296,42 @@ class _Named(_Fans):
 
 @dataclass(frozen=True)
 class GlorotUniform(_Named):
-    """Uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010)."""
+    """Uniform in +-`sqrt(6 / (fan_in + fan_out))` (Glorot and Bengio, 2010)."""
 
     _scaling = (1.0, "fan_avg", "uniform")
 
 
 @dataclass(frozen=True)
 class GlorotNormal(_Named):
-    """Truncated normal with variance 2 / (fan_in + fan_out) (Glorot and Bengio, 2010)."""
+    """Truncated normal with variance `2 / (fan_in + fan_out)` (Glorot and Bengio, 2010)."""
 
     _scaling = (1.0, "fan_avg", "truncated_normal")
 
 
 @dataclass(frozen=True)
 class HeUniform(_Named):
-    """Uniform in +-sqrt(6 / fan_in) (He et al., 2015)."""
+    """Uniform in +-`sqrt(6 / fan_in)` (He et al., 2015)."""
 
     _scaling = (2.0, "fan_in", "uniform")
 
 
 @dataclass(frozen=True)
 class HeNormal(_Named):
-    """Truncated normal with variance 2 / fan_in (He et al., 2015)."""
+    """Truncated normal with variance `2 / fan_in` (He et al., 2015)."""
 
     _scaling = (2.0, "fan_in", "truncated_normal")
 
 
 @dataclass(frozen=True)
 class LecunUniform(_Named):
-    """Uniform in +-sqrt(3 / fan_in) (LeCun et al., 1998)."""
+    """Uniform in +-`sqrt(3 / fan_in)` (LeCun et al., 1998)."""
 
     _scaling = (1.0, "fan_in", "uniform")
 
 
 @dataclass(frozen=True)
 class LecunNormal(_Named):
-    """Truncated normal with variance 1 / fan_in (LeCun et al., 1998)."""
+    """Truncated normal with variance `1 / fan_in` (LeCun et al., 1998)."""
 
     _scaling = (1.0, "fan_in", "truncated_normal")
 

@@ -44,7 +44,14 @@ class _Layer(nn.Module):
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
-        """The output's shape for an input's shape; None stands for an unknown axis in both."""
+        """The output's shape for an input's shape; None stands for an unknown axis in both.
+
+        Args:
+            input_shape: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first.
+
+        Raises:
+            ValueError: the input does not fit the layer, or the output would be empty.
+        """
         return self._spec.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -91,14 +98,14 @@ def _arguments(cls: type[nn.Module]) -> list[str]:
 class _DepthwiseConv(_Layer):
     """A depthwise convolution: each input channel is convolved with its own `depth_multiplier` kernels.
 
-    The input is (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first, with any number of batch axes. The
-    output has C*depth_multiplier channels; channel c*depth_multiplier + m is input channel c under its m-th kernel.
-    Parameters: `kernel` (*kernel_size, C, depth_multiplier) and `bias` (C*depth_multiplier,).
+    The input is `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first, with any number of batch axes.
+    The output has `C*depth_multiplier` channels; channel `c*depth_multiplier + m` is input channel `c` under its `m`-th
+    kernel. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`, `(C*depth_multiplier,)`.
 
     Args:
         kernel_size: the window, one integer or one per spatial axis.
         strides: steps of the window, likewise; above 1 incompatible with dilation_rate above 1.
-        padding: "valid", "same" (ceil(n / strides) outputs, the odd zero at the end), and what `depthwise_conv` takes
+        padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), and what `depthwise_conv` takes
             besides.
         depth_multiplier: output channels per input channel.
         data_format: "channels_last" or "channels_first"; None means `settings.image_data_format()` at construction.
@@ -156,7 +163,16 @@ class DepthwiseConv1D(_DepthwiseConv):
 
 
 class DepthwiseConv2D(_DepthwiseConv):
-    __doc__ = f"Over two spatial axes. {_DepthwiseConv.__doc__}"
+    __doc__ = f"""Over two spatial axes. {_DepthwiseConv.__doc__}
+    Examples:
+        >>> import jax
+        >>> layer = DepthwiseConv2D(3, strides=3, activation="relu", depthwise_constraint="max_norm")
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jax.numpy.ones((4, 10, 10, 12)))
+        >>> y.shape, variables["params"]["kernel"].shape
+        ((4, 3, 3, 12), (3, 3, 12, 1))
+        >>> DepthwiseConv2D.from_config(layer.get_config()).strides
+        (3, 3)
+    """
 
     rank = 2
 
@@ -170,9 +186,9 @@ class DepthwiseConv3D(_DepthwiseConv):
 class _SeparableConv(_Layer):
     """A depthwise convolution, then a pointwise one that mixes the channels, then bias and activation.
 
-    The input is (*batch, *spatial, C), or (*batch, C, *spatial) with channels_first, with any number of batch axes. The
-    output has `filters` channels. Parameters: `depthwise_kernel` (*kernel_size, C, depth_multiplier),
-    `pointwise_kernel` (*(1,) * rank, C*depth_multiplier, filters) and `bias` (filters,).
+    The input is `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first, with any number of batch axes.
+    The output has `filters` channels. The parameters are `depthwise_kernel`, `(*kernel_size, C, depth_multiplier)`,
+    `pointwise_kernel`, `(1, ..., 1, C*depth_multiplier, filters)` with as many axes, and `bias`, `(filters,)`.
 
     Args:
         filters: output channels.
@@ -217,7 +233,14 @@ class SeparableConv1D(_SeparableConv):
 
 
 class SeparableConv2D(_SeparableConv):
-    __doc__ = f"Over two spatial axes. {_SeparableConv.__doc__}"
+    __doc__ = f"""Over two spatial axes. {_SeparableConv.__doc__}
+    Examples:
+        >>> import jax
+        >>> layer = SeparableConv2D(16, 3, padding="same", use_bias=False)
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jax.numpy.ones((4, 10, 10, 12)))
+        >>> y.shape, variables["params"]["pointwise_kernel"].shape
+        ((4, 10, 10, 16), (1, 1, 12, 16))
+    """
 
     rank = 2
 
@@ -251,6 +274,14 @@ def regularization_loss(
 
     Raises:
         ValueError: `params` lacks a regularized parameter of the model, or has it in another shape.
+
+    Examples:
+        >>> import jax
+        >>> layer = DepthwiseConv2D(3, depthwise_initializer="ones", depthwise_regularizer="l2")
+        >>> x = jax.numpy.ones((1, 8, 8, 4))
+        >>> params = layer.init(jax.random.key(0), x)["params"]
+        >>> print(f"{regularization_loss(layer, params, x):.3f}")  # 0.01 times the 36 weights' squares
+        0.360
     """
     found = introspect.collect(model, *args, rngs=rngs, method=method, **kwargs)
     params = meta.unbox(params)

@@ -71,7 +71,14 @@ class _Layer(nnx.Module):
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
-        """The output's shape for an input's shape; None stands for an unknown axis in both."""
+        """The output's shape for an input's shape; None stands for an unknown axis in both.
+
+        Args:
+            input_shape: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first.
+
+        Raises:
+            ValueError: the input does not fit the layer, or the output would be empty.
+        """
         return self._spec.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -108,8 +115,11 @@ def _arguments(cls: type) -> list[str]:
 class _DepthwiseConv(_Layer):
     """A depthwise convolution: each input channel is convolved with its own `depth_multiplier` kernels.
 
-    Attributes: `kernel`, an nnx.Param (*kernel_size, in_features, depth_multiplier), and `bias`, one of shape
-    (in_features*depth_multiplier,), or None without a bias; and every argument.
+    Every argument is an attribute too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
 
     Args:
         in_features: the input's channels, C.
@@ -155,7 +165,14 @@ class DepthwiseConv1D(_DepthwiseConv):
 
 
 class DepthwiseConv2D(_DepthwiseConv):
-    __doc__ = f"Over two spatial axes. {_DepthwiseConv.__doc__}"
+    __doc__ = f"""Over two spatial axes. {_DepthwiseConv.__doc__}
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = DepthwiseConv2D(12, 3, strides=3, depthwise_constraint="max_norm", rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((4, 10, 10, 12))).shape, layer.kernel.shape
+        ((4, 3, 3, 12), (3, 3, 12, 1))
+    """
 
     rank = 2
 
@@ -170,8 +187,12 @@ class DepthwiseConv3D(_DepthwiseConv):
 class _SeparableConv(_Layer):
     """A depthwise convolution, then a pointwise one that mixes the channels, then bias and activation.
 
-    Attributes: `depthwise_kernel`, an nnx.Param (*kernel_size, in_features, depth_multiplier), `pointwise_kernel`, one
-    of shape (*(1,) * rank, in_features*depth_multiplier, filters), and `bias`, (filters,) or None; and every argument.
+    Every argument is an attribute too.
+
+    Attributes:
+        depthwise_kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
+        pointwise_kernel: an nnx.Param of shape `(1, ..., 1, in_features*depth_multiplier, filters)`, with as many axes.
+        bias: an nnx.Param of shape `(filters,)`, or None without a bias.
 
     Args:
         in_features: the input's channels, C.
@@ -241,7 +262,7 @@ def collect(model: nnx.Module) -> Any:
         model: any NNX module, or a state of `nnx.Param`s.
 
     Returns:
-        A tree of dicts like `nnx.state(model, nnx.Param)` whose leaves are `introspect.Found`, or None where a
+        A tree of dicts like `nnx.state(model, nnx.Param)`, whose leaves are `introspect.Found`, or None where a
         parameter has neither. The axes that nnx.vmap and nnx.scan added are taken to be the leading ones.
 
     Raises:

@@ -1,7 +1,13 @@
 """Optax transforms that keep constrained parameters feasible.
 
-    constraints = constraints_of(model, x)                     # a tree like params, None where there is no constraint
-    tx = optax.chain(optax.adamw(1e-3), project(constraints))  # project last
+Examples:
+    >>> import jax
+    >>> import optax
+    >>> from depthwise_jax import DepthwiseConv2D
+    >>> from depthwise_jax.optim import constraints_of, project
+    >>> model = DepthwiseConv2D(3, depthwise_constraint="max_norm")
+    >>> constraints = constraints_of(model, jax.ShapeDtypeStruct((1, 28, 28, 3), "float32"))
+    >>> optimizer = optax.chain(optax.adamw(1e-3), project(constraints))  # project last
 
 `optax.apply_updates` adds the update to the parameter and rounds the sum; `project` chooses the update so that the sum
 is feasible after that rounding. What holds then if the parameter was feasible before (else from the second step on):
@@ -9,7 +15,7 @@ is feasible after that rounding. What holds then if the parameter was feasible b
 * NonNeg, Box, and the interval of a composition: exactly, whatever the update, NaN apart.
 * MaxNorm, and MinMaxNorm with min_value=0 and rate=1: at most 4 ulp of the parameter's dtype above the bound.
 * A parameter narrower than float32 becomes exactly the projection rounded to its dtype, as long as its magnitude and
-  the projection's differ by less than 2**12. For this the update is emitted in float32.
+  the projection's differ by less than `2**12`. For this the update is emitted in float32.
 * UnitNorm, other MinMaxNorm and any other callable: the projection's own output to rounding, and no more.
 
 Numbers that did not move stay as they are if their slice is feasible, though Keras' formulas would shrink them a bit.
@@ -68,8 +74,15 @@ def constraints_of(
         **kwargs: as for `model.init`.
 
     Returns:
-        A tree like `model.init(...)["params"]`, or `nnx.state(model, nnx.Param)`: a constraint, or None, for each
+        A tree like `model.init(...)["params"]`, or `nnx.state(model, nnx.Param)`, with a constraint or None for each
         parameter. It is a plain tree to edit: `constraints["Dense_0"]["kernel"] = MaxNorm(0.25)`.
+
+    Examples:
+        >>> import jax
+        >>> from depthwise_jax import DepthwiseConv2D
+        >>> model = DepthwiseConv2D(3, depthwise_constraint="max_norm", bias_constraint="non_neg")
+        >>> constraints_of(model, jax.ShapeDtypeStruct((1, 28, 28, 3), "float32"))
+        {'bias': NonNeg(), 'kernel': MaxNorm(max_value=2, axis=0, exact=False)}
     """
     if isinstance(model, nn.Module):
         found = introspect.collect(model, *args, rngs=rngs, method=method, **kwargs)
@@ -101,6 +114,19 @@ def project(
             callable.
         ValueError: no parameters, constraints that do not match the parameters, or a constraint that changes shape or
             dtype or makes NaN of finite numbers; each names the parameter.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from depthwise_jax.constraints import NonNeg
+        >>> params = {"kernel": jnp.ones(3), "bias": jnp.ones(3)}
+        >>> optimizer = optax.chain(optax.sgd(2.0), project({"kernel": NonNeg(), "bias": None}))
+        >>> grads = jax.tree.map(jnp.ones_like, params)
+        >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        >>> new = optax.apply_updates(params, updates)
+        >>> print(new["kernel"], new["bias"])
+        [0. 0. 0.] [-1. -1. -1.]
     """
     if (constraints is None) == (select is None):
         raise TypeError("project takes either constraints or select")
@@ -155,7 +181,7 @@ def apply_updates_projected(params: Any, updates: Any, constraints: Any) -> Any:
         constraints: as for `project`.
 
     Returns:
-        The new parameters.
+        The new parameters, a tree like `params`, dtypes kept.
 
     Raises:
         TypeError, ValueError: as `project`.
@@ -172,8 +198,17 @@ def feasibility(params: Any, constraints: Any) -> Any:
         constraints: as for `project`.
 
     Returns:
-        A tree like `params`: a scalar for each constrained parameter, its largest violation, 0 if it is feasible and
-        NaN if it holds one; None without a constraint, or with one that offers no `violation`.
+        A tree like `params` with a scalar for each constrained parameter, its largest violation (0 if it is feasible,
+        NaN if it holds one), and None without a constraint, or with one that offers no `violation`.
+
+    Raises:
+        TypeError, ValueError: as `project`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from depthwise_jax.constraints import MaxNorm
+        >>> print(feasibility({"kernel": jnp.array([3.0, 4.0])}, {"kernel": MaxNorm(2.0)})["kernel"])
+        3.0
     """
     leaves, treedef = _constrained(params, constraints, None)
     return treedef.unflatten(

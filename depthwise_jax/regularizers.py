@@ -26,7 +26,7 @@ class Regularizer:
 
 @dataclass(frozen=True)
 class L1(Regularizer):
-    """l1 * sum(|x|)."""
+    """`l1 * sum(|x|)`; l1 is finite and not negative, else ValueError."""
 
     l1: float = 0.01
 
@@ -39,7 +39,7 @@ class L1(Regularizer):
 
 @dataclass(frozen=True)
 class L2(Regularizer):
-    """l2 * sum(x^2)."""
+    """`l2 * sum(x^2)`; l2 is finite and not negative, else ValueError."""
 
     l2: float = 0.01
 
@@ -52,7 +52,7 @@ class L2(Regularizer):
 
 @dataclass(frozen=True)
 class L1L2(Regularizer):
-    """l1 * sum(|x|) + l2 * sum(x^2)."""
+    """`l1 * sum(|x|) + l2 * sum(x^2)`; both are finite and not negative, else ValueError."""
 
     l1: float = 0.0
     l2: float = 0.0
@@ -67,7 +67,12 @@ class L1L2(Regularizer):
 
 @dataclass(frozen=True)
 class OrthogonalRegularizer(Regularizer):
-    """factor times the mean of |cos| over the pairs of rows (or columns) of a matrix; no convolution kernel is one."""
+    """`factor` times the mean of `|cos|` over the pairs of rows (or columns) of a matrix; no convolution kernel is one.
+
+    Attributes:
+        factor: finite and not negative, else ValueError.
+        mode: "rows" or "columns", else ValueError.
+    """
 
     factor: float = 0.01
     mode: str = "rows"

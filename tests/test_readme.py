@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, block after block."""
+"""The code of the README and of the documentation's pages runs as it stands, block after block."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = [page for page in sorted((README.parent / "docs").glob("*.md")) if "```python" in page.read_text()]
 
 
-def test_every_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 5
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_python_block_runs(page: Path) -> None:
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
-    assert "kernel_grad: taps" in capsys.readouterr().out
+    text = page.read_text()
+    for block in re.finditer(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        lines_before = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback shows the right line
+        exec(compile(lines_before + block[1], str(page), "exec"), names)
+
+
+def test_the_pages_are_found() -> None:
+    assert {"constraints.md", "sharding.md"} <= {page.name for page in PAGES}
 
 
 def test_commands_are_targets_of_the_makefile() -> None:

@@ -376,5 +376,6 @@ def test_shardings_that_do_not_fit(what: str, lowering: str | None, axis_type: A
     assert_close(y, expected["forward"], 1e-5)
     assert_close(dx, expected["dx"], 1e-5)
     assert_close(dw, expected["dw"], 1e-5)
-    if rows:
+    # Under automatic axes and without a word on y, XLA takes what conv gathers for a reason to leave y whole.
+    if rows and (lowering is None or axis_type == AxisType.Explicit):
         assert {shard.data.shape[1] for shard in y.addressable_shards} == {1}, "y is not replicated"

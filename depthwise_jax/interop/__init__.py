@@ -1,9 +1,9 @@
 """To and from other libraries: layers and weights of Keras, PyTorch and Flax, and whole functions by their jaxpr.
 
-    keras.py    from_keras, to_keras, read_weights
-    torch.py    from_torch, to_torch, and from a state dict or plain arrays
-    flax.py     from_flax, to_flax, and whole trees of parameters
-    jaxpr.py    accelerate: any function, its depthwise convolutions computed by this package
+* `keras`: from_keras, to_keras, read_weights
+* `torch`: from_torch, to_torch, and from a state dict or plain arrays
+* `flax`: from_flax, to_flax, and whole trees of parameters
+* `jaxpr`: accelerate, any function with its depthwise convolutions computed by this package
 
 Where one of our layers comes out it is `(module, params)`. With `framework="nnx"` the module is one of
 `depthwise_jax.nnx`, which holds the parameters that come beside it. What a layer cannot spell is refused by name.

@@ -22,16 +22,25 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
 
     Args:
         conv: a flax.linen.Conv, or an nnx.Conv, whose feature_group_count is the number of input channels.
-        params: the Linen Conv's parameters, kernel (*window, 1, C*M) and bias (C*M,); an nnx.Conv has its own.
+        params: the Linen Conv's parameters, kernel `(*window, 1, C*M)` and bias `(C*M,)`; an nnx.Conv has its own.
         framework: "linen" or "nnx", the kind of layer to make; that of `conv` by default.
 
     Returns:
-        (module, params), the kernel as (*window, C, M) and every value as it was. The initializers stay behind: they
-        are made for another shape.
+        `(module, params)`, the kernel as `(*window, C, M)` and every value as it was. The initializers stay behind,
+        since they are made for another shape.
 
     Raises:
         TypeError: no Conv, or its parameters missing or given twice.
         ValueError: the Conv is not depthwise, or has what a layer of ours cannot spell; the message names it.
+
+    Examples:
+        >>> import flax.linen as nn
+        >>> import jax
+        >>> conv = nn.Conv(64, (3, 3), feature_group_count=32)
+        >>> params = conv.init(jax.random.key(0), jax.numpy.ones((1, 28, 28, 32)))["params"]
+        >>> layer, ours = from_flax(conv, params)
+        >>> type(layer).__name__, params["kernel"].shape, ours["kernel"].shape
+        ('DepthwiseConv2D', (3, 3, 1, 64), (3, 3, 32, 2))
     """
     is_linen = isinstance(conv, nn.Conv)
     if is_linen:
@@ -86,8 +95,8 @@ def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: 
         framework: "linen" or "nnx", the kind of Conv to make; that of `module` by default.
 
     Returns:
-        (conv, params): a flax.linen.Conv or an nnx.Conv, the latter with these parameters in it. Initializers,
-        regularizers and constraints stay behind: a Conv has no place for them.
+        `(conv, params)`, a flax.linen.Conv or an nnx.Conv, the latter with these parameters in it. Initializers,
+        regularizers and constraints stay behind, since a Conv has no place for them.
 
     Raises:
         TypeError: no layer of ours, or its parameters missing or given twice.
@@ -133,8 +142,8 @@ def params_from_flax(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         *args, **kwargs: for a Linen model, example inputs and what else `model.init` takes; `jax.ShapeDtypeStruct`s do.
 
     Returns:
-        A tree like `params`, each kernel (*window, 1, C*M) of a Conv with feature_group_count = C > 1 as (*window, C,
-        M). Axes that nn.scan and nn.vmap added must be leading ones.
+        A tree like `params`, each kernel `(*window, 1, C*M)` of a Conv with `feature_group_count = C > 1` as
+        `(*window, C, M)`. Axes that nn.scan and nn.vmap added must be leading ones.
 
     Raises:
         ValueError: a path of the model is not in `params`, or its kernel has another shape.
@@ -147,9 +156,12 @@ def params_to_flax(params: Any, params_of_convs: Any) -> Any:
     """Moves a tree of parameters back: what `params_from_flax` changed gets the shapes that the Convs have.
 
     Args:
-        params: a tree of dicts with kernels (*window, C, M).
+        params: a tree of dicts with kernels `(*window, C, M)`.
         params_of_convs: a tree like it, of anything with a shape, such as `jax.eval_shape(model.init, ...)["params"]`
-            of the model with its Convs; where a kernel's shape is (*window, 1, C*M) in it, `params`' kernel gets it.
+            of the model with its Convs; where a kernel's shape is `(*window, 1, C*M)` in it, `params`' kernel gets it.
+
+    Returns:
+        A tree like `params_of_convs` with the values of `params`.
 
     Raises:
         ValueError: the trees differ in anything else than such kernels.
@@ -173,12 +185,12 @@ def params_to_flax(params: Any, params_of_convs: Any) -> Any:
 
 
 def kernel_from_flax(kernel: Any, channels: int) -> Any:
-    """(..., 1, C*M) as (..., C, M); output channel c*M + m is the same number in both."""
+    """`(..., 1, C*M)` as `(..., C, M)`; output channel `c*M + m` is the same number in both."""
     return kernel.reshape((*kernel.shape[:-2], channels, kernel.shape[-1] // channels))
 
 
 def kernel_to_flax(kernel: Any) -> Any:
-    """(..., C, M) as (..., 1, C*M)."""
+    """`(..., C, M)` as `(..., 1, C*M)`."""
     return kernel.reshape((*kernel.shape[:-2], 1, kernel.shape[-2] * kernel.shape[-1]))
 
 

@@ -4,12 +4,9 @@ For what has no place to put another convolution in, such as a Keras model on th
 there is one, it is the simpler way: `nnx.Conv(..., conv_general_dilated=depthwise_jax.conv_general_dilated)`, and
 flax.linen.Conv's argument of the same name.
 
-    model = accelerate(lambda params, x: network.apply(params, x))
-    gradient = jax.jit(jax.grad(lambda params, x: model(params, x).sum()))
-
 Equations are replaced in the jaxpr itself, inside jit, scan, while, cond, remat and shard_map too; everything else in
-it stays as it is. So the function must be given before it is differentiated, as above: the gradient of a convolution in
-the kernel is no depthwise convolution, and is left as it is in `accelerate(jax.grad(f))`.
+it stays as it is. So the function must be given before it is differentiated, `jax.grad(accelerate(f))`: the gradient of
+a convolution in the kernel is no depthwise convolution, and is left as it is in `accelerate(jax.grad(f))`.
 """
 
 import functools
@@ -44,6 +41,19 @@ def accelerate(function: Callable[..., Any]) -> "Accelerated":
 
     Raises:
         TypeError: not callable.
+
+    Examples:
+        >>> import flax.linen as nn
+        >>> import jax
+        >>> network = nn.Conv(32, (3, 3), feature_group_count=32)
+        >>> x = jax.numpy.ones((8, 28, 28, 32))
+        >>> variables = network.init(jax.random.key(0), x)
+        >>> fast = accelerate(network.apply)
+        >>> print(fast.report(variables, x))
+        conv_general_dilated float32[8,28,28,32] float32[3,3,1,32] 32 groups: replaced
+        >>> gradient = jax.jit(jax.grad(lambda variables: fast(variables, x).sum()))(variables)
+        >>> gradient["params"]["kernel"].shape
+        (3, 3, 1, 32)
     """
     if not callable(function):
         raise TypeError(f"accelerate takes a function; got {function!r}")

@@ -67,7 +67,7 @@ def from_keras(layer: Any, *, framework: str = "linen") -> tuple[Any, Any]:
         framework: "linen" or "nnx", the kind of layer to make.
 
     Returns:
-        (module, params), every value as it was.
+        `(module, params)`, every value as it was.
 
     Raises:
         TypeError: another object, a subclass of these layers too.

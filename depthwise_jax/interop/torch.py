@@ -26,7 +26,7 @@ def from_torch(conv: Any, *, data_format: str = "channels_first", framework: str
         framework: "linen" or "nnx", the kind of layer to make.
 
     Returns:
-        (module, params), the weight (C*M, 1, *window) as the kernel (*window, C, M) and every value as it was.
+        `(module, params)`, the weight `(C*M, 1, *window)` as the kernel `(*window, C, M)` and every value as it was.
 
     Raises:
         TypeError: no such module.
@@ -59,7 +59,7 @@ def from_state_dict(state: Mapping[str, Any], name: str, *, groups: int, **argum
         **arguments: the other arguments of `from_arrays`, stride to framework.
 
     Returns:
-        (module, params).
+        `(module, params)`, as `from_torch`.
 
     Raises:
         ValueError: no such convolution in `state`, and as `from_arrays`.
@@ -87,8 +87,8 @@ def from_arrays(
     """The layer of ours that computes what PyTorch's convolution with these arrays and arguments does.
 
     Args:
-        weight: (C*M, 1, *window), with one to three window axes; a tensor or an array.
-        bias: (C*M,), or None.
+        weight: `(C*M, 1, *window)`, with one to three window axes; a tensor or an array.
+        bias: `(C*M,)`, or None.
         groups: the number of groups, which must be that of the input's channels, C.
         stride, padding, dilation, padding_mode: as in torch.nn.Conv2d. padding_mode "reflect" and "circular" need a
             padding of half the window's span, which "same" is.
@@ -97,11 +97,18 @@ def from_arrays(
         name: what the messages call it.
 
     Returns:
-        (module, params).
+        `(module, params)`, as `from_torch`.
 
     Raises:
         ValueError: the convolution is not depthwise; the arrays do not fit; or a layer of ours cannot spell an
             argument, which `depthwise_conv` on a padded input computes. The message names it.
+
+    Examples:
+        >>> import numpy as np
+        >>> weight, bias = np.ones((64, 1, 3, 3), np.float32), np.zeros(64, np.float32)
+        >>> layer, params = from_arrays(weight, bias, groups=32, stride=2, padding=1)
+        >>> type(layer).__name__, params["kernel"].shape
+        ('DepthwiseConv2D', (3, 3, 32, 2))
     """
     weight, bias = _array(weight), None if bias is None else _array(bias)
     rank = weight.ndim - 2
@@ -138,8 +145,8 @@ def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dic
         params: the Linen layer's parameters; an NNX layer has its own.
 
     Returns:
-        (arguments, state): the arguments of torch.nn.Conv1d, Conv2d or Conv3d, and the state dict's arrays, "weight"
-        (C*M, 1, *window) and "bias" (C*M,). PyTorch's input is channels first, whatever the layer's data_format is.
+        `(arguments, state)`, the arguments of torch.nn.Conv1d, Conv2d or Conv3d, and the state dict's arrays, "weight"
+        `(C*M, 1, *window)` and "bias" `(C*M,)`. PyTorch's input is channels first, whatever the layer's data_format is.
 
     Raises:
         TypeError: no layer of ours, or its parameters missing or given twice.
@@ -173,8 +180,13 @@ def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dic
 def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     """The torch.nn.Conv1d, Conv2d or Conv3d that computes a depthwise layer of ours, on the CPU.
 
-    Args, Raises:
-        as `to_arrays`.
+    Args:
+        module: a depthwise layer of `depthwise_jax.linen`, or of `depthwise_jax.nnx`.
+        params: the Linen layer's parameters; an NNX layer has its own.
+
+    Raises:
+        TypeError, ValueError: as `to_arrays`.
+        ImportError: PyTorch is not installed.
     """
     torch: Any = importlib.import_module("torch")  # an optional package, so without its types
     arguments, state = to_arrays(module, params)

@@ -5,8 +5,8 @@ picks the instruction set when it is loaded, or takes the one that the environme
 "avx512", "avx2" or "baseline" on x86-64, "neon" on aarch64; "none" turns it off. Where there is no library, status()
 says why, and the other lowerings serve.
 
-The kernels know one form: three spatial axes, channels last, one kernel per channel. Fewer axes are filled up with axes
-of size 1; channels first are moved; for several kernels per channel each channel of x is repeated. Narrow floats are
+The kernels know one form: three spatial axes, channels last, and a channel's M kernels outermost in kernel and y. Fewer
+axes are filled up with axes of size 1, and axes that stand elsewhere are moved. Narrow floats are
 summed in float32 and rounded once; the kernel and its gradient are float32 throughout.
 """
 
@@ -108,39 +108,35 @@ def fused(x: Array, kernel: Array, bias: Array | None = None, *, activation: str
         call: the call.
     """
     convolution = call.convolution
-    batch, *_, multiplier = convolution.batch(x.shape), *kernel.shape
-    operands = [_canonical(_repeated(x, convolution, multiplier), convolution), _canonical_kernel(kernel)]
+    operands = [_from_x(x, convolution), _from_kernel(kernel)]
     if bias is not None:
-        operands.append(bias.astype(_sums(bias.dtype)))
-    shape = (operands[0].shape[0], *_three(convolution.out, 1), operands[0].shape[-1])
+        operands.append(bias.astype(_sums(bias.dtype)).reshape(kernel.shape[-2:]).T)
+    multiplier, *_, channels = operands[1].shape
+    shape = (multiplier, operands[0].shape[0], *_three(convolution.out, 1), channels)
     code = np.int64(ACTIVATIONS.index(activation))
     y = _call("forward", shape, x.dtype, operands, convolution, activation=code)
-    return _original(y, batch, convolution.out, convolution)
+    return _to_y(y, convolution.batch(x.shape), convolution)
 
 
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
-    """dx, in the operands' common dtype; for several kernels per channel in that of the sums."""
+    """dx, in the operands' common dtype."""
     convolution = call.convolution
-    batch, *_, channels, multiplier = convolution.batch(g.shape), *kernel.shape
-    if multiplier > 1:
-        g = g.astype(_sums(g.dtype))  # what is still to be added must not be rounded
-    operands = [_canonical(g, convolution), _canonical_kernel(kernel)]
-    shape = (operands[0].shape[0], *_three(convolution.spatial, 1), channels * multiplier)
+    channels = kernel.shape[-2]
+    operands = [_from_y(g, channels, convolution), _from_kernel(kernel)]
+    shape = (operands[0].shape[1], *_three(convolution.spatial, 1), channels)
     dx = _call("input_grad", shape, g.dtype, operands, convolution)
-    if multiplier > 1:
-        dx = dx.reshape(*shape[:-1], channels, multiplier).sum(-1)
-    return _original(dx, batch, convolution.spatial, convolution)
+    dx = dx.reshape(*convolution.batch(g.shape), *convolution.spatial, channels)
+    return jnp.moveaxis(dx, -1, convolution.layout.channels)
 
 
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     """dw, in the dtype of the sums."""
     convolution = call.convolution
     channels = convolution.channels(x.shape)
-    multiplier = convolution.channels(g.shape) // channels
-    operands = [_canonical(_repeated(x, convolution, multiplier), convolution), _canonical(g, convolution)]
-    shape = (*_three(convolution.window.size, 1), channels * multiplier)
+    operands = [_from_x(x, convolution), _from_y(g, channels, convolution)]
+    shape = (operands[1].shape[0], *_three(convolution.window.size, 1), channels)
     dw = _call("kernel_grad", shape, _sums(x.dtype), operands, convolution)
-    return dw.reshape(*convolution.window.size, channels, multiplier)
+    return jnp.moveaxis(dw, 0, -1).reshape(*convolution.window.size, channels, shape[0])
 
 
 def _sums(dtype: Any) -> Any:
@@ -153,29 +149,32 @@ def _three(values: Sequence[int], filling: int) -> tuple[int, ...]:
     return (*(filling,) * (3 - len(values)), *values)
 
 
-def _repeated(x: Array, convolution: Convolution, multiplier: int) -> Array:
-    return x if multiplier == 1 else jnp.repeat(x, multiplier, axis=convolution.layout.channels)
+def _from_x(x: Array, convolution: Convolution) -> Array:
+    """x as (batch, *three spatial axes, C)."""
+    x = jnp.moveaxis(x, convolution.layout.channels, -1)
+    return x.reshape(math.prod(convolution.batch(x.shape)), *_three(convolution.spatial, 1), x.shape[-1])
 
 
-def _canonical(array: Array, convolution: Convolution) -> Array:
-    """An x or y as (batch, *three spatial axes, channels)."""
-    layout = convolution.layout
-    array = jnp.moveaxis(array, layout.channels, -1)
-    spatial = array.shape[array.ndim - 1 - layout.rank : -1]
-    batch = math.prod(array.shape[: array.ndim - 1 - layout.rank])
-    return array.reshape(batch, *_three(spatial, 1), array.shape[-1])
-
-
-def _canonical_kernel(kernel: Array) -> Array:
-    """A kernel (*window, C, M) as (*three window axes, C*M), in the dtype of the sums."""
+def _from_kernel(kernel: Array) -> Array:
+    """A kernel (*window, C, M) as (M, *three window axes, C), in the dtype of the sums."""
     *size, channels, multiplier = kernel.shape
-    return kernel.astype(_sums(kernel.dtype)).reshape(*_three(size, 1), channels * multiplier)
+    kernel = jnp.moveaxis(kernel.astype(_sums(kernel.dtype)), -1, 0)
+    return kernel.reshape(multiplier, *_three(size, 1), channels)
 
 
-def _original(array: Array, batch: Sequence[int], spatial: Sequence[int], convolution: Convolution) -> Array:
-    """The inverse of _canonical."""
-    array = array.reshape(*batch, *spatial, array.shape[-1])
-    return jnp.moveaxis(array, -1, convolution.layout.channels)
+def _from_y(y: Array, channels: int, convolution: Convolution) -> Array:
+    """A y or g as (M, batch, *three spatial axes, C)."""
+    y = jnp.moveaxis(y, convolution.layout.channels, -1)
+    split = (channels, y.shape[-1] // channels)
+    y = y.reshape(math.prod(convolution.batch(y.shape)), *_three(convolution.out, 1), *split)
+    return jnp.moveaxis(y, -1, 0)
+
+
+def _to_y(y: Array, batch: Sequence[int], convolution: Convolution) -> Array:
+    """The inverse of _from_y."""
+    multiplier, *_, channels = y.shape
+    y = jnp.moveaxis(y, 0, -1).reshape(*batch, *convolution.out, channels * multiplier)
+    return jnp.moveaxis(y, -1, convolution.layout.channels)
 
 
 def _call(

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -28,27 +29,44 @@ Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 // ---------------------------------------------------------------------------------------------------- Threads
 
-// Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. This thread takes blocks like
-// any other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
+// Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. Each begins with a part of its
+// own, the same in every call, so that a layer finds in its caches what the one before it left there; who is done takes
+// what the others have not begun. This thread takes blocks like any other and only waits for blocks that a thread is
+// working on, so that it never waits for the pool to be free.
 template <class F>
 void parallel_for(Pool& pool, Index n, const F& f) {
-  const Index helpers = std::min<Index>(pool.threads(), n) - 1;
-  if (helpers <= 0) {
+  const Index threads = std::min<Index>(pool.threads(), n);
+  if (threads <= 1) {
     for (Index i = 0; i < n; ++i) f(i);
     return;
   }
+  struct alignas(64) Part {
+    std::atomic<Index> next;
+    Index end;
+  };
   struct Shared {
-    std::atomic<Index> next{0}, done{0};
+    std::atomic<Index> joined{0}, done{0};
+    std::unique_ptr<Part[]> parts;
   };
   auto shared = std::make_shared<Shared>();
+  shared->parts = std::make_unique<Part[]>(threads);
+  for (Index t = 0; t < threads; ++t) {
+    shared->parts[t].next = t * n / threads;
+    shared->parts[t].end = (t + 1) * n / threads;
+  }
   const F* body = &f;  // alive while a block is left
-  auto work = [shared, body, n] {
+  auto work = [shared, body, threads](Index own) {
     Index finished = 0;
-    for (Index i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < n; ++finished) (*body)(i);
+    for (Index t = 0; t < threads; ++t) {
+      Part& part = shared->parts[(own + t) % threads];
+      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) (*body)(i);
+    }
     if (finished) shared->done.fetch_add(finished, std::memory_order_acq_rel);
   };
-  for (Index i = 0; i < helpers; ++i) pool.schedule(work);
-  work();
+  for (Index t = 1; t < threads; ++t) {
+    pool.schedule([shared, work] { work(1 + shared->joined.fetch_add(1, std::memory_order_relaxed)); });
+  }
+  work(0);
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < n; ++spins) {
     if (spins > 1000) std::this_thread::yield();
   }
@@ -174,24 +192,29 @@ void advise(void* p, Index bytes) {
 #endif
 }
 
-Kernels kernels_for(Dtype dtype);
+Kernels kernels_for(Dtype dtype, Index channels);
 
 void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, const void* bias, Activation activation,
                void* y, Pool& pool) {
   const Geometry& g = p.g;
-  const Kernels kernels = kernels_for(dtype);
+  if (g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] == 0) return;
+  const Kernels kernels = kernels_for(dtype, g.channels);
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
   const auto depths = reaches(p, 0), heights = reaches(p, 1);
   const auto columns = phases(p);
-  const Index images = g.stack * g.batch;
+  // What is written and what is read; transposed, each image is a sum over the multiplier.
+  const Index images = g.stack * g.batch * (p.transposed ? 1 : g.multiplier);
+  const Index images_read = g.stack * g.batch * (p.transposed ? g.multiplier : 1);
+  const Index summed = p.transposed ? g.multiplier : 1;
   const Index taps = g.window[0] * g.window[1] * g.window[2];
   const Index x_row = p.in[2] * channels * size, x_plane = p.in[1] * x_row, x_image = p.in[0] * x_plane;
   const Index y_row = p.out[2] * channels * size, y_plane = p.out[1] * y_row, y_image = p.out[0] * y_plane;
-  const Index x_bytes = images * x_image, y_bytes = images * y_image;
+  const Index w_plane = g.window[1] * g.window[2] * channels * sum_size;
+  const Index x_bytes = images_read * x_image, y_bytes = images * y_image;
 
   // Blocks: an image's rows, a few at a time; if there is one row only, columns; and channels if that is not enough.
   const Index vectors = ceil_div(channels, kernels.lanes);
-  const Index work = images * g.out[0] * g.out[1] * g.out[2] * vectors * taps;
+  const Index work = g.stack * g.multiplier * g.batch * g.out[0] * g.out[1] * g.out[2] * vectors * taps;
   const Index wanted = std::min<Index>(std::max<Index>(work / kBlockWork, 1), 4 * pool.threads());
   const Index planes = images * p.out[0];
   Index rows = std::min<Index>(p.out[1], 14);
@@ -227,26 +250,27 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
     const Index row_block = index % row_blocks;
     index /= row_blocks;
     const Index depth = index % p.out[0], image = index / p.out[0];
-    const char* x_base = static_cast<const char*>(x) + image * x_image;
-    const char* w_base = static_cast<const char*>(w) + image / g.batch * taps * channels * sum_size;
+    // The kernel of an image of y, and the image that is read for it; of several, each of which is summed, the first.
+    const Index stack = image / g.batch / (p.transposed ? 1 : g.multiplier);
+    const Index kernel = p.transposed ? stack * g.multiplier : image / g.batch;
+    const char* x_base = static_cast<const char*>(x) + (stack * g.batch * summed + image % g.batch) * x_image;
+    const char* w_base = static_cast<const char*>(w) + kernel * taps * channels * sum_size;
     char* y_base = static_cast<char*>(y) + image * y_image + depth * y_plane;
-    auto tap_row = [&](Index depth_tap, Index height_tap, const Phase& phase) {
-      return w_base + ((depth_tap * g.window[1] + height_tap) * g.window[2] + phase.tap) * channels * sum_size;
-    };
 
     Tile common{};
     common.columns = p.in[2];
     common.pitch = channels;
     common.begin = channel_block * block_channels;
     common.end = channel_block + 1 == channel_blocks ? channels : common.begin + block_channels;
-    if (bias) common.bias = static_cast<const char*>(bias) + image / g.batch * channels * sum_size;
+    if (bias) common.bias = static_cast<const char*>(bias) + kernel * channels * sum_size;
     common.activation = activation;
     common.stream = stream;
     common.ahead_pitch = x_row;
 
     // The rows to read, ascending, each with the tap rows for one or both of two rows of output.
     struct Merged {
-      Index depth, depth_tap, position, tap[2];
+      const char *x, *w;  // the row, and the plane of taps
+      Index position, tap[2];
     };
     std::vector<Merged> merged;
     // A phase's tiles, left to right; two of them where the two rows of output are taken one by one.
@@ -263,22 +287,28 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
     for (Index row = row_block * rows; row < row_end; row += 2) {
       const int height = row + 1 < row_end ? 2 : 1;
       merged.clear();
-      for (const Reach& plane : depths[depth]) {
-        auto a = heights[row].begin(), a_end = heights[row].end();
-        const auto& second = heights[height == 2 ? row + 1 : row];
-        auto b = height == 2 ? second.begin() : second.end(), b_end = second.end();
-        while (a != a_end || b != b_end) {
-          const Index position = a == a_end ? b->position : b == b_end ? a->position : std::min(a->position, b->position);
-          Merged m{plane.position, plane.tap, position, {-1, -1}};
-          if (a != a_end && a->position == position) m.tap[0] = a++->tap;
-          if (b != b_end && b->position == position) m.tap[1] = b++->tap;
-          merged.push_back(m);
+      for (Index m = 0; m < summed; ++m) {
+        for (const Reach& plane : depths[depth]) {
+          const char* x_plane_read = x_base + m * g.batch * x_image + plane.position * x_plane;
+          const char* w_plane_read = w_base + (m * g.window[0] + plane.tap) * w_plane;
+          auto a = heights[row].begin(), a_end = heights[row].end();
+          const auto& second = heights[height == 2 ? row + 1 : row];
+          auto b = height == 2 ? second.begin() : second.end(), b_end = second.end();
+          while (a != a_end || b != b_end) {
+            const Index position = a == a_end   ? b->position
+                                   : b == b_end ? a->position
+                                                : std::min(a->position, b->position);
+            Merged read{x_plane_read + position * x_row, w_plane_read, position, {-1, -1}};
+            if (a != a_end && a->position == position) read.tap[0] = a++->tap;
+            if (b != b_end && b->position == position) read.tap[1] = b++->tap;
+            merged.push_back(read);
+          }
         }
       }
       const char* ahead = nullptr;
       if (fetch && !merged.empty()) {
         const Merged& last = merged.back();
-        ahead = x_base + last.depth * x_plane + (last.position + 1) * x_row;
+        ahead = last.x + x_row;
         common.ahead_rows = std::min<Index>(p.transposed ? 1 : 2 * g.stride[1], p.in[1] - 1 - last.position);
       }
       for (std::size_t i = 0; i < columns.size(); ++i) {
@@ -293,9 +323,9 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
           std::vector<Row>& list = run.rows[h];
           list.clear();
           for (const Merged& m : merged) {
-            Row r{x_base + m.depth * x_plane + m.position * x_row, {nullptr, nullptr}};
+            Row r{m.x, {nullptr, nullptr}};
             for (int i = 0; i < run.shape->height; ++i) {
-              if (m.tap[h + i] >= 0) r.w[i] = tap_row(m.depth_tap, m.tap[h + i], phase);
+              if (m.tap[h + i] >= 0) r.w[i] = m.w + (m.tap[h + i] * g.window[2] + phase.tap) * channels * sum_size;
             }
             if (r.w[0] || r.w[1]) list.push_back(r);
           }
@@ -354,13 +384,13 @@ void input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const voi
 // ---------------------------------------------------------------------------------------------------- Kernel gradient
 
 bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cotangent, void* dw, Pool& pool) {
-  const Kernels kernels = kernels_for(dtype);
+  const Kernels kernels = kernels_for(dtype, g.channels);
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
   const Index taps = g.window[0] * g.window[1] * g.window[2];
   const Index x_row = g.in[2] * channels * size, x_plane = g.in[1] * x_row, x_image = g.in[0] * x_plane;
   const Index g_row = g.out[2] * channels * size;
-  const Index rows = g.batch * g.out[0] * g.out[1];  // of the cotangent, in one stack
-  const Index dw_bytes = taps * channels * sum_size;
+  const Index rows = g.batch * g.out[0] * g.out[1];  // of the cotangent, for one kernel
+  const Index kernels_in_all = g.stack * g.multiplier, dw_bytes = taps * channels * sum_size;
 
   // Units of work: rows, or pieces of them where there are few long ones. A chunk of units has its own partial sum; how
   // many chunks there are depends on the geometry alone, so that sums are taken in the same order by any number of threads.
@@ -373,10 +403,10 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   const Index channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), wanted);
   const Index block_channels = channels / channel_blocks / kernels.lanes * kernels.lanes;
   Index chunks = std::min(ceil_div(wanted, channel_blocks), std::max<Index>(units, 1));
-  chunks = std::max<Index>(std::min(chunks, (Index{8} << 20) / std::max<Index>(dw_bytes * g.stack, 1)), 1);
+  chunks = std::max<Index>(std::min(chunks, (Index{8} << 20) / std::max<Index>(dw_bytes * kernels_in_all, 1)), 1);
   std::unique_ptr<char[]> scratch;
   if (chunks > 1) {
-    scratch.reset(new (std::nothrow) char[g.stack * chunks * dw_bytes]);
+    scratch.reset(new (std::nothrow) char[kernels_in_all * chunks * dw_bytes]);
     if (!scratch) return false;
   }
   char* sums = chunks > 1 ? scratch.get() : static_cast<char*>(dw);
@@ -388,7 +418,7 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   auto block = [&](Index index) {
     const Index channel_block = index % channel_blocks;
     index /= channel_blocks;
-    const Index chunk = index % chunks, stack = index / chunks;
+    const Index chunk = index % chunks, kernel = index / chunks;
     Grad t{};
     t.columns = g.in[2];
     t.taps = g.window[2];
@@ -398,11 +428,11 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
     t.row_pitch = g.window[2] * channels;
     t.begin = channel_block * block_channels;
     t.end = channel_block + 1 == channel_blocks ? channels : t.begin + block_channels;
-    char* sum = sums + (stack * chunks + chunk) * dw_bytes;
+    char* sum = sums + (kernel * chunks + chunk) * dw_bytes;
     for (Index k = 0; k < taps; ++k) std::memset(sum + (k * channels + t.begin) * sum_size, 0, (t.end - t.begin) * sum_size);
 
-    const char* x_base = static_cast<const char*>(x) + stack * g.batch * x_image;
-    const char* g_base = static_cast<const char*>(cotangent) + stack * rows * g_row;
+    const char* x_base = static_cast<const char*>(x) + kernel / g.multiplier * g.batch * x_image;
+    const char* g_base = static_cast<const char*>(cotangent) + kernel * rows * g_row;
     // So many units at a time that they stay in the caches while each group of tap rows passes over them.
     constexpr Index kUnits = 8;
     GradRow list[kUnits];
@@ -446,15 +476,15 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
       begin += count;
     }
   };
-  parallel_for(pool, g.stack * chunks * channel_blocks, block);
+  parallel_for(pool, kernels_in_all * chunks * channel_blocks, block);
 
   if (chunks > 1) {
     const Index numbers = taps * channels;
-    for (Index stack = 0; stack < g.stack; ++stack) {
+    for (Index kernel = 0; kernel < kernels_in_all; ++kernel) {
       auto add = [&](auto zero) {
         using A = decltype(zero);
-        A* total = reinterpret_cast<A*>(static_cast<char*>(dw) + stack * dw_bytes);
-        const A* partial = reinterpret_cast<const A*>(sums + stack * chunks * dw_bytes);
+        A* total = reinterpret_cast<A*>(static_cast<char*>(dw) + kernel * dw_bytes);
+        const A* partial = reinterpret_cast<const A*>(sums + kernel * chunks * dw_bytes);
         constexpr Index kPart = 16384;
         parallel_for(pool, ceil_div(numbers, kPart), [&](Index part) {
           const Index begin = part * kPart, stop = std::min(begin + kPart, numbers);
@@ -481,6 +511,7 @@ const char* problem(const Geometry& g) {
   // Far beyond any array: products of two stay in range.
   constexpr Index kLimit = Index{1} << 31;
   if (g.stack < 0 || g.batch < 0) return "a negative number of images";
+  if (g.multiplier < 1 || g.multiplier > kLimit) return "no kernels";
   if (g.channels < 1 || g.channels > kLimit) return "no channels";
   for (int i = 0; i < 3; ++i) {
     if (g.in[i] < 0 || g.in[i] > kLimit) return "a negative size";
@@ -533,7 +564,12 @@ const InstructionSet* selected() {
   return result;
 }
 
-Kernels kernels_for(Dtype dtype) { return selected()->kernels(dtype); }
+// The widest vectors that the channels fill, else the narrowest there are.
+Kernels kernels_for(Dtype dtype, Index channels) {
+  const InstructionSet* set = selected();
+  while (set + 1 != std::end(kInstructionSets) && channels < set->kernels(dtype).lanes) ++set;
+  return set->kernels(dtype);
+}
 
 }  // namespace
 

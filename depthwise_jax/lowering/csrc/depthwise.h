@@ -1,8 +1,8 @@
 // Depthwise convolution on CPUs: what the kernels, their driver and the FFI handlers share.
 //
-// Everything is brought to one form: three spatial axes, channels last, one kernel per channel.
+// Everything is brought to one form: three spatial axes, channels last, and the M kernels per channel outermost.
 //
-//   x (stack, batch, in..., C)   w (stack, window..., C)   y (stack, batch, out..., C)
+//   x (stack, batch, in..., C)   w (stack, M, window..., C)   y (stack, M, batch, out..., C)
 //
 // Each index of `stack` is a convolution of its own. Narrow floats are summed in float; w, dw and bias are held in the
 // type of the sums (float, or double for double).
@@ -20,7 +20,7 @@ enum class Dtype { f32, f64, f16, bf16 };
 enum class Activation { identity, relu, relu6 };
 
 struct Geometry {
-  Index stack, batch, channels;
+  Index stack, multiplier, batch, channels;
   Index in[3], out[3], window[3], stride[3], low[3], dilation[3];
 };
 
@@ -35,7 +35,7 @@ class Pool {
 // Null if the geometry is sound, else what is wrong with it. The three maps below trust a geometry that passed.
 const char* problem(const Geometry& geometry);
 
-// y = activation(conv(x, w) + bias); bias (stack, C) may be null.
+// y = activation(conv(x, w) + bias); bias (stack, M, C) may be null.
 void forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const void* bias,
              Activation activation, void* y, Pool& pool);
 // dx = the transpose of forward in x, of g shaped as y.

@@ -48,14 +48,14 @@ ffi::ErrorOr<Dtype> dtype_of(ffi::DataType type) {
   }
 }
 
-// The geometry of x (*stack, batch, in..., C), w (*stack, window..., C), y (*stack, batch, out..., C).
+// The geometry of x (*stack, batch, in..., C), w (*stack, M, window..., C), y (*stack, M, batch, out..., C).
 ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride, Attribute low,
                                    Attribute dilation) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y.dimensions();
   const std::string shapes = "x " + text(a) + ", w " + text(b) + ", y " + text(c);
   auto fail = [&](const std::string& what) { return ffi::Unexpected(invalid(what + "; got " + shapes)); };
-  if (a.size() < 5 || c.size() != a.size() || b.size() + 1 != a.size()) {
-    return fail("expected x and y of one rank, at least 5, and w of one axis less");
+  if (a.size() < 5 || b.size() != a.size() || c.size() != a.size() + 1) {
+    return fail("expected x and w of one rank, at least 5, and y of one axis more");
   }
   if (stride.size() != 3 || low.size() != 3 || dilation.size() != 3) return fail("expected 3 strides, paddings and dilations");
   Geometry g{};
@@ -65,15 +65,17 @@ ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyB
     if (a[i] != b[i] || a[i] != c[i]) return fail("expected the same leading axes");
     g.stack *= a[i];
   }
+  g.multiplier = b[stacked];
   g.batch = a[stacked];
   g.channels = a[stacked + 4];
-  if (c[stacked] != g.batch || c[stacked + 4] != g.channels || b[stacked + 3] != g.channels) {
-    return fail("expected the same batch and channels");
+  if (c[stacked] != g.multiplier || c[stacked + 1] != g.batch || c[stacked + 5] != g.channels ||
+      b[stacked + 4] != g.channels) {
+    return fail("expected the same multiplier, batch and channels");
   }
   for (int i = 0; i < 3; ++i) {
     g.in[i] = a[stacked + 1 + i];
-    g.window[i] = b[stacked + i];
-    g.out[i] = c[stacked + 1 + i];
+    g.window[i] = b[stacked + 1 + i];
+    g.out[i] = c[stacked + 2 + i];
     g.stride[i] = stride[i];
     g.low[i] = low[i];
     g.dilation[i] = dilation[i];
@@ -104,8 +106,8 @@ ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer
     auto buffer = bias.get<ffi::AnyBuffer>(0);
     if (buffer.has_error()) return buffer.error();
     if (buffer->element_type() != w.element_type() ||
-        static_cast<Index>(buffer->element_count()) != g->stack * g->channels) {
-      return invalid("expected a bias (*stack, C) of the kernel's dtype; got " + text(buffer->dimensions()));
+        static_cast<Index>(buffer->element_count()) != g->stack * g->multiplier * g->channels) {
+      return invalid("expected a bias (*stack, M, C) of the kernel's dtype; got " + text(buffer->dimensions()));
     }
     b = buffer->untyped_data();
   }

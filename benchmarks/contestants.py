@@ -1,0 +1,433 @@
+"""The contestants: a layer's maps as this package, XLA, Flax, Keras, PyTorch, TensorFlow and ONNX Runtime compute them.
+
+A contestant makes a Task of a layer, a direction and a dtype. Layouts are converted and compiled programs made before
+any time is taken; what a library must do on each call (a pass for a padding that it lacks, a wait) is in it.
+
+A chain is CHAIN calls that depend on each other: 1e-30 times an element of a result is added to the next call's kernel,
+which changes no digit. For dw, where that would be a pass over memory, it is CHAIN calls on pairs of a few x and g. For
+JAX that is one compiled program, for PyTorch a loop in Python that keeps one result at a time, for TensorFlow and ONNX
+Runtime CHAIN calls in turn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks import environment
+from benchmarks.work import Array, Operands, pads
+from depthwise_jax import depthwise_conv, explain
+from tests.cases import Case
+
+CHAIN = 8
+_TINY = 1e-30
+_COPIES = 3
+_PAIRS = list(itertools.product(range(_COPIES), repeat=2))[:CHAIN]
+
+
+class UnsupportedError(Exception):
+    """The peer does not compute such a call, or is not timed on it; the message says why."""
+
+
+class MissingError(Exception):
+    """The peer is not there."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call to time.
+
+    Attributes:
+        run: makes it once and returns its result, finished.
+        read: the result as (*batch, *spatial, channels), or (*window, C, M), whatever the library's layout.
+    """
+
+    run: Callable[[], Any]
+    read: Callable[[Any], Array]
+
+
+Contestant = Callable[[Case, Operands, str, str, bool], Task]
+# x, w, b or None, whether relu follows
+Convolution = Callable[[Any, Any, Any, bool], Any]
+
+
+def _ours(implementation: str | None) -> Callable[[Case], Convolution]:
+    def make(case: Case) -> Convolution:
+        conv = case.conv(implementation)
+        return lambda x, w, b, relu: conv(x, w, b, activation="relu" if relu else None)
+
+    return make
+
+
+def _finished(y: Any, b: Any, relu: bool) -> Any:
+    y = y if b is None else y + b
+    return jax.nn.relu(y) if relu else y
+
+
+def _lax(case: Case) -> Convolution:
+    oracle, spatial = case.oracle, "DHW"[3 - case.oracle.rank :]
+    layouts = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+
+    def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
+        kernel = w.reshape(*oracle.window, 1, oracle.channels * oracle.multiplier)
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            oracle.strides,
+            pads(case),
+            rhs_dilation=oracle.dilation,
+            dimension_numbers=layouts,
+            feature_group_count=oracle.channels,
+        )
+        return _finished(y, b, relu)
+
+    return conv
+
+
+def _flax(case: Case) -> Convolution:
+    oracle = case.oracle
+    features = oracle.channels * oracle.multiplier
+
+    def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
+        layer = nn.Conv(
+            features,
+            oracle.window,
+            oracle.strides,
+            pads(case),
+            kernel_dilation=oracle.dilation,
+            feature_group_count=oracle.channels,
+            use_bias=b is not None,
+            dtype=x.dtype,
+        )
+        params = {"kernel": w.reshape(*oracle.window, 1, features)} | ({} if b is None else {"bias": b})
+        y: Any = layer.apply({"params": params}, x)
+        return jax.nn.relu(y) if relu else y
+
+    return conv
+
+
+def _keras(case: Case) -> Convolution:
+    keras = _optional("keras")
+    if keras.backend.backend() != "jax":
+        raise MissingError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
+    strides = case.oracle.strides[0]
+
+    def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
+        x = keras.ops.pad(x, [(0, 0), *pads(case), (0, 0)])
+        y = keras.ops.depthwise_conv(x, w, strides=strides, padding="valid", data_format="channels_last")
+        y = y if b is None else keras.ops.add(y, b)
+        return keras.ops.relu(y) if relu else y
+
+    return conv
+
+
+def _in_jax(make: Callable[[Case], Convolution], implementation: str | None = "conv") -> Contestant:
+    """A contestant of a convolution that JAX traces; its `implementation` as explain() takes it."""
+
+    def contestant(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+        conv = make(case)
+        x, w, g, b = (jnp.asarray(operands[name], dtype) for name in ("x", "w", "g", "b"))
+        functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+            "forward": (lambda x, w: conv(x, w, None, False), (x, w)),
+            "bias_relu": (lambda x, w, b: conv(x, w, b, True), (x, w, b)),
+            "dx": (lambda g, w: jax.linear_transpose(lambda x: conv(x, w, None, False), x)(g)[0], (g, w)),
+            "dw": (lambda x, g: jax.linear_transpose(lambda w: conv(x, w, None, False), w)(g)[0], (x, g)),
+        }
+        function, arguments = functions[direction]
+        if not chained:
+            single = jax.jit(function)
+            return Task(lambda: jax.block_until_ready(single(*arguments)), np.asarray)
+        choice = explain(x, w, **case.geometry, implementation=implementation)
+        lowering = {"dx": choice.input_grad, "dw": choice.kernel_grad}.get(direction, choice.forward).lowering
+        # XLA would compute only the one element of taps that the next call needs. In a loop it cannot; but it computes
+        # its own convolutions otherwise in loops, so those and the compiled kernels stand in a row, as in a model.
+        if direction == "dw":
+            xs, gs = zip(*(map(jnp.array, arguments) for _ in range(_COPIES)), strict=True)
+            pairs = jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in _PAIRS])
+            return Task(lambda: jax.block_until_ready(pairs(xs, gs))[0], np.asarray)
+        chain = (_looped if lowering == "taps" else _unrolled)(function)
+        return Task(lambda: jax.block_until_ready(chain(*arguments)), np.asarray)
+
+    return contestant
+
+
+def _first(array: Any) -> Any:
+    return lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
+
+
+def _unrolled(function: Callable[..., Any], length: int = CHAIN) -> Callable[..., Any]:
+    """`length` calls in a row."""
+
+    def chain(first: Any, second: Any, *rest: Any) -> Any:
+        operand, result = second, None
+        for _ in range(length):
+            result = function(first, operand, *rest)
+            operand = second + (_TINY * _first(result)).astype(second.dtype)
+        return result
+
+    return jax.jit(chain)
+
+
+def _looped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as a loop whose whole result is carried."""
+
+    def chain(first: Any, second: Any, *rest: Any) -> Any:
+        shape = jax.eval_shape(function, first, second, *rest)
+
+        def step(_: Any, carry: Any) -> Any:
+            result = function(first, second + carry[1], *rest)
+            return result, (_TINY * _first(result)).astype(second.dtype)
+
+        start = (jnp.zeros(shape.shape, shape.dtype), jnp.zeros((), second.dtype))
+        return lax.fori_loop(0, CHAIN, step, start)[0]
+
+    return jax.jit(chain)
+
+
+def latency(implementation: str | None) -> dict[str, Callable[[], Any]]:
+    """The smallest useful call, forward on (1, 7, 7, 64) with a window of 3, in chains of CHAIN and of 8 * CHAIN."""
+    x, w = jnp.ones((1, 7, 7, 64)), jnp.ones((3, 3, 64, 1))
+
+    def conv(x: Any, w: Any) -> Any:
+        return depthwise_conv(x, w, padding="same", implementation=implementation)
+
+    chains = [_unrolled(conv, length=length) for length in (CHAIN, 8 * CHAIN)]
+    return {
+        name: lambda chain=chain: jax.block_until_ready(chain(x, w))
+        for name, chain in zip(("short", "long"), chains, strict=True)
+    }
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(f"{module} is not installed") from error
+
+
+def _two(values: Any, filling: Any) -> tuple[Any, Any]:
+    """The values of two spatial axes; one axis becomes the second of two."""
+    values = tuple(values)
+    if len(values) > 2:
+        raise UnsupportedError("three spatial axes")
+    return (filling,) * (2 - len(values)) + values  # pyright: ignore[reportReturnType]
+
+
+def _images(array: Array, case: Case) -> Array:
+    """(N, H, W, C) of an x or y of one or two spatial axes."""
+    return array.reshape(array.shape[0], *_two(array.shape[1:-1], 1), array.shape[-1])
+
+
+def _filters(w: Array) -> Array:
+    """(H, W, C, M) of a kernel of one or two window axes."""
+    return w.reshape(*_two(w.shape[:-2], 1), *w.shape[-2:])
+
+
+def _torch(channels_last: bool) -> Contestant:
+    def contestant(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+        torch = _optional("torch")
+        gpu = jax.default_backend() == "gpu"
+        if gpu and not torch.cuda.is_available():
+            raise MissingError("this PyTorch has no CUDA")
+        torch.set_num_threads(environment.processors())
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+
+        def tensor(array: Array) -> Any:
+            result = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, dtype))
+            return result.to("cuda" if gpu else "cpu").contiguous(memory_format=layout)
+
+        oracle = case.oracle
+        channels, multiplier = oracle.channels, oracle.multiplier
+        strides, dilation = _two(oracle.strides, 1), _two(oracle.dilation, 1)
+        padding, out = _two(pads(case), (0, 0)), _two(oracle.out, 1)
+        x, g = (tensor(np.moveaxis(_images(operands[name], case), -1, 1)) for name in ("x", "g"))
+        window = _filters(operands["w"])
+        w = tensor(np.moveaxis(window.reshape(*window.shape[:2], 1, -1), (2, 3), (1, 0)))
+        b = torch.from_numpy(operands["b"]).to(w)
+        functional = torch.nn.functional
+
+        # PyTorch pads alike on both sides. Without strides the more that it computes is sliced off, which moves no
+        # data; the gradients read an input that is padded beforehand, as the forward pass would have saved it.
+        symmetric = tuple(max(pair) for pair in padding)
+        excess = [high - low for low, high in padding]
+        if any(excess) and strides != (1, 1):
+            raise UnsupportedError("strides and a padding that differs between the sides")
+        begins = [amount - low for amount, (low, _) in zip(symmetric, padding, strict=True)]
+        rows, columns = (slice(begin, begin + n) for begin, n in zip(begins, out, strict=True))
+
+        def convolved(w: Any, bias: Any) -> Any:
+            y = functional.conv2d(x, w, bias, strides, symmetric, dilation, channels)
+            return y[:, :, rows, columns] if any(excess) else y
+
+        if any(excess):
+            (top, bottom), (left, right) = padding
+            saved = functional.pad(x, (left, right, top, bottom)).contiguous(memory_format=layout)
+            inside = tuple(slice(low, low + n) for (low, _), n in zip(padding, x.shape[2:], strict=True))
+            symmetric_saved = (0, 0)
+        else:
+            saved, inside, symmetric_saved = x, (slice(None), slice(None)), symmetric
+
+        def gradient(g: Any, w: Any, which: list[bool], x: Any = saved) -> Any:
+            return torch.ops.aten.convolution_backward(
+                g, x, w, None, strides, symmetric_saved, dilation, False, [0, 0], channels, which
+            )
+
+        functions: dict[str, Callable[[Any, Any], Any]] = {
+            "forward": lambda w, g: convolved(w, None),
+            "bias_relu": lambda w, g: torch.relu_(convolved(w, b)),
+            "dx": lambda w, g: gradient(g, w, [True, False, False])[0][:, :, inside[0], inside[1]],
+            "dw": lambda w, g: gradient(g, w, [False, True, False])[1],
+        }
+        function = functions[direction]
+
+        def element(array: Any) -> Any:
+            return array.as_strided((1,), (1,))
+
+        def run() -> Any:
+            with torch.inference_mode():
+                result = function(w, g)
+                if gpu:
+                    torch.cuda.synchronize()
+            return result
+
+        copies = [(saved.clone(), g.clone()) for _ in range(_COPIES)] if direction == "dw" and chained else []
+
+        def chain() -> Any:
+            kernel = w
+            result = None
+            with torch.inference_mode():
+                for i, j in _PAIRS:
+                    result = None  # its memory serves the next one
+                    if direction == "dw":
+                        result = gradient(copies[j][1], w, [False, True, False], copies[i][0])[1]
+                    else:
+                        result = function(kernel, g)
+                        kernel = torch.add(w, element(result), alpha=_TINY)
+                if gpu:
+                    torch.cuda.synchronize()
+            return result
+
+        def read(result: Any) -> Array:
+            array = result.float().cpu().numpy()
+            if direction == "dw":
+                return np.moveaxis(array, (0, 1), (3, 2)).reshape(*oracle.window, channels, multiplier)
+            return np.moveaxis(array, 1, -1).reshape(case.x if direction == "dx" else oracle.y_shape)
+
+        return Task(chain if chained else run, read)
+
+    return contestant
+
+
+def _in_turn(run: Callable[[], Any]) -> Callable[[], Any]:
+    def chain() -> Any:
+        for _ in range(CHAIN - 1):
+            run()
+        return run()
+
+    return chain
+
+
+def _tensorflow(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+    tf = _optional("tensorflow")
+    if dtype != "float32":
+        raise UnsupportedError("timed in float32 only")
+    if not tf.config.threading.get_intra_op_parallelism_threads():
+        tf.config.threading.set_intra_op_parallelism_threads(environment.processors())
+    oracle = case.oracle
+    strides = _two(oracle.strides, 1)
+    if strides[0] != strides[1] or set(oracle.dilation) != {1}:
+        raise UnsupportedError("strides that differ, or dilation")
+    x, g = (tf.constant(_images(operands[name], case)) for name in ("x", "g"))
+    w, b = tf.constant(_filters(operands["w"])), tf.constant(operands["b"])
+    padding = [(0, 0), *_two(pads(case), (0, 0)), (0, 0)]
+    options = {
+        "strides": (1, *strides, 1),
+        "padding": "EXPLICIT",
+        "explicit_paddings": [n for pair in padding for n in pair],
+    }
+    raw = tf.raw_ops
+    functions: dict[str, Callable[[], Any]] = {
+        "forward": lambda: raw.DepthwiseConv2dNative(input=x, filter=w, **options),
+        "bias_relu": lambda: tf.nn.relu(tf.nn.bias_add(raw.DepthwiseConv2dNative(input=x, filter=w, **options), b)),
+        "dx": lambda: raw.DepthwiseConv2dNativeBackpropInput(input_sizes=x.shape, filter=w, out_backprop=g, **options),
+        "dw": lambda: raw.DepthwiseConv2dNativeBackpropFilter(input=x, filter_sizes=w.shape, out_backprop=g, **options),
+    }
+    shape = {"dx": case.x, "dw": case.kernel}.get(direction, oracle.y_shape)
+    run = functions[direction]
+    return Task(_in_turn(run) if chained else run, lambda y: y.numpy().reshape(shape))
+
+
+def _onnxruntime(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+    if direction not in ("forward", "bias_relu") or dtype != "float32":
+        raise UnsupportedError("timed for forward passes in float32 only")
+    onnx, runtime = _optional("onnx"), _optional("onnxruntime")
+    oracle = case.oracle
+    window = _filters(operands["w"])
+    x = np.ascontiguousarray(np.moveaxis(_images(operands["x"], case), -1, 1))
+    filters = np.ascontiguousarray(np.moveaxis(window.reshape(*window.shape[:2], 1, -1), (2, 3), (1, 0)))
+    shape = (x.shape[0], oracle.channels * oracle.multiplier, *_two(oracle.out, 1))
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    lows, highs = zip(*_two(pads(case), (0, 0)), strict=True)
+    relu = direction == "bias_relu"
+    attributes = {
+        "group": oracle.channels,
+        "kernel_shape": filters.shape[2:],
+        "pads": [*lows, *highs],
+        "strides": _two(oracle.strides, 1),
+        "dilations": _two(oracle.dilation, 1),
+    }
+    nodes = [helper.make_node("Conv", ["x", "w", *(["b"] if relu else [])], ["c" if relu else "y"], **attributes)]
+    constants = {"w": filters} | ({"b": operands["b"]} if relu else {})
+    if relu:
+        nodes.append(helper.make_node("Relu", ["c"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", floats, x.shape)],
+        [helper.make_tensor_value_info("y", floats, shape)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = environment.processors()
+    session = runtime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    y = np.empty(shape, np.float32)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", runtime.OrtValue.ortvalue_from_numpy(x))
+    output = runtime.OrtValue.ortvalue_from_numpy(y)
+    binding.bind_ortvalue_output("y", output)
+
+    def run() -> Any:
+        session.run_with_iobinding(binding)
+        return output
+
+    return Task(_in_turn(run) if chained else run, lambda y: np.moveaxis(y.numpy(), 1, -1).reshape(oracle.y_shape))
+
+
+# By name; "ours" is what depthwise_conv chooses.
+CONTESTANTS: dict[str, Contestant] = {
+    "ours": _in_jax(_ours(None), None),
+    "native": _in_jax(_ours("native"), "native"),
+    "taps": _in_jax(_ours("taps"), "taps"),
+    "torch_channels_last": _torch(channels_last=True),
+    "torch_contiguous": _torch(channels_last=False),
+    "tensorflow": _tensorflow,
+    "onnxruntime": _onnxruntime,
+    "lax": _in_jax(_lax),
+    "flax": _in_jax(_flax),
+    "keras": _in_jax(_keras),
+}
+# Those that are timed when none are named, on CPU and on GPU.
+DEFAULT = {
+    "cpu": tuple(name for name in CONTESTANTS if name not in ("native", "taps")),
+    "gpu": ("ours", "taps", "lax", "torch_channels_last", "torch_contiguous"),
+}

@@ -1,0 +1,382 @@
+"""Times depthwise convolutions of real layers against other libraries, side by side in one process.
+
+    python -m benchmarks.peers                                    # everything that is installed; an hour or more
+    python -m benchmarks.peers --layers mobilenet-v2 --peers ours,torch_channels_last,lax
+    python -m benchmarks.peers --json benchmarks/results/cpu.json --check
+    python -m benchmarks.peers --read benchmarks/results/cpu.json --check   # prints and checks, measures nothing
+
+The layers are NETWORKS of tests/cases.py. Every result is compared with a float64 reference (benchmarks/work.py: NumPy
+over the window's taps) before it is timed. Samples are taken in turn, one of each contestant a round; a ratio is the
+median over rounds of the pairwise ratio, ours / theirs, so that less than 1 is faster. On CPU all have the same number
+of threads. On a GPU the same command times the contestants that run there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import environment, limits, work
+from benchmarks.contestants import CHAIN, CONTESTANTS, DEFAULT, MissingError, UnsupportedError, latency
+from benchmarks.timing import interleaved, ratio
+from depthwise_jax.lowering import native
+from tests.cases import NETWORKS, Case
+
+MODES = ("single", "chain")
+DTYPES = ("float32", "bfloat16")
+
+
+def label(peer: str, dtype: str) -> str:
+    """A contestant's name in the results."""
+    return peer if dtype == "float32" else f"{peer} {dtype}"
+
+
+def contestants(peers: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each (peer, dtype) to time: on CPU the peers in float32 alone, for their bfloat16 there is no measure."""
+    for dtype in dtypes:
+        for peer in peers:
+            if dtype == "float32" or peer in ("ours", "native", "taps") or jax.default_backend() == "gpu":
+                yield peer, dtype
+
+
+@dataclass
+class Run:
+    """A measurement of many layers: its options, and what it has found so far."""
+
+    peers: Sequence[str]
+    directions: Sequence[str]
+    modes: Sequence[str]
+    dtypes: Sequence[str]
+    rounds: int
+    seconds: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    unsupported: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def layer(self, case: Case) -> None:
+        """Adds the rows of a layer."""
+        operands = work.operands(case)
+        for direction in self.directions:
+            truth = work.truth(case, direction, operands)
+            slow: set[str] = set()
+            for mode in self.modes:
+                tasks = {}
+                for peer, dtype in contestants(self.peers, self.dtypes):
+                    name = label(peer, dtype)
+                    if name in slow or peer in self.missing:
+                        continue
+                    where = f"{case.name} {direction} {mode} {name}"
+                    try:
+                        task = CONTESTANTS[peer](case, operands, direction, dtype, mode == "chain")
+                    except MissingError as error:
+                        self.missing[peer] = str(error)
+                        continue
+                    except UnsupportedError as error:
+                        self.unsupported[f"{peer}: {error}"] += 1
+                        continue
+                    error = float(np.max(np.abs(task.read(task.run()) - truth)) / np.max(np.abs(truth)))
+                    if error <= work.tolerance(direction, dtype):
+                        tasks[name] = task.run
+                    else:
+                        self.wrong.append(f"{where}: relative error {error:.2e}")
+                        print(f"WRONG {self.wrong[-1]}", flush=True)
+                samples = interleaved(tasks, self.rounds, self.seconds)
+                slow = {name for name, taken in samples.items() if CHAIN * np.median(taken) > self.seconds}
+                calls = CHAIN if mode == "chain" else 1
+                milliseconds = {
+                    name: [float(f"{1e3 * sample / calls:.4g}") for sample in taken] for name, taken in samples.items()
+                }
+                row = {
+                    "layer": case.name,
+                    "direction": direction,
+                    "mode": mode,
+                    "bytes": work.traffic(case, direction, 4),
+                    "multiply_adds": work.multiplications(case),
+                    "ms": milliseconds,
+                }
+                self.rows.append(row)
+                _print_row(row)
+        jax.clear_caches()
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    cells = (
+        f"{name} {np.median(taken):.4g} ms" + ("" if name == "ours" else f" ({_of(row, 'ours', name):.3g})")
+        for name, taken in row["ms"].items()
+    )
+    print(f"{row['layer']} {row['direction']} {row['mode']}: " + ", ".join(cells), flush=True)
+
+
+def _of(row: dict[str, Any], ours: str, theirs: str) -> float:
+    """ours / theirs in a row, NaN where either is missing."""
+    taken = row["ms"]
+    return ratio(taken[ours], taken[theirs]) if ours in taken and theirs in taken else float("nan")
+
+
+def call_latency(rounds: int) -> dict[str, Any]:
+    """Microseconds that one more call in a compiled program takes, with the small sum that chains it to the last."""
+    chains = latency(None)
+    for chain in chains.values():
+        chain()
+    samples = interleaved(chains, max(rounds, 9), seconds=5)
+    each = np.subtract(samples["long"], samples["short"]) / (7 * CHAIN)
+    return {"us": float(f"{1e6 * np.median(each):.4g}"), "call": "forward, 1x7x7x64, window 3, float32"}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Limits on the ratios of two contestants over all layers: on their geometric mean, and on the worst, if any."""
+
+    name: str
+    directions: tuple[str, ...]
+    mode: str
+    ours: str
+    theirs: str
+    mean: float
+    worst: float | None
+
+    def ratios(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """By layer (and direction, where there are several), ours / theirs."""
+        found = {}
+        for row in rows:
+            if row["mode"] == self.mode and row["direction"] in self.directions:
+                value = _of(row, self.ours, self.theirs)
+                if not np.isnan(value):
+                    suffix = f" {row['direction']}" if len(self.directions) > 1 else ""
+                    found[row["layer"] + suffix] = value
+        return found
+
+
+_TORCH = "torch_channels_last"
+_THREE = ("forward", "dx", "dw")
+THRESHOLDS = (
+    Threshold("forward", ("forward",), "chain", "ours", _TORCH, 0.75, 1.05),
+    Threshold("dx", ("dx",), "chain", "ours", _TORCH, 0.6, 1.05),
+    Threshold("dw", ("dw",), "chain", "ours", _TORCH, 0.3, 1.0),
+    Threshold("forward, bias and relu", ("bias_relu",), "chain", "ours", _TORCH, 0.65, 1.0),
+    Threshold("forward, single calls", ("forward",), "single", "ours", _TORCH, 0.95, None),
+    Threshold("bfloat16 against float32", _THREE, "chain", "ours bfloat16", "ours", 1.0, 1.3),
+)
+THRESHOLDS_AVX2 = (
+    Threshold("forward, AVX2", ("forward",), "chain", "ours", _TORCH, 0.8, None),
+    Threshold("dx, AVX2", ("dx",), "chain", "ours", _TORCH, 0.8, None),
+    Threshold("dw, AVX2", ("dw",), "chain", "ours", _TORCH, 0.5, None),
+)
+# forward + dx + dw against plain lax: how many times faster, over all layers and in the worst.
+_LAX_MEAN, _LAX_WORST = 40, 8
+_LATENCY_US = 3.0
+# A median so far above the fastest sample says that something else was running.
+_NOISY = 1.5
+
+
+def against_lax(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By layer, the milliseconds of lax for forward + dx + dw over ours, in chains; single calls where lax has none."""
+    times: dict[tuple[str, str, str], dict[str, float]] = {
+        (row["layer"], row["direction"], row["mode"]): {name: float(np.median(ms)) for name, ms in row["ms"].items()}
+        for row in rows
+    }
+    result = {}
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        sums = {"ours": 0.0, "lax": 0.0}
+        for direction in _THREE:
+            for name in sums:
+                found = (times.get((layer, direction, mode), {}).get(name) for mode in ("chain", "single"))
+                sums[name] += next((ms for ms in found if ms is not None), float("nan"))
+        if not np.isnan(sums["lax"] / sums["ours"]):
+            result[layer] = sums["lax"] / sums["ours"]
+    return result
+
+
+def _mean(values: Any) -> float:
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
+def check(data: dict[str, Any]) -> bool:
+    """Prints PASS or FAIL for each threshold; whether all pass. What was not measured on all layers does not."""
+    rows, lines = data["rows"], []
+
+    def judge(name: str, layers: int, passed: bool, text: str) -> None:
+        part = "" if layers == len(NETWORKS) else ", of a part"
+        verdict = f"{'PASS' if passed else 'FAIL'}{part}" if layers else "NOT MEASURED"
+        lines.append((verdict, f"| {name} | {text if layers else ''} | {layers} of {len(NETWORKS)} | {verdict} |"))
+
+    for threshold in THRESHOLDS_AVX2 if data["isa"] == "avx2" else THRESHOLDS:
+        found = threshold.ratios(rows)
+        if not found:
+            judge(threshold.name, 0, False, "")
+            continue
+        mean, (worst, value) = _mean(found.values()), max(found.items(), key=lambda item: item[1])
+        limit = "" if threshold.worst is None else f" (at most {threshold.worst})"
+        passed = mean <= threshold.mean and (threshold.worst is None or value <= threshold.worst)
+        text = f"{mean:.3f} (at most {threshold.mean}), worst {value:.3f}{limit} {worst}"
+        judge(threshold.name, len(found) // len(threshold.directions), passed, text)
+    if data["isa"] is None:
+        found = against_lax(rows)
+        if found:
+            mean, (worst, value) = _mean(found.values()), min(found.items(), key=lambda item: item[1])
+            text = f"{mean:.1f}x (at least {_LAX_MEAN}x), worst {value:.1f}x (at least {_LAX_WORST}x) {worst}"
+            judge("forward + dx + dw against lax", len(found), mean >= _LAX_MEAN and value >= _LAX_WORST, text)
+        else:
+            judge("forward + dx + dw against lax", 0, False, "")
+        microseconds = data["latency"]["us"]
+        verdict = "PASS" if microseconds <= _LATENCY_US else "FAIL"
+        lines.append((verdict, f"| smallest call | {microseconds:.2f} us (at most {_LATENCY_US}) | | {verdict} |"))
+    print("| check | measured | layers | |\n|---|---|---|---|")
+    print("\n".join(line for _, line in lines))
+    return all(verdict == "PASS" for verdict, _ in lines)
+
+
+def report(data: dict[str, Any]) -> None:
+    """Prints a table per direction and mode, and a line for each pair of contestants."""
+    rows = data["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"] if name != "ours"))
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        for mode in MODES:
+            chosen = [row for row in rows if row["direction"] == direction and row["mode"] == mode]
+            if not chosen:
+                continue
+            print(f"\n{direction}, {mode} calls: ours and the limits in ms, then ours / theirs\n")
+            print("| layer | memory | arithmetic | ours | " + " | ".join(names) + " |")
+            print("|---" * (len(names) + 4) + "|")
+            for row in chosen:
+                ours = np.median(row["ms"]["ours"]) if "ours" in row["ms"] else float("nan")
+                least = (
+                    limits.memory_ms(data["limits"], row["bytes"]),
+                    limits.arithmetic_ms(data["limits"], row["multiply_adds"]),
+                )
+                cells = [f"{value:.4f}" for value in (*least, ours)]
+                cells += [f"{_of(row, 'ours', name):.3f}" for name in names]
+                cells = [cell.replace("nan", "") for cell in cells]
+                print(f"| {row['layer']} | " + " | ".join(cells) + " |")
+            cells = []
+            for name in names:
+                found = [value for row in chosen if not np.isnan(value := _of(row, "ours", name))]
+                cells.append(f"{_mean(found):.3f}" if found else "")
+            print("| geometric mean | | | | " + " | ".join(cells) + " |")
+    print()
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        for mode in MODES:
+            for ours, theirs in (("ours", _TORCH), ("ours", "lax"), ("ours bfloat16", "ours")):
+                found = Threshold("", (direction,), mode, ours, theirs, 0, None).ratios(rows)
+                if found:
+                    worst, value = max(found.items(), key=lambda item: item[1])
+                    print(
+                        f"{direction}, {mode}: {ours} / {theirs}: geometric mean {_mean(found.values()):.3f}, "
+                        f"worst {value:.3f} ({worst}), {len(found)} layers"
+                    )
+
+    for name in ("ours", *names):
+        noisy = [row for row in rows if _spread(row, name) > _NOISY]
+        if noisy:
+            print(f"{name}: median over {_NOISY} times the minimum in {len(noisy)} of {len(rows)} rows")
+
+
+def _spread(row: dict[str, Any], name: str) -> float:
+    taken = row["ms"].get(name, [1.0])
+    return float(np.median(taken) / min(taken))
+
+
+def _names(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--{option} must name some of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def main() -> None:
+    """Measures or reads, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="", help="comma-separated; layers whose name contains one of these")
+    parser.add_argument("--peers", help=f"comma-separated: {', '.join(CONTESTANTS)}")
+    parser.add_argument("--directions", default=",".join(work.DIRECTIONS))
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for a contestant's samples of one map; see timing")
+    parser.add_argument("--minutes", type=float, help="layers that are not begun by then are left out, and named")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", choices=environment.INSTRUCTION_SETS, help="hold all contestants to it")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--read", type=Path, help="results to print instead of measuring")
+    parser.add_argument("--check", action="store_true", help="judge by the thresholds; exits 1 if one fails")
+    arguments = parser.parse_args()
+    if arguments.read:
+        data, wrong = json.loads(arguments.read.read_text()), []
+    else:
+        environment.enter("benchmarks.peers", arguments.threads, arguments.isa)
+        data, wrong = measure(arguments)
+        if arguments.json:
+            write(data, arguments.json)
+    report(data)
+    passed = check(data) if arguments.check else True
+    sys.exit(0 if passed and not wrong else 1)
+
+
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The results of a run, and which of them were wrong."""
+    platform = jax.default_backend()
+    if platform not in DEFAULT:
+        raise SystemExit(f"there are contestants for {', '.join(DEFAULT)}, not for {platform}")
+    run = Run(
+        peers=_names(arguments.peers, tuple(CONTESTANTS), "peers") if arguments.peers else DEFAULT[platform],
+        directions=_names(arguments.directions, work.DIRECTIONS, "directions"),
+        modes=_names(arguments.modes, MODES, "modes"),
+        dtypes=_names(arguments.dtypes, DTYPES, "dtypes"),
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+    )
+    cases = [case for case in NETWORKS if any(part in case.name for part in arguments.layers.split(","))]
+    status = native.status()
+    data: dict[str, Any] = {
+        "machine": environment.machine(),
+        "device": jax.devices()[0].device_kind,
+        "versions": environment.versions(),
+        "threads": arguments.threads,
+        "isa": arguments.isa,
+        "compiled_kernels": status.instruction_set or status.reason,
+        "limits": limits.measure(arguments.threads),
+        "latency": call_latency(arguments.rounds),
+        "rows": run.rows,
+        "missing": run.missing,
+        "unsupported": run.unsupported,
+        "left_out": [],
+    }
+    print(json.dumps({key: value for key, value in data.items() if key != "rows"}, indent=1), flush=True)
+    end = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    for case in cases:
+        if time.monotonic() < end:
+            run.layer(case)
+        else:
+            data["left_out"].append(case.name)
+    for name, reason in run.missing.items():
+        print(f"not timed: {name}: {reason}")
+    for reason, count in run.unsupported.items():
+        print(f"not timed: {reason} ({count} times)")
+    if data["left_out"]:
+        print(f"left out for lack of time: {', '.join(data['left_out'])}")
+    return data, run.wrong
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """Writes the results, a row a line."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])
+    rest = json.dumps(data | {"rows": []}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rest.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What the TPU compiler makes of depthwise layers and of MobileNetV2, ours beside plain Flax and lax; needs no TPU.
+
+Run as `python -m benchmarks.tpu_compiler` from the repository's root, where `jax[tpu]` is installed, as in the virtual
+environment of `make test-tpu`. It prints a table in Markdown, which `--output` writes to a file as well.
+
+Estimated cycles are the compiler's and overstate: they are for comparing like with like. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests_tpu.compiler import Figures, compile_for_tpu, make_mesh  # isort: skip  # sets the environment of libtpu
+
+import jax
+
+from tests.mobilenet import FEW_STAGES, STAGES, MobileNetV2
+from tests_tpu.layers import LAYERS, MAPS, compile_layer, ours, plain
+from tests_tpu.network import CONSTRAINT, forward, training_step
+
+HEADER = ("program", "by", "est. cycles", "fusions", "copies", "collectives", "groups of", "temporary MB")
+
+
+def row(program: str, by: str, figures: Figures) -> tuple[str, ...]:
+    """One line of the table."""
+    collectives = ", ".join(f"{n} {name}" for name, n in sorted(figures.collectives.items()))
+    return (
+        program,
+        by,
+        f"{figures.cycles:,}",
+        str(figures.fusions),
+        str(figures.copies),
+        collectives or "none",
+        ", ".join(map(str, sorted(figures.groups))) or "-",
+        f"{figures.temporaries / 1e6:.1f}",
+    )
+
+
+def layers() -> Iterator[tuple[str, ...]]:
+    """Forward with bias and relu6, dx and dw of single layers, on v5e 2x2, over one mesh axis and over two."""
+    one, two = make_mesh("v5e:2x2", batch=4), make_mesh("v5e:2x2", batch=2, channels=2)
+    contestants: dict[str, Callable[..., Any]] = {"ours": ours, "lax": plain}
+    with_taps = {**contestants, "taps": partial(ours, implementation="taps")}
+    for layer in LAYERS:
+        for direction in MAPS:
+            for by, convolve in contestants.items():
+                yield row(f"{layer} {direction}, 4 batch", by, compile_layer(layer, direction, convolve, one)[1])
+        # Here lax's gradient is wrong: its groups are of all four devices, and it counts each half of the batch twice.
+        for by, convolve in with_taps.items():
+            figures = compile_layer(layer, "dw", convolve, two)[1]
+            yield row(f"{layer} dw, 2 batch of 2x2", by, figures)
+        for direction in MAPS:
+            for by, convolve in contestants.items():
+                figures = compile_layer(layer, direction, convolve, two, "channels")[1]
+                yield row(f"{layer} {direction}, 2 batch x 2 channels", by, figures)
+
+
+def networks(stages: Any, size: int, images: int) -> Iterator[tuple[str, ...]]:
+    """The network's forward pass and training step, with batch and channels sharded, on v5e 2x2."""
+    for axes in ({"batch": 4}, {"batch": 2, "channels": 2}):
+        mesh = make_mesh("v5e:2x2", **axes)
+        sharding = " x ".join(f"{n} {axis}" for axis, n in axes.items())
+        for name, program in (("forward", forward), ("training step", training_step)):
+            for by in ("ours", "flax"):
+                constraint = CONSTRAINT if by == "ours" else None
+                model = MobileNetV2(plain=by == "flax", constraint=constraint, stages=stages)
+                function, arguments = program(model, images * axes["batch"], size, mesh)
+                with jax.set_mesh(mesh):
+                    figures = compile_for_tpu(function, *arguments)[-1]
+                blocks = sum(stage[2] for stage in stages)
+                yield row(f"MobileNetV2, {blocks} blocks, {name}, {sharding}", by, figures)
+
+
+def main() -> None:
+    """Prints the table line by line, and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", choices=("none", "few", "all"), default="all", help="of the network")
+    parser.add_argument("--size", type=int, default=96, help="height and width of the network's images")
+    parser.add_argument("--images", type=int, default=16, help="the network's images for each shard of the batch")
+    parser.add_argument("--output", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    lines = []
+
+    def emit(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    emit(f"jax {jax.__version__}, v5e 2x2, bfloat16; by the TPU compiler, for each device.\n")
+    emit(f"| {' | '.join(HEADER)} |")
+    emit("|---|---|" + "---:|" * 3 + "---|---|---:|")
+    stages = {"few": FEW_STAGES, "all": STAGES}.get(arguments.blocks)
+    for cells in layers():
+        emit(f"| {' | '.join(cells)} |")
+    for cells in networks(stages, arguments.size, arguments.images) if stages else ():
+        emit(f"| {' | '.join(cells)} |")
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""Times whole training steps: with this package's depthwise layers, with flax.linen.Conv instead, and in PyTorch.
+
+    python -m benchmarks.training                       # MobileNetV2 and ConvNeXt blocks, 2 threads
+    python -m benchmarks.training --json benchmarks/results/training.json --check
+
+A step is the forward pass, the gradient of the cross entropy and SGD with momentum, in float32, all in place. The two
+Flax models differ in the depthwise layer alone and start from the same parameters; their first losses are compared.
+PyTorch runs the same layers with as many parameters, channels last, not compiled. Samples are taken in turn in one
+process.
+
+Where the time goes: every layer of MobileNetV2 is timed alone, forward and backward, and summed by kind; what remains
+of the step is activations, sums of branches, the stem, the classifier, the loss and the optimiser. Within a step XLA
+fuses what stands side by side, so the parts of ours are what they cost alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import environment
+from benchmarks.timing import interleaved, ratio
+from depthwise_jax import DepthwiseConv2D
+from tests.mobilenet import STAGES, MobileNetV2
+
+CLASSES = 1000
+_RATE, _MOMENTUM = 1e-3, 0.9
+# Channels and blocks of the first two stages of ConvNeXt-T, with fewer blocks.
+CONVNEXT = ((96, 2), (192, 2))
+KINDS: tuple[str, ...] = ("depthwise", "pointwise", "batch norm")
+
+
+class ConvNeXt(nn.Module):
+    """Blocks of Liu et al., "A ConvNet for the 2020s" (2022).
+
+    Attributes:
+        plain: whether the depthwise convolutions are flax.linen.Conv.
+    """
+
+    plain: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits (batch, CLASSES) of images (batch, height, width, 3)."""
+        del train  # it has no batch norm
+        for stage, (channels, blocks) in enumerate(CONVNEXT):
+            if stage:
+                x = nn.LayerNorm(name=f"norm{stage}")(x)
+            size = (2, 2) if stage else (4, 4)
+            x = nn.Conv(channels, size, size, name=f"down{stage}")(x)
+            for block in range(blocks):
+                name = f"block{stage}_{block}"
+                if self.plain:
+                    y = nn.Conv(channels, (7, 7), feature_group_count=channels, name=f"{name}_depthwise")(x)
+                else:
+                    y = DepthwiseConv2D(7, padding="same", name=f"{name}_depthwise")(x)
+                y = nn.gelu(nn.Dense(4 * channels, name=f"{name}_expand")(nn.LayerNorm(name=f"{name}_norm")(y)))
+                y = nn.Dense(channels, name=f"{name}_project")(y)
+                x = x + y * self.param(f"{name}_scale", nn.initializers.constant(1e-6), (channels,))
+        return nn.Dense(CLASSES, name="classifier")(x.mean((1, 2)))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train: its two Flax models, its PyTorch model, and the images."""
+
+    ours: nn.Module
+    flax: nn.Module
+    torch: Callable[[Any], Any]
+    batch: int
+    size: int
+
+
+def optional_torch() -> Any:
+    """PyTorch with this process' number of threads, or None."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return None
+    torch.set_num_threads(environment.processors())
+    return torch
+
+
+def torch_mobilenet(torch: Any) -> Any:
+    """MobileNetV2 as tests/mobilenet.py has it."""
+    layers = torch.nn
+
+    def conv(channels: int, features: int, window: int, stride: int, groups: int, activation: bool) -> list[Any]:
+        return [
+            layers.Conv2d(channels, features, window, stride, window // 2, groups=groups, bias=False),
+            layers.BatchNorm2d(features, momentum=0.01),
+            *([layers.ReLU6(inplace=True)] if activation else []),
+        ]
+
+    class Residual(layers.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Any) -> Any:
+            return x + self.inner(x)
+
+    modules = conv(3, 32, 3, 2, 1, True)
+    channels = 32
+    for expansion, features, blocks, first_stride in STAGES:
+        for i in range(blocks):
+            hidden, stride = expansion * channels, first_stride if i == 0 else 1
+            expand = conv(channels, hidden, 1, 1, 1, True) if expansion > 1 else []
+            block = layers.Sequential(
+                *expand, *conv(hidden, hidden, 3, stride, hidden, True), *conv(hidden, features, 1, 1, 1, False)
+            )
+            modules.append(Residual(block) if stride == 1 and features == channels else block)
+            channels = features
+    modules += conv(channels, 1280, 1, 1, 1, True)
+    modules += [layers.AdaptiveAvgPool2d(1), layers.Flatten(), layers.Linear(1280, CLASSES)]
+    return layers.Sequential(*modules)
+
+
+def torch_convnext(torch: Any) -> Any:
+    """ConvNeXt as above; what works on channels sees them last, which moves no data."""
+    layers = torch.nn
+
+    class Block(layers.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.depthwise = layers.Conv2d(channels, channels, 7, padding=3, groups=channels)
+            self.inner = layers.Sequential(
+                layers.LayerNorm(channels, eps=1e-6),
+                layers.Linear(channels, 4 * channels),
+                layers.GELU(approximate="tanh"),
+                layers.Linear(4 * channels, channels),
+            )
+            self.scale = layers.Parameter(1e-6 * torch.ones(channels))
+
+        def forward(self, x: Any) -> Any:
+            y = self.inner(self.depthwise(x).permute(0, 2, 3, 1)) * self.scale
+            return x + y.permute(0, 3, 1, 2)
+
+    class Norm(layers.LayerNorm):
+        def forward(self, input: Any) -> Any:
+            return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    modules: list[Any] = []
+    previous = 3
+    for stage, (channels, blocks) in enumerate(CONVNEXT):
+        size = 2 if stage else 4
+        modules += [Norm(previous, eps=1e-6)] if stage else []
+        modules += [layers.Conv2d(previous, channels, size, size), *(Block(channels) for _ in range(blocks))]
+        previous = channels
+    return layers.Sequential(*modules, layers.AdaptiveAvgPool2d(1), layers.Flatten(), layers.Linear(previous, CLASSES))
+
+
+NETWORKS = {
+    "MobileNetV2": Network(
+        MobileNetV2(CLASSES, dtype=jnp.float32),
+        MobileNetV2(CLASSES, plain=True, dtype=jnp.float32),
+        torch_mobilenet,
+        batch=8,
+        size=96,
+    ),
+    "ConvNeXt blocks": Network(ConvNeXt(), ConvNeXt(plain=True), torch_convnext, batch=8, size=112),
+}
+
+
+def data(network: Network) -> tuple[np.ndarray, np.ndarray]:
+    """Images (batch, size, size, 3) and labels (batch,)."""
+    rng = np.random.default_rng(0)
+    shape = (network.batch, network.size, network.size, 3)
+    return rng.standard_normal(shape).astype(np.float32), rng.integers(CLASSES, size=network.batch)
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    """The mean over the batch."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def step_of(model: nn.Module, optimizer: optax.GradientTransformation) -> Any:
+    """(params, statistics, state, images, labels) -> (params, statistics, state, loss); the first three are donated."""
+
+    def step(params: Any, statistics: Any, state: Any, images: Any, labels: Any) -> Any:
+        def loss(params: Any) -> Any:
+            variables = {"params": params, **statistics}
+            logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return cross_entropy(logits, labels), changed
+
+        (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), statistics, state, value
+
+    return jax.jit(step, donate_argnums=(0, 1, 2))
+
+
+class JaxTraining:
+    """A model in training; calling it makes a step and returns the loss when it is done.
+
+    Attributes:
+        seconds: to trace, lower and compile the step.
+        parameters: how many there are.
+    """
+
+    def __init__(self, model: nn.Module, variables: Any, images: Any, labels: Any) -> None:
+        optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
+        params = jax.tree.map(jnp.array, variables["params"])
+        statistics = {name: jax.tree.map(jnp.array, tree) for name, tree in variables.items() if name != "params"}
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self._carry = (params, statistics, optimizer.init(params))
+        self._batch = (jnp.asarray(images), jnp.asarray(labels))
+        start = time.perf_counter()
+        self._step = step_of(model, optimizer).lower(*self._carry, *self._batch).compile()
+        self.seconds = time.perf_counter() - start
+
+    def __call__(self) -> float:
+        """The loss before the step."""
+        *carry, loss = self._step(*self._carry, *self._batch)
+        self._carry = tuple(carry)
+        jax.block_until_ready(self._carry)
+        return float(loss)
+
+
+class TorchTraining:
+    """The same in PyTorch."""
+
+    def __init__(self, torch: Any, model: Any, images: np.ndarray, labels: np.ndarray) -> None:
+        self._model = model.to(memory_format=torch.channels_last).train()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._optimizer = torch.optim.SGD(model.parameters(), _RATE, _MOMENTUM)
+        nchw = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+        self._images, self._labels = nchw.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels)
+        self._loss = torch.nn.functional.cross_entropy
+
+    def __call__(self) -> float:
+        """The loss before the step."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self._model(self._images), self._labels)
+        loss.backward()
+        self._optimizer.step()
+        return float(loss.detach())
+
+
+def plain_variables(variables: Any) -> Any:
+    """The variables of a model of ours for its plain twin: depthwise kernels (h, w, C, 1) become (h, w, 1, C)."""
+
+    def convert(path: Any, leaf: Any) -> Any:
+        layer, name = (entry.key for entry in path[-2:])
+        return jnp.swapaxes(leaf, -1, -2) if layer.endswith("depthwise") and name == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: convert(path, leaf) if len(path) > 2 else leaf, variables
+    )
+
+
+def measure(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of a step and seconds of its compilation, by contestant.
+
+    Raises:
+        AssertionError: the two Flax models differ in the loss or in what a step gains, or PyTorch's model has another
+            number of parameters.
+    """
+    images, labels = data(network)
+    initial = jax.jit(network.ours.init)(jax.random.key(0), images)
+    makers = {
+        "ours": partial(JaxTraining, network.ours, initial, images, labels),
+        "flax": partial(JaxTraining, network.flax, plain_variables(initial), images, labels),
+    }
+    jax.jit(lambda x: x + 1).lower(1.0).compile()  # what only the first compilation of a process pays
+    compilations: dict[str, list[float]] = {name: [] for name in makers}
+    trainings: dict[str, Any] = {}
+    for _ in range(2):
+        for name, make in makers.items():
+            jax.clear_caches()
+            trainings[name] = make()
+            compilations[name].append(trainings[name].seconds)
+    torch = optional_torch()
+    if torch is not None:
+        torch.manual_seed(0)
+        trainings["torch"] = TorchTraining(torch, network.torch(torch), images, labels)
+    counts = {name: training.parameters for name, training in trainings.items()}
+    assert len(set(counts.values())) == 1, counts
+    losses = {name: [training() for _ in range(3)] for name, training in trainings.items()}
+    # Only the first losses agree to rounding: relu6 and batch norm make the gradient of a fresh network jump with the
+    # last bits of its parameters. What one step gains must be the same nevertheless.
+    np.testing.assert_allclose(losses["ours"][0], losses["flax"][0], rtol=1e-5)
+    np.testing.assert_allclose(*(np.subtract(*losses[name][:2]) for name in makers), rtol=0.1)
+    samples = interleaved(trainings, rounds, seconds)
+    return {
+        "parameters": counts["ours"],
+        "losses": losses,
+        "ms": {name: [float(f"{1e3 * sample:.4g}") for sample in taken] for name, taken in samples.items()},
+        "compile_s": {name: [round(value, 2) for value in taken] for name, taken in compilations.items()},
+    }
+
+
+def mobilenet_layers(batch: int, size: int) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """Its depthwise, pointwise and batch norm layers: kind, input shape, output channels, stride."""
+    size, channels = size // 2, 32
+    layers = [("batch norm", (batch, size, size, 32), 32, 1)]
+
+    def add(kind: str, features: int, stride: int = 1) -> None:
+        nonlocal size, channels
+        layers.append((kind, (batch, size, size, channels), features, stride))
+        size, channels = -(-size // stride), features
+        layers.append(("batch norm", (batch, size, size, channels), channels, 1))
+
+    for expansion, features, blocks, first_stride in STAGES:
+        for i in range(blocks):
+            if expansion > 1:
+                add("pointwise", expansion * channels)
+            add("depthwise", channels, first_stride if i == 0 else 1)
+            add("pointwise", features)
+    add("pointwise", 1280)
+    return layers
+
+
+def layer_in_jax(kind: str, shape: tuple[int, ...], features: int, stride: int) -> Callable[[], Any]:
+    """A layer alone, forward and backward in its input and its parameters."""
+    layer: nn.Module = {
+        "depthwise": lambda: DepthwiseConv2D(3, stride, "same", use_bias=False),
+        "pointwise": lambda: nn.Conv(features, (1, 1), use_bias=False),
+        "batch norm": lambda: nn.BatchNorm(use_running_average=False),
+    }[kind]()
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    params, statistics = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+
+    def apply(params: Any, x: Any) -> Any:
+        return layer.apply({"params": params, **statistics}, x, mutable=["batch_stats"])[0]
+
+    g = jnp.ones_like(jax.eval_shape(apply, params, x))
+
+    @jax.jit
+    def both(params: Any, x: Any, g: Any) -> Any:
+        y, pullback = jax.vjp(apply, params, x)
+        return y, pullback(g)
+
+    return lambda: jax.block_until_ready(both(params, x, g))
+
+
+def layer_in_torch(torch: Any, kind: str, shape: tuple[int, ...], features: int, stride: int) -> Callable[[], Any]:
+    """The same in PyTorch, channels last."""
+    batch, height, width, channels = shape
+    layer = {
+        "depthwise": lambda: torch.nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
+        "pointwise": lambda: torch.nn.Conv2d(channels, features, 1, bias=False),
+        "batch norm": lambda: torch.nn.BatchNorm2d(channels),
+    }[kind]()
+    layer = layer.to(memory_format=torch.channels_last).train()
+    x = torch.randn(batch, channels, height, width).contiguous(memory_format=torch.channels_last).requires_grad_()
+    g = torch.ones_like(layer(x).detach())
+    inputs = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), inputs, g)
+
+
+def parts(network: Network, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds by contestant and kind of layer, each layer timed alone."""
+    torch = optional_torch()
+    totals: dict[str, dict[str, float]] = {
+        name: dict.fromkeys(KINDS, 0.0) for name in ("ours", *(["torch"] if torch is not None else []))
+    }
+    layers = mobilenet_layers(network.batch, network.size)
+    for layer in dict.fromkeys(layers):
+        tasks = {"ours": layer_in_jax(*layer)} | ({"torch": layer_in_torch(torch, *layer)} if torch is not None else {})
+        for task in tasks.values():
+            task()
+        for name, taken in interleaved(tasks, rounds, seconds=1.0).items():
+            totals[name][layer[0]] += 1e3 * layers.count(layer) * float(np.median(taken))
+    return {name: {kind: round(ms, 3) for kind, ms in kinds.items()} for name, kinds in totals.items()}
+
+
+def report(data: dict[str, Any]) -> None:
+    """Prints the tables."""
+    print("\n| network | step | ms | ours / it | compile s | last loss |\n|---|---|---|---|---|---|")
+    for network, found in data["networks"].items():
+        for name, taken in found["ms"].items():
+            compilation = f"{min(found['compile_s'][name]):.2f}" if name in found["compile_s"] else ""
+            against = ratio(found["ms"]["ours"], taken)
+            print(
+                f"| {network} | {name} | {np.median(taken):.2f} | {against:.3f} | {compilation} "
+                f"| {found['losses'][name][-1]:.3f} |"
+            )
+    if not data["parts"]:
+        return
+    print("\nMobileNetV2, layers timed alone, forward and backward, ms; the rest is the step less their sum\n")
+    print("| | " + " | ".join(KINDS) + " | rest | step |\n" + "|---" * (len(KINDS) + 3) + "|")
+    for name, kinds in data["parts"].items():
+        step = float(np.median(data["networks"]["MobileNetV2"]["ms"][name]))
+        cells = [*(kinds[kind] for kind in KINDS), step - sum(kinds.values()), step]
+        print(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+
+
+def check(data: dict[str, Any]) -> bool:
+    """Prints PASS or FAIL: at least 5 times faster than flax.linen.Conv, compiled in no more time."""
+    found = data["networks"].get("MobileNetV2")
+    if found is None:
+        print("NOT MEASURED MobileNetV2")
+        return False
+    speed = 1 / ratio(found["ms"]["ours"], found["ms"]["flax"])
+    ours, flax = (min(found["compile_s"][name]) for name in ("ours", "flax"))
+    lines = [
+        (speed >= 5, f"MobileNetV2 step against flax.linen.Conv: {speed:.2f}x faster (at least 5x)"),
+        (ours <= flax, f"MobileNetV2 compile time: {ours:.2f} s (at most that with flax.linen.Conv, {flax:.2f} s)"),
+    ]
+    for passed, text in lines:
+        print(f"{'PASS' if passed else 'FAIL'} {text}")
+    return all(passed for passed, _ in lines)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=20, help="for a contestant's samples of a step; see timing")
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--read", type=Path, help="results to print instead of measuring")
+    parser.add_argument("--check", action="store_true", help="judge by the thresholds; exits 1 if one fails")
+    arguments = parser.parse_args()
+    if arguments.read:
+        results = json.loads(arguments.read.read_text())
+    else:
+        environment.enter("benchmarks.training", arguments.threads)
+        results = {
+            "machine": environment.machine(),
+            "versions": environment.versions(),
+            "threads": arguments.threads,
+            "networks": {
+                name: measure(NETWORKS[name], arguments.rounds, arguments.seconds) for name in arguments.networks
+            },
+            "parts": parts(NETWORKS["MobileNetV2"], arguments.rounds) if "MobileNetV2" in arguments.networks else {},
+        }
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    report(results)
+    if arguments.check:
+        sys.exit(0 if check(results) else 1)
+
+
+if __name__ == "__main__":
+    main()

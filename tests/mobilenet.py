@@ -1,0 +1,89 @@
+"""MobileNetV2 for tests, benchmarks and notebooks: from this package's layers, or from plain Flax for comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from depthwise_jax import DepthwiseConv2D
+
+# Expansion, output channels, blocks and stride of the first of them.
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+# A few blocks of each kind, for programs that take long to compile.
+FEW_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2))
+
+
+class MobileNetV2(nn.Module):
+    """Sandler et al., 2018: 17 depthwise convolutions between pointwise ones, batch-normalised.
+
+    Attributes:
+        classes: outputs.
+        plain: whether the depthwise convolutions are flax.linen.Conv, which is what the other one is compared with.
+        constraint: the constraint of the depthwise kernels, without `plain`.
+        dtype: of the computation; parameters are float32.
+        stages: STAGES, or fewer.
+    """
+
+    classes: int = 1000
+    plain: bool = False
+    constraint: Any = None
+    dtype: Any = jnp.bfloat16
+    stages: tuple[tuple[int, int, int, int], ...] = STAGES
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits (batch, classes) in float32 of images (batch, height, width, 3)."""
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return nn.BatchNorm(use_running_average=not train, dtype=self.dtype, name=f"{name}_norm")(x)
+
+        def conv(name: str, features: int, x: jax.Array, window: int = 1, stride: int = 1) -> jax.Array:
+            layer = nn.Conv(features, (window, window), (stride, stride), use_bias=False, dtype=self.dtype, name=name)
+            return norm(name, layer(x))
+
+        def depthwise(name: str, stride: int, x: jax.Array) -> jax.Array:
+            channels = x.shape[-1]
+            options: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "name": name}
+            if self.plain:
+                layer = nn.Conv(channels, (3, 3), (stride, stride), feature_group_count=channels, **options)
+            else:
+                layer = DepthwiseConv2D(3, stride, "same", depthwise_constraint=self.constraint, **options)
+            return norm(name, layer(x))
+
+        x = nn.relu6(conv("stem", 32, jnp.asarray(x, self.dtype), 3, 2))
+        block = 0
+        for expansion, features, blocks, first_stride in self.stages:
+            for i in range(blocks):
+                y = x
+                if expansion > 1:
+                    y = nn.relu6(conv(f"block{block}_expand", expansion * x.shape[-1], y))
+                y = nn.relu6(depthwise(f"block{block}_depthwise", first_stride if i == 0 else 1, y))
+                y = conv(f"block{block}_project", features, y)
+                x = x + y if x.shape == y.shape else y
+                block += 1
+        x = nn.relu6(conv("head", 1280, x))
+        return nn.Dense(self.classes, dtype=jnp.float32, name="classifier")(x.mean((1, 2)))
+
+
+def channel_spec(path: tuple[Any, ...], value: Any, axis: str | None) -> P:
+    """The sharding of a variable of the network with the wide channels, those of the depthwise steps, over a mesh axis.
+
+    The narrow channels between the blocks are whole: a block's one sum over channels is that of its projection.
+
+    Args:
+        path: the variable's path in the tree, as jax.tree_util.tree_map_with_path gives it.
+        value: the variable, anything with a shape.
+        axis: the mesh axis; None shards nothing.
+    """
+    layer, name = (entry.key for entry in path[-2:])
+    if axis is None or layer.endswith("project_norm") or (layer == "classifier" and name == "bias"):
+        return P()
+    if layer.endswith("project") or layer == "classifier":
+        return P(*(None,) * (value.ndim - 2), axis, None)
+    if layer.endswith("depthwise") and value.shape[-1] == 1:
+        return P(None, None, axis, None)
+    return P(*(None,) * (value.ndim - 1), axis)

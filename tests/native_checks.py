@@ -1,0 +1,328 @@
+"""Checks of the compiled kernels that need a process of their own: python -m tests.native_checks NAME [ARGUMENT].
+
+What may crash or hang is found by its exit status or a time limit, and an environment variable that is read once can be
+set. `threads 60` and `devices` serve as commands too, for a longer run than the test's.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from depthwise_jax import explain, lowering
+from depthwise_jax.lowering import native
+from tests.cases import CORE, NETWORKS, Case, reduced
+from tests.oracle import assert_close
+
+# Sizes at which all kernels have their turn: tiles and tails of channels, both heights of tiles, strides, phases.
+LARGER = (
+    Case("k3", (2, 9, 16, 40), (3, 3, 40, 1), {"padding": "same"}),
+    Case("k3-s2", (1, 13, 19, 17), (3, 3, 17, 1), {"padding": "same", "strides": 2}),
+    Case("k5-tail", (1, 8, 15, 100), (5, 5, 100, 1), {"padding": 2}),
+    Case("k7", (1, 8, 17, 24), (7, 7, 24, 1), {"padding": "same"}),
+    Case("k4-causal", (2, 300, 33), (4, 33, 1), {"padding": "causal"}),
+    Case("dilated", (1, 11, 14, 20), (3, 2, 20, 2), {"padding": "same", "dilation_rate": (2, 3)}),
+)
+
+
+def instruction_set() -> None:
+    """Prints the instruction set, after the core cases in the three dtypes of networks were found right."""
+    for case in (*CORE, *LARGER, reduced(NETWORKS[-1])):
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)):
+            x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
+            y, dx, dw = jax.jit(_maps(case.conv("native")))(x, w, g)
+            assert_close(y, case.oracle.conv(x, w), tolerance, f"{case} y")
+            assert_close(dx, case.oracle.input_grad(g, w), tolerance, f"{case} dx")
+            assert_close(dw, case.oracle.kernel_grad(x, g), tolerance, f"{case} dw")
+    print(native.status().instruction_set)
+
+
+def without(directory: str) -> None:
+    """Prints why the library in a directory is not used, after a call worked without it."""
+    native.status.cache_clear()  # the table of cases has asked
+    lowering.__path__[:] = [directory]
+    _works_without()
+
+
+def turned_off() -> None:
+    """The same for an environment variable that forbids it."""
+    _works_without()
+
+
+def _works_without() -> None:
+    case = CORE[1]
+    x, w, _ = case.operands()
+    assert_close(case.conv()(x, w), case.oracle.conv(x, w), 1e-5)
+    explained = explain(x, w, **case.geometry, platform="cpu")
+    status = native.status()
+    assert status.instruction_set is None
+    assert explained.forward.lowering == "taps"
+    assert f"not native: {status.reason}" in explained.forward.reason, explained.forward
+    with pytest.raises(ValueError, match=re.escape(status.reason)):
+        case.conv("native")(x, w)
+    print(status.reason)
+
+
+def reproducible() -> None:
+    """Prints how many threads XLA's pool has, and a digest of the bits of kernel gradients, each computed six times."""
+    digest = hashlib.sha256()
+    cases = (
+        *LARGER,
+        Case("few-long-rows", (1, 4000, 48), (5, 48, 1), {"padding": "same"}),
+        Case("many-rows", (8, 28, 28, 64), (3, 3, 64, 1), {"padding": "same"}),
+        Case("many-taps", (2, 20, 20, 64), (13, 13, 64, 1), {"padding": "same"}),
+    )
+    for case in cases:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            shapes = case.x, case.oracle.y_shape
+            x, g = (jnp.asarray(case.draw(shape, i), dtype) for i, shape in enumerate(shapes))
+            w = jnp.zeros(case.kernel, dtype)
+            dw = jax.jit(lambda x, w, g, case=case: jax.vjp(lambda w: case.conv("native")(x, w), w)[1](g)[0])
+            first = np.asarray(dw(x, w, g)).tobytes()
+            for _ in range(5):
+                assert np.asarray(dw(x, w, g)).tobytes() == first, case
+            digest.update(first)
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    print(sum("XLAEigen" in name for name in names), digest.hexdigest())
+
+
+def threads(seconds: str) -> None:
+    """Eight Python threads, each with convolutions of its own, for some seconds; prints how many calls they made."""
+    faulthandler.dump_traceback_later(float(seconds) + 120, exit=True)  # a deadlock
+    cases = [*LARGER, Case("batch", (16, 14, 14, 96), (3, 3, 96, 1), {"padding": 1}), NETWORKS[2], CORE[3], CORE[6]]
+    failures: list[BaseException] = []
+    calls = [0] * 8
+    start = threading.Barrier(8)
+    until = 0.0
+
+    def work(index: int) -> None:
+        try:
+            nonlocal until
+            ours = [cases[index], cases[(3 * index + 1) % len(cases)]]
+            prepared = []
+            for case in ours:
+                operands = (case.draw(case.x, 0), case.draw(case.kernel, 1), case.draw(case.oracle.y_shape, 2))
+                run = jax.jit(_maps(case.conv("native")))
+                x, w, g = operands
+                truth = case.oracle.conv(x, w), case.oracle.input_grad(g, w), case.oracle.kernel_grad(x, g)
+                prepared.append((case, run, operands, truth))
+            start.wait()
+            until = time.monotonic() + float(seconds)
+            while time.monotonic() < until:
+                for case, run, operands, truth in prepared:
+                    for name, actual, expected in zip(("y", "dx", "dw"), run(*operands), truth, strict=True):
+                        assert_close(actual, expected, 2e-5, f"{case} {name}")
+                    calls[index] += 1
+        except BaseException as failure:
+            failures.append(failure)
+            start.abort()
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+    assert min(calls) > 0, calls
+    print(sum(calls))
+
+
+def devices() -> None:
+    """Four host devices at once, each with a part of the batch, over and over; prints the number of devices."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    mesh = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    for case in (
+        Case("devices", (8, 14, 14, 64), (3, 3, 64, 1), {"padding": "same"}),
+        Case("devices-k7", (4, 9, 20, 33), (7, 7, 33, 1), {"padding": "same"}),
+        Case("devices-1d", (4, 500, 40), (4, 40, 1), {"padding": "causal"}),
+    ):
+        x, w, g = case.operands()
+
+        def local(x: Any, w: Any, g: Any, case: Case = case) -> Any:
+            y, dx, dw = _maps(case.conv("native"))(x, w, g)
+            return y, dx, dw
+
+        spread = jax.jit(
+            jax.shard_map(local, mesh=mesh, in_specs=(P("b"), P(), P("b")), out_specs=(P("b"), P("b"), P()))
+        )
+        expected = case.oracle.conv(x, w), case.oracle.input_grad(g, w), case.oracle.kernel_grad(x, g)
+        assert "depthwise_jax.forward" in spread.lower(x, w, g).as_text()
+        for _ in range(50):
+            for actual, exact in zip(spread(x, w, g), expected, strict=True):
+                assert_close(actual, exact, 1e-5, str(case))
+    print(len(jax.devices()))
+
+
+def nonsense() -> None:
+    """Calls the handlers with what does not fit; each call must be an error of XLA. Prints how many there were."""
+    assert native.status().instruction_set is not None
+    calls = 0
+    for direction in ("forward", "input_grad", "kernel_grad"):
+        _call(direction)  # what fits is no error
+        for changes in _NONSENSE + (_NONSENSE_FORWARD if direction == "forward" else []):
+            if 0 in changes.get({"forward": "y", "input_grad": "x", "kernel_grad": "w"}[direction], ()):
+                continue  # XLA computes no empty result
+            # The handler's own, or that of XLA's decoding of the call.
+            with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+                print(direction, changes, "gave", _call(direction, **changes))
+            calls += 1
+    print(calls)
+
+
+def huge() -> None:
+    """Calls the handlers with attributes and empty arrays as large as they may be: they return, and soon."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # a failing process, not a failing machine
+    faulthandler.dump_traceback_later(100, exit=True)
+    assert native.status().instruction_set is not None
+    for direction in ("forward", "input_grad", "kernel_grad"):
+        for changes in _HUGE:
+            begin = time.monotonic()
+            for result in _call(direction, **changes):
+                assert np.all(np.isfinite(result)), f"{direction} {changes}"
+            took = time.monotonic() - begin
+            assert took < 5, f"{direction} {changes}: {took:.1f} s"
+    print("done")
+
+
+_X, _W, _Y = (2, 3, 5, 6, 17), (2, 3, 3, 17), (2, 2, 5, 6, 17)
+
+
+def _call(
+    direction: str,
+    x: Sequence[int] = _X,
+    w: Sequence[int] = _W,
+    y: Sequence[int] = _Y,
+    x_dtype: Any = jnp.float32,
+    w_dtype: Any = jnp.float32,
+    y_dtype: Any = jnp.float32,
+    bias: Sequence[Any] = (),
+    missing: str = "",
+    **attributes: Any,
+) -> list[np.ndarray]:
+    """Calls a handler with arrays of ones of these shapes."""
+    arrays = {"x": (x, x_dtype), "w": (w, w_dtype), "y": (y, y_dtype)}
+    names = {"forward": ("x", "w", "y"), "input_grad": ("y", "w", "x"), "kernel_grad": ("x", "y", "w")}[direction]
+    *operands, result = (arrays[name] for name in names)
+    attributes = {
+        "stride": np.array([1, 1, 1]),
+        "low": np.array([0, 1, 1]),
+        "dilation": np.array([1, 1, 1]),
+        **({"activation": np.int64(0)} if direction == "forward" else {}),
+        **attributes,
+    }
+    attributes.pop(missing, None)
+    call = jax.ffi.ffi_call(f"depthwise_jax.{direction}.v1", [jax.ShapeDtypeStruct(*result)])
+    extra = [jnp.ones(*b) for b in bias]
+    return [np.asarray(a) for a in call(*(jnp.ones(shape, dtype) for shape, dtype in operands), *extra, **attributes)]
+
+
+_FLOAT = jnp.float32
+_NONSENSE: list[dict[str, Any]] = [
+    {"x": (3, 5, 6, 17)},
+    {"x": (1, *_X)},
+    {"w": (3, 3, 17)},
+    {"w": (1, *_W)},
+    {"w": (17,)},
+    {"y": (5, 6, 17)},
+    {"y": (1, *_Y)},
+    {"x": (), "w": (), "y": ()},
+    {"x": (4, *_X), "w": (3, *_W), "y": (4, *_Y)},
+    {"x": (4, *_X), "w": (4, *_W), "y": (5, *_Y)},
+    {"y": (1, *_Y[1:])},
+    {"x": (5, *_X[1:])},
+    {"x": (*_X[:-1], 16)},
+    {"w": (*_W[:-1], 18)},
+    {"y": (*_Y[:-1], 1)},
+    {"w": (0, 3, 3, 17)},
+    {"w": (2, 3, 0, 17)},
+    {"y": (2, 2, 5, 0, 17)},
+    {"y": (2, 0, 5, 6, 17)},
+    *(
+        {name: np.array(values)}
+        for name in ("stride", "dilation")
+        for values in ([0, 1, 1], [1, 1, -1], [1, -(2**63), 1])
+    ),
+    *({name: np.array([1, 2**62, 1])} for name in ("stride", "dilation", "low")),
+    *({name: np.array([1, 1, 2**63 - 1])} for name in ("stride", "dilation", "low")),
+    {"low": np.array([0, -1, 0])},
+    {"low": np.array([0, 0, -(2**63)])},
+    *({name: np.array(values)} for name in ("stride", "low", "dilation") for values in ([1, 1], [1, 1, 1, 1], [])),
+    *({name: np.array([1, 1, 1], np.int32)} for name in ("stride", "low", "dilation")),
+    *({name: np.array([1.0, 1.0, 1.0])} for name in ("stride", "low", "dilation")),
+    *({name: np.int64(1)} for name in ("stride", "low", "dilation")),
+    *({name: "one"} for name in ("stride", "low", "dilation")),
+    *({"missing": name} for name in ("stride", "low", "dilation")),
+    *({f"{a}_dtype": dtype} for a in "xwy" for dtype in (jnp.bfloat16, jnp.int32, jnp.complex64, jnp.bool_)),
+    *(
+        {f"{a}_dtype": dtype for a in "xwy"}
+        for dtype in (jnp.int8, jnp.int32, jnp.float16, jnp.complex64, jnp.float8_e5m2)
+    ),
+    {"x_dtype": jnp.bfloat16, "y_dtype": jnp.bfloat16, "w_dtype": jnp.bfloat16},
+    {"x_dtype": jnp.bfloat16, "y_dtype": jnp.float16},
+    {"unknown": np.int64(1), "missing": "low"},
+]
+_NONSENSE_FORWARD: list[dict[str, Any]] = [
+    {"activation": np.int64(3)},
+    {"activation": np.int64(7)},
+    {"activation": np.int64(-1)},
+    {"activation": np.int64(2**62)},
+    {"activation": np.int32(1)},
+    {"activation": np.float32(1)},
+    {"missing": "activation"},
+    {"bias": [((16,), _FLOAT)]},
+    {"bias": [((18,), _FLOAT)]},
+    {"bias": [((), _FLOAT)]},
+    {"bias": [((0,), _FLOAT)]},
+    {"bias": [((2, 17), _FLOAT)]},
+    {"bias": [((17,), jnp.bfloat16)]},
+    {"bias": [((17,), jnp.int32)]},
+    {"bias": [((17,), _FLOAT), ((17,), _FLOAT)]},
+    {"bias": [((17,), _FLOAT)] * 7},
+]
+_LIMIT = 2**31
+_HUGE: list[dict[str, Any]] = [
+    *(
+        {name: np.array([1, 1, 1]) + (_LIMIT - 1) * np.eye(3, dtype=np.int64)[axis]}
+        for name in ("stride", "dilation", "low")
+        for axis in range(3)
+    ),
+    {"stride": np.array([_LIMIT] * 3), "dilation": np.array([_LIMIT] * 3), "low": np.array([_LIMIT] * 3)},
+    *(
+        {"x": shape, "y": shape, "w": (1, 1, 1, 17)}
+        for shape in ((0, 2**30, 1, 1, 17), (0, 1, 2**30, 1, 17), (0, 1, 1, 2**30, 17))
+    ),
+    {"x": (0, 1, 1, 2, 8, 17), "y": (0, 1, 1, 2, 8, 17), "w": (0, 2**20, 2**20, 1, 17)},
+    {"x": (0, 1, 1, 2, 8, 17), "y": (0, 1, 1, 2, 8, 17), "w": (0, 1, 1, 2**30, 17)},
+]
+
+
+def _maps(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Value and both gradients, of (x, kernel, cotangent)."""
+
+    def run(x: Any, w: Any, g: Any) -> Any:
+        y, vjp = jax.vjp(f, x, w)
+        return y, *vjp(g)
+
+    return run
+
+
+if __name__ == "__main__":
+    checks = (instruction_set, without, turned_off, reproducible, threads, devices, nonsense, huge)
+    {check.__name__: check for check in checks}[sys.argv[1]](*sys.argv[2:])

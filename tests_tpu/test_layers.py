@@ -1,0 +1,73 @@
+"""Single layers compiled for a TPU, beside lax's: the same convolutions, no more of anything, no gather."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+from jax.sharding import Mesh
+
+from tests_tpu.compiler import make_mesh
+from tests_tpu.layers import EXPECTED, LAYERS, MAPS, Layer, compile_layer, ours, plain
+
+
+@pytest.fixture(scope="module")
+def one_axis() -> Mesh:
+    return make_mesh("v5e:2x2", batch=4)
+
+
+@pytest.fixture(scope="module")
+def two_axes() -> Mesh:
+    return make_mesh("v5e:2x2", batch=2, channels=2)
+
+
+def check_convolutions(text: str, layer: Layer, direction: str) -> None:
+    """Grouped convolutions alone: no taps, which are products, and no custom call."""
+    features, batches = (1, layer.channels) if direction == "dw" else (layer.channels, 1)
+    count = layer.multiplier if direction == "dx" else 1
+    assert text.count("stablehlo.convolution") == count
+    assert re.findall(r"feature_group_count = (\d+)", text) == [str(features)] * count
+    assert re.findall(r"batch_group_count = (\d+)", text) == [str(batches)] * count
+    assert "stablehlo.multiply" not in text
+    assert "custom_call" not in text
+
+
+@pytest.mark.parametrize("direction", MAPS)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_nothing_is_added_to_lax(layer: Layer, direction: str, one_axis: Mesh) -> None:
+    text, figures = compile_layer(layer, direction, ours, one_axis)
+    check_convolutions(text, layer, direction)
+    assert figures.collectives == EXPECTED[direction]
+    _, expected = compile_layer(layer, direction, plain, one_axis)
+    assert figures.cycles <= expected.cycles
+    # Several kernels per channel make as many convolutions in dx, where lax's own takes many times as long.
+    assert figures.fusions <= expected.fusions or (direction == "dx" and layer.multiplier > 1)
+    assert figures.copies <= expected.copies
+    assert figures.temporaries <= expected.temporaries
+    assert (figures.arguments, figures.outputs) == (expected.arguments, expected.outputs)
+
+
+@pytest.mark.parametrize("channels", [None, "channels"])
+@pytest.mark.parametrize("direction", MAPS)
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[-1]], ids=str)
+def test_two_mesh_axes(layer: Layer, direction: str, channels: str | None, two_axes: Mesh) -> None:
+    text, figures = compile_layer(layer, direction, ours, two_axes, channels)
+    check_convolutions(text, layer, direction)
+    assert figures.collectives == EXPECTED[direction]
+    if direction == "dw":
+        # Over the axis that shards the batch, and no other: else the sum counts replicas more than once.
+        assert figures.groups == {2}
+
+
+def test_the_kernel_gradient_of_lax_counts_replicas(two_axes: Mesh) -> None:
+    # What the one above would not pass, and why there is more than lax's convolution.
+    _, figures = compile_layer(LAYERS[0], "dw", plain, two_axes)
+    assert figures.groups == {4}
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3]], ids=str)
+def test_the_kernel_gradient_on_two_mesh_axes_costs_no_more_than_half_the_taps(layer: Layer, two_axes: Mesh) -> None:
+    _, figures = compile_layer(layer, "dw", ours, two_axes)
+    _, taps = compile_layer(layer, "dw", partial(ours, implementation="taps"), two_axes)
+    assert figures.cycles < taps.cycles / 2
