@@ -76,14 +76,15 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     With several kernels per channel it is one gradient for each of them: the TPU compiler does not know their joint
     gradient as depthwise.
     """
+    convolution, devices = call.convolution, math.prod(call.partitioned)
+    channels = convolution.channels(x.shape)
+    kernel = jax.ShapeDtypeStruct((*convolution.window.size, channels, 1), x.dtype)
     if len(call.partitioned) > 1:
-        return _slab_gradients(x, g, call.convolution, math.prod(call.partitioned)).sum(0)
-    channels = call.convolution.channels(x.shape)
-    kernel = jax.ShapeDtypeStruct((*call.convolution.window.size, channels, 1), x.dtype)
-    transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
-    return lax.concatenate(
-        [transpose(single_g)[0] for single_g in _single(g, channels, call.convolution)], kernel.ndim - 1
-    )
+        parts = [_slab_gradients(x, part, convolution, devices).sum(0) for part in _single(g, channels, convolution)]
+    else:
+        transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
+        parts = [transpose(part)[0] for part in _single(g, channels, convolution)]
+    return lax.concatenate(parts, kernel.ndim - 1)
 
 
 def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
@@ -96,14 +97,20 @@ def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
 
 
 def _slab_gradients(x: Array, g: Array, convolution: Convolution, devices: int) -> Array:
-    """The kernel gradients of slabs of the batch, (slabs, *window, C, M), summed in float32 for narrower floats.
+    """The kernel gradients of slabs of the batch, (slabs, *window, C, 1), summed in float32 for narrower floats.
 
     It is one convolution in which the slabs are a spatial axis. Over S slabs a window of S, in steps of S - 1, of which
     the input has S - 1 zeros between neighbours, meets slab i of x with slab i of g alone: XLA knows this as a batch
     axis, computes no more than that, and partitions it without communication.
+
+    Args:
+        x: (*batch, *spatial, C), or channels first.
+        g: (*batch, *out, C), likewise.
+        convolution: the convolution.
+        devices: over how many devices the compiler partitions the program.
     """
     window, layout = convolution.window, convolution.layout
-    channels, outputs = convolution.channels(x.shape), convolution.channels(g.shape)
+    channels = convolution.channels(x.shape)
     x, g = (a.reshape(-1, *a.shape[a.ndim - window.rank - 1 :]) for a in (x, g))
     # XLA takes an axis of one or two slabs for another kind of axis: there are at least three.
     missing = max(0, 3 - x.shape[0])
@@ -141,7 +148,7 @@ def _slab_gradients(x: Array, g: Array, convolution: Convolution, devices: int) 
         if jnp.issubdtype(x.dtype, jnp.floating)
         else None,
     )
-    return gradients.reshape(slabs, *window.size, channels, outputs // channels)
+    return gradients.reshape(slabs, *window.size, channels, 1)
 
 
 def _slabs(batch: int, devices: int) -> int:
