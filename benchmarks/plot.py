@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot benchmarks/results/cpu.json                 # writes benchmarks/results/cpu.svg
     python -m benchmarks.plot benchmarks/results/cpu.json --output a.png --mode single
-    python -m benchmarks.plot benchmarks/results/cpu.json --brief --output docs/speed.svg  # the README's picture
+    python -m benchmarks.plot benchmarks/results/cpu.json --brief --mode single --output docs/speed.svg
 
 A panel for each map, a line for each layer: milliseconds of one call by each contestant. Shaded is what the machine
 cannot do: faster than a copy moves the operands and the result, or than a matrix product multiplies and adds.
