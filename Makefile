@@ -18,7 +18,7 @@ test: $(VENV)/test.installed
 # The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
 test-torch: $(VENV)/test.installed $(VENV)/torch.installed
 	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
-	$(BIN)/python -m pytest -q tests/test_interop_torch.py
+	$(BIN)/python -m pytest -q tests/test_interop_torch.py tests/test_comparison.py
 
 # Executes notebooks/*.py in new kernels and writes the .ipynb beside them; ARGS may name some, such as 01_quickstart.
 notebooks: $(VENV)/notebooks.installed
