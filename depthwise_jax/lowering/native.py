@@ -72,7 +72,7 @@ def status() -> Status:
         for direction in MAPS:
             handler = getattr(library, f"depthwise_jax_{direction}_v{_ABI}")
             jax.ffi.register_ffi_target(_target(direction), jax.ffi.pycapsule(handler), platform="cpu")
-    except Exception as error:  # whatever is wrong with a library, plain XLA serves
+    except (OSError, AttributeError, RuntimeError) as error:  # no library, not of this ABI, or refused by XLA
         return Status(None, f"{path.name} could not be used: {error}")
     return Status(name.decode())
 
