@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -29,46 +30,125 @@ Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 // ---------------------------------------------------------------------------------------------------- Threads
 
-// Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. Each begins with a part of its
-// own, the same in every call, so that a layer finds in its caches what the one before it left there; who is done takes
-// what the others have not begun. This thread takes blocks like any other and only waits for blocks that a thread is
-// working on, so that it never waits for the pool to be free.
-template <class F>
-void parallel_for(Pool& pool, Index n, const F& f) {
+// The blocks of one call. Each thread begins with a part of its own, the same in every call, so that a layer finds in its
+// caches what the one before it left there; who is done takes what the others have not begun.
+class Job {
+ public:
+  Job(Index blocks, Index threads, const std::function<void(Index)>& block)
+      : blocks_(blocks), threads_(threads), block_(&block), parts_(new Part[threads]) {
+    for (Index t = 0; t < threads; ++t) {
+      parts_[t].next = t * blocks / threads;
+      parts_[t].end = (t + 1) * blocks / threads;
+    }
+  }
+  // Takes blocks until none is left; `own` is the part to begin with.
+  void work(Index own) {
+    Index finished = 0;
+    for (Index t = 0; t < threads_; ++t) {
+      Part& part = parts_[(own + t) % threads_];
+      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) (*block_)(i);
+    }
+    if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
+  }
+  // The same for a thread that comes to help: each has a part of its own.
+  void help() { work(1 + helpers_.fetch_add(1, std::memory_order_relaxed)); }
+  bool done() const { return done_.load(std::memory_order_acquire) >= blocks_; }
+
+ private:
+  struct alignas(64) Part {
+    std::atomic<Index> next;
+    Index end;
+  };
+  std::atomic<Index> helpers_{0}, done_{0};
+  const Index blocks_, threads_;
+  const std::function<void(Index)>* block_;  // alive while a block is left
+  std::unique_ptr<Part[]> parts_;
+};
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Where a thread of the pool that has done its part of a job stays for a moment, so that the next call, which mostly
+// follows at once, finds it awake: to wake a thread through the pool takes longer than a small layer.
+class Seat {
+ public:
+  // Waits on this thread for jobs while `job` is unfinished and a moment longer, and works on those that come.
+  static void wait(std::shared_ptr<Job> job) {
+    Seat* seat = nullptr;
+    for (Seat& candidate : seats_) {
+      int empty = kEmpty;
+      if (candidate.state_.compare_exchange_strong(empty, kWaiting)) {
+        seat = &candidate;
+        break;
+      }
+    }
+    if (!seat) return;
+    for (;;) {
+      std::chrono::steady_clock::time_point end{};
+      for (;;) {
+        for (int i = 0; i < 32 && seat->state_.load(std::memory_order_relaxed) == kWaiting; ++i) relax();
+        if (seat->state_.load(std::memory_order_relaxed) != kWaiting) break;
+        std::this_thread::yield();  // to whoever has something to do
+        if (!job->done()) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (end == std::chrono::steady_clock::time_point{}) end = now + kMoment;
+        int waiting = kWaiting;
+        if (now >= end && seat->state_.compare_exchange_strong(waiting, kEmpty)) return;
+      }
+      while (seat->state_.load(std::memory_order_acquire) != kCalled) relax();
+      job = std::move(seat->job_);
+      seat->state_.store(kWaiting, std::memory_order_release);
+      job->help();
+    }
+  }
+  // Hands a job to a thread that waits; false if none does.
+  static bool call(const std::shared_ptr<Job>& job) {
+    for (Seat& seat : seats_) {
+      int waiting = kWaiting;
+      if (seat.state_.load(std::memory_order_relaxed) == kWaiting && seat.state_.compare_exchange_strong(waiting, kFilling)) {
+        seat.job_ = job;
+        seat.state_.store(kCalled, std::memory_order_release);
+        return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  enum State { kEmpty, kWaiting, kFilling, kCalled };
+  static constexpr std::chrono::microseconds kMoment{20};
+  static Seat seats_[16];
+  alignas(64) std::atomic<int> state_{kEmpty};
+  std::shared_ptr<Job> job_;
+};
+Seat Seat::seats_[16];
+
+// Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. This thread takes blocks like any
+// other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
+void parallel_for(Pool& pool, Index n, const std::function<void(Index)>& f) {
   const Index threads = std::min<Index>(pool.threads(), n);
   if (threads <= 1) {
     for (Index i = 0; i < n; ++i) f(i);
     return;
   }
-  struct alignas(64) Part {
-    std::atomic<Index> next;
-    Index end;
-  };
-  struct Shared {
-    std::atomic<Index> joined{0}, done{0};
-    std::unique_ptr<Part[]> parts;
-  };
-  auto shared = std::make_shared<Shared>();
-  shared->parts = std::make_unique<Part[]>(threads);
-  for (Index t = 0; t < threads; ++t) {
-    shared->parts[t].next = t * n / threads;
-    shared->parts[t].end = (t + 1) * n / threads;
-  }
-  const F* body = &f;  // alive while a block is left
-  auto work = [shared, body, threads](Index own) {
-    Index finished = 0;
-    for (Index t = 0; t < threads; ++t) {
-      Part& part = shared->parts[(own + t) % threads];
-      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) (*body)(i);
-    }
-    if (finished) shared->done.fetch_add(finished, std::memory_order_acq_rel);
-  };
+  auto job = std::make_shared<Job>(n, threads, f);
   for (Index t = 1; t < threads; ++t) {
-    pool.schedule([shared, work] { work(1 + shared->joined.fetch_add(1, std::memory_order_relaxed)); });
+    if (Seat::call(job)) continue;
+    pool.schedule([job] {
+      job->help();
+      Seat::wait(job);
+    });
   }
-  work(0);
-  for (int spins = 0; shared->done.load(std::memory_order_acquire) < n; ++spins) {
-    if (spins > 1000) std::this_thread::yield();
+  job->work(0);
+  for (int spins = 0; !job->done(); ++spins) {
+    if (spins > 1000) {
+      std::this_thread::yield();
+    } else {
+      relax();
+    }
   }
 }
 
@@ -85,31 +165,8 @@ struct Problem {
   const Index* out;  // and of what is written
 };
 
-// What one output position of an axis reads: positions in ascending order, and the tap for each.
-struct Reach {
-  Index position, tap;
-};
-
-std::vector<std::vector<Reach>> reaches(const Problem& p, int axis) {
-  const Geometry& g = p.g;
-  const Index s = g.stride[axis], d = g.dilation[axis], low = g.low[axis];
-  std::vector<std::vector<Reach>> result(p.out[axis]);
-  for (Index o = 0; o < g.out[axis]; ++o) {
-    for (Index t = 0; t < g.window[axis]; ++t) {
-      const Index i = o * s + t * d - low;
-      if (i < 0 || i >= g.in[axis]) continue;
-      if (p.transposed) {
-        result[i].push_back({o, t});
-      } else {
-        result[o].push_back({i, t});
-      }
-    }
-  }
-  return result;
-}
-
-// Outputs along the last axis that share their taps: output j, written at first + j*pitch, reads column
-// `column` + j*stride + k*step through tap `tap` + k*tap_step, k < taps.
+// Outputs along an axis that share their taps: output j, written at first + j*pitch, reads position
+// `column` + j*stride + k*step through tap `tap` + k*tap_step, k < taps, if it lies inside the input.
 struct Phase {
   Index taps, tap, tap_step;
   Index column, step, stride;
@@ -118,15 +175,15 @@ struct Phase {
 
 // One phase forward. Transposed, input i = s*q + r - low is reached by the taps t with t*d = r modulo s, from output
 // q + (r - t*d)/s: a phase for each r, whose taps are s/gcd(s, d) apart and are taken backwards to ascend in outputs.
-std::vector<Phase> phases(const Problem& p) {
+std::vector<Phase> phases(const Problem& p, int axis) {
   const Geometry& g = p.g;
-  const Index s = g.stride[2], d = g.dilation[2], low = g.low[2], window = g.window[2];
-  if (!p.transposed) return {{window, 0, 1, -low, d, s, 0, 1, g.out[2]}};
+  const Index s = g.stride[axis], d = g.dilation[axis], low = g.low[axis], window = g.window[axis];
+  if (!p.transposed) return {{window, 0, 1, -low, d, s, 0, 1, g.out[axis]}};
   const Index apart = s / std::gcd(s, d);
   std::vector<Phase> result;
-  for (Index first = 0; first < std::min(s, g.in[2]); ++first) {
+  for (Index first = 0; first < std::min(s, g.in[axis]); ++first) {
     const Index r = (first + low) % s, q = (first + low) / s;
-    const Index count = (g.in[2] - 1 - first) / s + 1;
+    const Index count = (g.in[axis] - 1 - first) / s + 1;
     Index tap = 0;
     while (tap < std::min(apart, window) && tap * d % s != r) ++tap;
     if (tap >= std::min(apart, window)) {
@@ -143,30 +200,28 @@ std::vector<Phase> phases(const Problem& p) {
 // ---------------------------------------------------------------------------------------------------- Tiles
 
 // Relative time per output of a tile with so many sums in flight: fewer leave the multipliers idle.
-double overhead(int width, int height) {
-  const int sums = width * height;
-  return sums >= 14 ? 1.0 : sums >= 7 ? 1.1 : sums >= 6 ? 1.15 : sums >= 3 ? 1.5 : 3.0;
+double overhead(int sums) { return sums >= 14 ? 1.0 : sums >= 7 ? 1.1 : sums >= 4 ? 1.3 : sums >= 3 ? 1.5 : 3.0; }
+
+// The shapes to choose from for a phase of the last axis.
+const TileShape* shapes_for(const Kernels& kernels, const Phase& phase, Index columns, Index channels) {
+  if (channels < kernels.lanes || (phase.step != 1 && phase.taps != 1)) return kernels.general;
+  if (phase.column + phase.taps - 1 >= 0 && phase.column + (phase.count - 1) * phase.stride < columns) {
+    const TileShape* shapes = kernels.tiles(phase.taps, phase.stride);
+    if (shapes->kernel) return shapes;
+  }
+  return phase.taps >= 6 && phase.stride == 1 && kernels.wide->kernel ? kernels.wide : kernels.general;
 }
 
-// The tile shape for `count` outputs in each of `rows` rows; of height 1 or `rows`.
-const TileShape* choose_tile(const Kernels& kernels, const Phase& phase, Index columns, Index channels, Index count,
-                             int rows) {
-  // The kernels for certain taps test only those columns that reach beyond the first or the last output.
-  const bool certain = channels >= kernels.lanes && (phase.step == 1 || phase.taps == 1) &&
-                       phase.column + phase.taps - 1 >= 0 && phase.column + (phase.count - 1) * phase.stride < columns;
+// The best of `shapes` of a height for `count` outputs in each of `rows` rows, and its cost; null if there is none. Tiles
+// that would pass the end are moved back over their neighbours, so that no tile is wider or higher than all there is.
+const TileShape* choose_tile(const TileShape* shapes, Index count, Index rows, int height, double& cost) {
   const TileShape* best = nullptr;
-  double best_cost = 0;
-  for (const TileShape* shape = kernels.tiles; shape->kernel; ++shape) {
-    const bool general = shape->taps == 0;
-    if (general && best) break;
-    if (shape->taps == kMany) {
-      if ((best && best->taps != kMany) || phase.taps < 6 || channels < kernels.lanes || phase.step != 1 || phase.stride != 1) continue;
-    } else if (!general && !(certain && shape->taps == phase.taps && shape->stride == phase.stride)) {
-      continue;
-    }
-    if ((shape->height != 1 && shape->height != rows) || (shape->width > count && shape->width > 1)) continue;
-    const double cost = ceil_div(count, shape->width) * shape->width * overhead(shape->width, shape->height);
-    if (!best || cost < best_cost) best = shape, best_cost = cost;
+  if (height > rows) return best;
+  for (; shapes->kernel; ++shapes) {
+    if (shapes->height != height || (shapes->width > count && shapes->width > 1)) continue;
+    const double found = static_cast<double>(ceil_div(count, shapes->width) * shapes->width) *
+                         static_cast<double>(ceil_div(rows, height) * height) * overhead(shapes->width * height);
+    if (!best || found < cost) best = shapes, cost = found;
   }
   return best;
 }
@@ -200,8 +255,7 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   if (g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] == 0) return;
   const Kernels kernels = kernels_for(dtype, g.channels);
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
-  const auto depths = reaches(p, 0), heights = reaches(p, 1);
-  const auto columns = phases(p);
+  const auto depths = phases(p, 0), heights = phases(p, 1), columns = phases(p, 2);
   // What is written and what is read; transposed, each image is a sum over the multiplier.
   const Index images = g.stack * g.batch * (p.transposed ? 1 : g.multiplier);
   const Index images_read = g.stack * g.batch * (p.transposed ? g.multiplier : 1);
@@ -209,7 +263,7 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   const Index taps = g.window[0] * g.window[1] * g.window[2];
   const Index x_row = p.in[2] * channels * size, x_plane = p.in[1] * x_row, x_image = p.in[0] * x_plane;
   const Index y_row = p.out[2] * channels * size, y_plane = p.out[1] * y_row, y_image = p.out[0] * y_plane;
-  const Index w_plane = g.window[1] * g.window[2] * channels * sum_size;
+  const Index w_row = g.window[2] * channels * sum_size, w_plane = g.window[1] * w_row;
   const Index x_bytes = images_read * x_image, y_bytes = images * y_image;
 
   // Blocks: an image's rows, a few at a time; if there is one row only, columns; and channels if that is not enough.
@@ -217,9 +271,11 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   const Index work = g.stack * g.multiplier * g.batch * g.out[0] * g.out[1] * g.out[2] * vectors * taps;
   const Index wanted = std::min<Index>(std::max<Index>(work / kBlockWork, 1), 4 * pool.threads());
   const Index planes = images * p.out[0];
-  Index rows = std::min<Index>(p.out[1], 14);
-  while (rows > 2 && planes * ceil_div(p.out[1], rows) < wanted) rows = ceil_div(rows / 2, 2) * 2;
-  const Index row_blocks = ceil_div(p.out[1], rows);
+  Index rows = std::min<Index>(p.out[1], 14 * static_cast<Index>(heights.size()));
+  auto halve = [&](Index least) {
+    while (rows > least && planes * ceil_div(p.out[1], rows) < wanted) rows = ceil_div(rows, 2);
+  };
+  halve(7 * static_cast<Index>(heights.size()));
   Index block_columns = p.out[2];
   if (p.out[1] == 1 && columns.size() == 1) {
     while (block_columns > 112 && planes * ceil_div(p.out[2], block_columns) < wanted) {
@@ -229,17 +285,16 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   }
   const Index column_blocks = ceil_div(p.out[2], block_columns);
   Index block_channels = channels;
-  if (vectors > 4 && (planes * row_blocks * column_blocks < wanted || (taps >= 25 && channels >= 192))) {
-    block_channels = 4 * kernels.lanes;
-  }
+  if (vectors > 4 && planes * ceil_div(p.out[1], rows) * column_blocks < wanted) block_channels = 4 * kernels.lanes;
   // The last block takes the rest, so that each has whole vectors.
   const Index channel_blocks = std::max<Index>(channels / block_channels, 1);
+  if (channel_blocks == 1) halve(2);
+  const Index row_blocks = ceil_div(p.out[1], rows);
 
   const bool stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) &&
                       x_bytes + y_bytes > last_level_cache() / 2 &&
                       channels * size % (kernels.lanes * size) == 0 &&
                       reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
-  const bool fetch = p.out[1] > 1 && x_bytes > (Index{1} << 20);
   advise(y, y_bytes);
 
   auto block = [&](Index index) {
@@ -257,108 +312,98 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
     const char* w_base = static_cast<const char*>(w) + kernel * taps * channels * sum_size;
     char* y_base = static_cast<char*>(y) + image * y_image + depth * y_plane;
 
-    Tile common{};
-    common.columns = p.in[2];
-    common.pitch = channels;
-    common.begin = channel_block * block_channels;
-    common.end = channel_block + 1 == channel_blocks ? channels : common.begin + block_channels;
-    if (bias) common.bias = static_cast<const char*>(bias) + kernel * channels * sum_size;
-    common.activation = activation;
-    common.stream = stream;
-    common.ahead_pitch = x_row;
+    Tile tile{};
+    tile.columns = p.in[2];
+    tile.pitch = channels;
+    tile.begin = channel_block * block_channels;
+    tile.end = channel_block + 1 == channel_blocks ? channels : tile.begin + block_channels;
+    if (bias) tile.bias = static_cast<const char*>(bias) + kernel * channels * sum_size;
+    tile.activation = activation;
+    tile.stream = stream;
 
-    // The rows to read, ascending, each with the tap rows for one or both of two rows of output.
-    struct Merged {
-      const char *x, *w;  // the row, and the plane of taps
-      Index position, tap[2];
-    };
-    std::vector<Merged> merged;
-    // A phase's tiles, left to right; two of them where the two rows of output are taken one by one.
+    const Index column_begin = column_block * block_columns;
+    const Index row_begin = row_block * rows, row_end = std::min(row_begin + rows, p.out[1]);
+    // The tiles of a phase of the last axis, left to right.
     struct Run {
-      const Phase* phase;
-      const TileShape* shape;
-      Index next, end;
-      std::vector<Row> rows[2];
-      Tile tile[2];
+      const TileShape *shapes, *shape;
+      Index begin, next, end;
     };
     std::vector<Run> runs(columns.size());
-    const Index column_begin = column_block * block_columns;
-    const Index row_end = std::min((row_block + 1) * rows, p.out[1]);
-    for (Index row = row_block * rows; row < row_end; row += 2) {
-      const int height = row + 1 < row_end ? 2 : 1;
-      merged.clear();
-      for (Index m = 0; m < summed; ++m) {
-        for (const Reach& plane : depths[depth]) {
-          const char* x_plane_read = x_base + m * g.batch * x_image + plane.position * x_plane;
-          const char* w_plane_read = w_base + (m * g.window[0] + plane.tap) * w_plane;
-          auto a = heights[row].begin(), a_end = heights[row].end();
-          const auto& second = heights[height == 2 ? row + 1 : row];
-          auto b = height == 2 ? second.begin() : second.end(), b_end = second.end();
-          while (a != a_end || b != b_end) {
-            const Index position = a == a_end   ? b->position
-                                   : b == b_end ? a->position
-                                                : std::min(a->position, b->position);
-            Merged read{x_plane_read + position * x_row, w_plane_read, position, {-1, -1}};
-            if (a != a_end && a->position == position) read.tap[0] = a++->tap;
-            if (b != b_end && b->position == position) read.tap[1] = b++->tap;
-            merged.push_back(read);
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+      runs[i].shapes = shapes_for(kernels, columns[i], p.in[2], channels);
+      runs[i].begin = column_begin;
+      runs[i].end = std::min(column_begin + block_columns, columns[i].count);
+    }
+    // The outputs of the phases that fall into the block. Tiles of all phases of the last axis have one height.
+    auto first_of = [](const Phase& phase, Index row) { return std::max<Index>(ceil_div(row - phase.first, phase.pitch), 0); };
+    std::vector<TapRow> tap_rows;
+    const Phase& plane = depths[depth % depths.size()];
+    for (const Phase& phase : heights) {
+      const Index begin = first_of(phase, row_begin), end = std::min(first_of(phase, row_end), phase.count);
+      if (begin >= end) continue;
+      double best = 0;
+      int height = 0;
+      for (const TileShape* shape = runs[0].shapes; shape->kernel; ++shape) {
+        double total = 0;
+        bool possible = true;
+        for (const Run& run : runs) {
+          double cost = 0;
+          if (run.begin >= run.end) continue;
+          possible &= choose_tile(run.shapes, run.end - run.begin, end - begin, shape->height, cost) != nullptr;
+          total += cost;
+        }
+        if (possible && (!height || total < best)) height = shape->height, best = total;
+      }
+      for (Run& run : runs) run.shape = choose_tile(run.shapes, run.end - run.begin, end - begin, height, best);
+
+      for (Index next = begin; next < end; next += height) {
+        const Index row = std::max(std::min(next, end - height), begin);
+        tap_rows.clear();
+        for (Index m = 0; m < summed; ++m) {
+          for (Index a = 0; a < plane.taps; ++a) {
+            const Index position = plane.column + depth / static_cast<Index>(depths.size()) * plane.stride + a * plane.step;
+            if (position < 0 || position >= p.in[0]) continue;
+            const char* x_read = x_base + m * g.batch * x_image + position * x_plane;
+            const char* w_read = w_base + (m * g.window[0] + plane.tap + a * plane.tap_step) * w_plane;
+            for (Index b = 0; b < phase.taps; ++b) {
+              TapRow entry{const_cast<char*>(w_read + (phase.tap + b * phase.tap_step) * w_row), {}};
+              bool any = false;
+              for (int h = 0; h < height; ++h) {
+                const Index read = phase.column + (row + h) * phase.stride + b * phase.step;
+                if (read < 0 || read >= p.in[1]) continue;
+                entry.x[h] = x_read + read * x_row;
+                any = true;
+              }
+              if (any) tap_rows.push_back(entry);
+            }
           }
         }
-      }
-      const char* ahead = nullptr;
-      if (fetch && !merged.empty()) {
-        const Merged& last = merged.back();
-        ahead = last.x + x_row;
-        common.ahead_rows = std::min<Index>(p.transposed ? 1 : 2 * g.stride[1], p.in[1] - 1 - last.position);
-      }
-      for (std::size_t i = 0; i < columns.size(); ++i) {
-        const Phase& phase = columns[i];
-        Run& run = runs[i];
-        run.phase = &phase;
-        run.next = column_begin;
-        run.end = std::min(column_begin + block_columns, phase.count);
-        if (run.next >= run.end) continue;
-        run.shape = choose_tile(kernels, phase, p.in[2], channels, run.end - run.next, height);
-        for (int h = 0; h < height; h += run.shape->height) {
-          std::vector<Row>& list = run.rows[h];
-          list.clear();
-          for (const Merged& m : merged) {
-            Row r{m.x, {nullptr, nullptr}};
-            for (int i = 0; i < run.shape->height; ++i) {
-              if (m.tap[h + i] >= 0) r.w[i] = m.w + (m.tap[h + i] * g.window[2] + phase.tap) * channels * sum_size;
+        tile.rows = tap_rows.data();
+        for (Run& run : runs) run.next = run.begin;
+        // The phases in turn, tile by tile: their outputs lie between each other.
+        for (bool left = true; left;) {
+          left = false;
+          for (std::size_t i = 0; i < columns.size(); ++i) {
+            Run& run = runs[i];
+            if (run.next >= run.end) continue;
+            left = true;
+            const Phase& across = columns[i];
+            // The last tile is moved back over its neighbour rather than cut.
+            const Index j = std::max(std::min(run.next, run.end - run.shape->width), run.begin);
+            run.next += run.shape->width;
+            tile.count = across.taps ? static_cast<Index>(tap_rows.size()) : 0;
+            tile.taps = across.taps;
+            tile.step = across.step;
+            tile.stride = across.stride;
+            tile.tap_offset = across.tap * channels;
+            tile.tap_pitch = across.tap_step * channels;
+            tile.y_pitch = across.pitch * channels;
+            tile.column = across.column + j * across.stride;
+            for (int h = 0; h < height; ++h) {
+              tile.y[h] = y_base + (phase.first + (row + h) * phase.pitch) * y_row +
+                          (across.first + j * across.pitch) * channels * size;
             }
-            if (r.w[0] || r.w[1]) list.push_back(r);
-          }
-          Tile& t = run.tile[h];
-          t = common;
-          t.ahead = ahead;
-          ahead = nullptr;  // once is enough
-          t.taps = phase.taps;
-          t.step = phase.step;
-          t.stride = phase.stride;
-          t.tap_pitch = phase.tap_step * channels;
-          t.y_pitch = phase.pitch * channels;
-          t.rows = list.data();
-          t.count = phase.taps ? static_cast<Index>(list.size()) : 0;
-        }
-      }
-      // The phases in turn, tile by tile: their outputs lie between each other.
-      for (bool left = true; left;) {
-        left = false;
-        for (Run& run : runs) {
-          if (run.next >= run.end) continue;
-          left = true;
-          const Phase& phase = *run.phase;
-          // The last tile is moved back over its neighbour rather than cut.
-          const Index j = std::max(std::min(run.next, run.end - run.shape->width), column_begin);
-          run.next += run.shape->width;
-          for (int h = 0; h < height; h += run.shape->height) {
-            Tile& t = run.tile[h];
-            t.column = phase.column + j * phase.stride;
-            for (int i = 0; i < run.shape->height; ++i) {
-              t.y[i] = y_base + (row + h + i) * y_row + (phase.first + j * phase.pitch) * channels * size;
-            }
-            run.shape->kernel(t);
+            run.shape->kernel(tile);
           }
         }
       }
@@ -388,22 +433,30 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
   const Index taps = g.window[0] * g.window[1] * g.window[2];
   const Index x_row = g.in[2] * channels * size, x_plane = g.in[1] * x_row, x_image = g.in[0] * x_plane;
-  const Index g_row = g.out[2] * channels * size;
-  const Index rows = g.batch * g.out[0] * g.out[1];  // of the cotangent, for one kernel
+  const Index g_row = g.out[2] * channels * size, w_row = g.window[2] * channels * sum_size;
+  const Index planes = g.batch * g.out[0], pixels = planes * g.out[1] * g.out[2];  // of the cotangent, for one kernel
   const Index kernels_in_all = g.stack * g.multiplier, dw_bytes = taps * channels * sum_size;
 
-  // Units of work: rows, or pieces of them where there are few long ones. A chunk of units has its own partial sum; how
-  // many chunks there are depends on the geometry alone, so that sums are taken in the same order by any number of threads.
-  const Index pieces = rows < 64 ? std::max<Index>(std::min(g.out[2] / 128, 64 / std::max<Index>(rows, 1)), 1) : 1;
+  // The kernels for certain taps test only those columns that reach beyond the first or the last output.
+  const bool certain = channels >= kernels.lanes && g.dilation[2] == 1 && g.window[2] - 1 >= g.low[2] &&
+                       (g.out[2] - 1) * g.stride[2] - g.low[2] < g.in[2];
+  const TileShape* shapes = kernels.grads(g.window[2], g.stride[2]);
+  const bool tiled = certain && shapes->kernel;
+
+  // Units of work: some rows, or pieces of them where there are few long ones. A chunk of units has its own partial sum;
+  // how many chunks there are depends on the geometry alone, so that sums are taken in the same order by any number of
+  // threads, and they are few beside what is summed. Channels are split if that is not enough.
+  const Index height = tiled && g.out[1] > 1 ? shapes->height : 1;
+  const Index heights = ceil_div(g.out[1], height), groups = planes * heights;
+  const Index pieces = groups < 64 ? std::max<Index>(std::min(g.out[2] / 128, 64 / std::max<Index>(groups, 1)), 1) : 1;
   const Index piece = ceil_div(g.out[2], pieces);
-  const Index units = rows * pieces;
+  const Index units = groups * pieces;
   const Index vectors = ceil_div(channels, kernels.lanes);
-  const Index work = rows * g.out[2] * vectors * taps;
-  const Index wanted = std::min<Index>(std::max<Index>(work / kBlockWork, 1), 32);
-  const Index channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), wanted);
+  const Index wanted = std::min<Index>(std::max<Index>(pixels * vectors * taps / kBlockWork, 1), 32);
+  const Index most = std::min(pixels / 128, (Index{8} << 20) / std::max<Index>(dw_bytes * kernels_in_all, 1));
+  const Index chunks = std::max<Index>(std::min({wanted, units, most}), 1);
+  const Index channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), ceil_div(wanted, chunks));
   const Index block_channels = channels / channel_blocks / kernels.lanes * kernels.lanes;
-  Index chunks = std::min(ceil_div(wanted, channel_blocks), std::max<Index>(units, 1));
-  chunks = std::max<Index>(std::min(chunks, (Index{8} << 20) / std::max<Index>(dw_bytes * kernels_in_all, 1)), 1);
   std::unique_ptr<char[]> scratch;
   if (chunks > 1) {
     scratch.reset(new (std::nothrow) char[kernels_in_all * chunks * dw_bytes]);
@@ -411,69 +464,94 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   }
   char* sums = chunks > 1 ? scratch.get() : static_cast<char*>(dw);
 
-  // The kernels for certain taps test only those columns that reach beyond the first or the last output.
-  const bool certain = channels >= kernels.lanes && (g.dilation[2] == 1 || g.window[2] == 1) &&
-                       g.window[2] - 1 >= g.low[2] && (g.out[2] - 1) * g.stride[2] - g.low[2] < g.in[2];
-
   auto block = [&](Index index) {
     const Index channel_block = index % channel_blocks;
     index /= channel_blocks;
     const Index chunk = index % chunks, kernel = index / chunks;
+    const Index begin = channel_block * block_channels;
+    const Index end = channel_block + 1 == channel_blocks ? channels : begin + block_channels;
+    char* sum = sums + (kernel * chunks + chunk) * dw_bytes;
+    for (Index k = 0; k < taps; ++k) std::memset(sum + (k * channels + begin) * sum_size, 0, (end - begin) * sum_size);
+
+    const char* x_base = static_cast<const char*>(x) + kernel / g.multiplier * g.batch * x_image;
+    const char* g_base = static_cast<const char*>(cotangent) + kernel * planes * g.out[1] * g_row;
+    // Row `read` of the input under tap `tap` of axis 0 at plane `at` of the cotangent; null outside.
+    auto plane_under = [&](Index at, Index tap) -> const char* {
+      const Index position = at % g.out[0] * g.stride[0] + tap * g.dilation[0] - g.low[0];
+      return position < 0 || position >= g.in[0] ? nullptr : x_base + at / g.out[0] * x_image + position * x_plane;
+    };
+    auto row_under = [&](const char* plane, Index at, Index tap) -> const char* {
+      const Index position = at * g.stride[1] + tap * g.dilation[1] - g.low[1];
+      return !plane || position < 0 || position >= g.in[1] ? nullptr : plane + position * x_row;
+    };
+    const Index first = chunk * units / chunks, last = (chunk + 1) * units / chunks;
+
+    if (tiled) {
+      Tile t{};
+      t.columns = g.in[2];
+      t.tap_pitch = t.pitch = t.y_pitch = channels;
+      t.begin = begin;
+      t.end = end;
+      std::vector<TapRow> tap_rows;
+      for (Index unit = first; unit < last; ++unit) {
+        const Index group = unit / pieces, plane = group / heights, row = group % heights * height;
+        const Index count = std::min(height, g.out[1] - row);
+        tap_rows.clear();
+        for (Index a = 0; a < g.window[0]; ++a) {
+          const char* x_read = plane_under(plane, a);
+          for (Index b = 0; b < g.window[1]; ++b) {
+            TapRow entry{sum + (a * g.window[1] + b) * w_row, {}};
+            bool any = false;
+            for (Index h = 0; h < count; ++h) any |= (entry.x[h] = row_under(x_read, row + h, b)) != nullptr;
+            if (any) tap_rows.push_back(entry);
+          }
+        }
+        t.rows = tap_rows.data();
+        t.count = static_cast<Index>(tap_rows.size());
+        const Index stop = std::min((unit % pieces + 1) * piece, g.out[2]);
+        for (Index column = unit % pieces * piece; column < stop;) {
+          const TileShape* shape = shapes;
+          while (shape->height != height || shape->width > stop - column) ++shape;
+          t.column = column * g.stride[2] - g.low[2];
+          for (Index h = 0; h < height; ++h) {  // the rows beyond the last read nothing of x
+            t.y[h] = const_cast<char*>(g_base + (plane * g.out[1] + row + std::min(h, count - 1)) * g_row + column * channels * size);
+          }
+          shape->kernel(t);
+          column += shape->width;
+        }
+      }
+      return;
+    }
+
+    // So many units at a time that they stay in the caches while each row of taps passes over them.
+    constexpr Index kUnits = 8;
+    GradRow list[kUnits];
     Grad t{};
     t.columns = g.in[2];
     t.taps = g.window[2];
     t.step = g.dilation[2];
     t.stride = g.stride[2];
     t.pitch = channels;
-    t.row_pitch = g.window[2] * channels;
-    t.begin = channel_block * block_channels;
-    t.end = channel_block + 1 == channel_blocks ? channels : t.begin + block_channels;
-    char* sum = sums + (kernel * chunks + chunk) * dw_bytes;
-    for (Index k = 0; k < taps; ++k) std::memset(sum + (k * channels + t.begin) * sum_size, 0, (t.end - t.begin) * sum_size);
-
-    const char* x_base = static_cast<const char*>(x) + kernel / g.multiplier * g.batch * x_image;
-    const char* g_base = static_cast<const char*>(cotangent) + kernel * rows * g_row;
-    // So many units at a time that they stay in the caches while each group of tap rows passes over them.
-    constexpr Index kUnits = 8;
-    GradRow list[kUnits];
-    const Index end = (chunk + 1) * units / chunks;
-    for (Index begin = chunk * units / chunks; begin < end;) {
-      const Index part = begin % pieces;
-      const Index count = pieces > 1 ? 1 : std::min(kUnits, end - begin);
+    t.begin = begin;
+    t.end = end;
+    t.rows = list;
+    for (Index from = first; from < last;) {
+      const Index part = from % pieces, count = pieces > 1 ? 1 : std::min(kUnits, last - from);
       t.outputs = std::min(piece, g.out[2] - part * piece);
       t.column = part * piece * g.stride[2] - g.low[2];
-      for (Index depth_tap = 0; depth_tap < g.window[0] && t.outputs > 0; ++depth_tap) {
-        for (Index height_tap = 0; height_tap < g.window[1];) {
-          const GradShape* shape = kernels.grads;
-          while (shape->taps && !(certain && shape->taps == g.window[2] && shape->stride == g.stride[2] &&
-                                  shape->height <= g.window[1] - height_tap)) {
-            ++shape;
-          }
-          // The rows under one row of the cotangent; false if all lie outside.
-          auto fill = [&](GradRow& entry, Index unit) {
-            const Index row = unit / pieces;
-            const Index oh = row % g.out[1], od = row / g.out[1] % g.out[0], image = row / g.out[1] / g.out[0];
-            const Index id = od * g.stride[0] + depth_tap * g.dilation[0] - g.low[0];
-            if (id < 0 || id >= g.in[0]) return false;
-            entry.g = g_base + row * g_row + part * piece * channels * size;
-            bool any = false;
-            for (int h = 0; h < shape->height; ++h) {
-              const Index ih = oh * g.stride[1] + (height_tap + h) * g.dilation[1] - g.low[1];
-              const bool inside = ih >= 0 && ih < g.in[1];
-              entry.x[h] = inside ? x_base + image * x_image + id * x_plane + ih * x_row : nullptr;
-              any |= inside;
-            }
-            return any;
-          };
+      for (Index a = 0; a < g.window[0] && t.outputs > 0; ++a) {
+        for (Index b = 0; b < g.window[1]; ++b) {
           t.count = 0;
-          for (Index unit = begin; unit < begin + count; ++unit) t.count += fill(list[t.count], unit);
-          t.rows = list;
-          t.dw = sum + (depth_tap * g.window[1] + height_tap) * g.window[2] * channels * sum_size;
-          shape->kernel(t);
-          height_tap += shape->height;
+          for (Index unit = from; unit < from + count; ++unit) {
+            const Index row = unit / pieces;
+            const char* read = row_under(plane_under(row / g.out[1], a), row % g.out[1], b);
+            if (read) list[t.count++] = {g_base + row * g_row + part * piece * channels * size, read};
+          }
+          t.dw = sum + (a * g.window[1] + b) * w_row;
+          kernels.general_grad(t);
         }
       }
-      begin += count;
+      from += count;
     }
   };
   parallel_for(pool, kernels_in_all * chunks * channel_blocks, block);

@@ -1,9 +1,12 @@
 // The innermost loops. Compiled once per instruction set, into the namespace DEPTHWISE_TARGET.
 //
-// A tile kernel keeps a tile of sums in registers, reads each vector of input once per row and adds it, times each tap,
-// to all the sums that it reaches ("input stationary"). The columns that may lie outside the input are tested one by
-// one where they are read: what is outside contributes nothing, whatever the taps hold. No load or multiplication is
-// spent on it, so the borders of small maps cost nothing.
+// A tile kernel keeps a tile of sums in registers. For each row of taps it reads, in each row of the tile, every vector of
+// input once and adds it, times each tap, to all the sums that it reaches. The columns that may lie outside the input are
+// tested one by one where they are read: what is outside contributes nothing, whatever the taps hold. No load or
+// multiplication is spent on it, so the borders of small maps cost nothing.
+//
+// Channels are innermost: a tile of few columns and many rows reads and writes as many streams of consecutive addresses
+// as it has rows, which the processor's prefetchers follow.
 #include "kernels.h"
 #include "simd.h"
 
@@ -27,6 +30,30 @@ inline typename E::V clamp(typename E::V v, Activation activation) {
   return v;
 }
 
+// Stores a tile of sums.
+template <class E, int Height, int Width>
+inline void store_tile(const Tile& t, Index c, typename E::V (&sum)[Height][Width]) {
+  if (t.activation != Activation::identity) {
+    UNROLL
+    for (int h = 0; h < Height; ++h) {
+      UNROLL
+      for (int j = 0; j < Width; ++j) sum[h][j] = clamp<E>(sum[h][j], t.activation);
+    }
+  }
+  const Index y_pitch = t.y_pitch * E::size;
+  UNROLL
+  for (int h = 0; h < Height; ++h) {
+    char* y = t.y[h] + c * E::size;
+    if (t.stream) {
+      UNROLL
+      for (int j = 0; j < Width; ++j) E::stream(y + j * y_pitch, sum[h][j]);
+    } else {
+      UNROLL
+      for (int j = 0; j < Width; ++j) E::store(y + j * y_pitch, sum[h][j]);
+    }
+  }
+}
+
 template <int n>
 struct Constant {
   static constexpr int value = n;
@@ -35,25 +62,24 @@ struct Constant {
 // The first channel of the vector at c: vectors that would pass the end are moved back over their neighbours.
 inline Index vector_start(Index c, Index end, int lanes) { return c + lanes > end ? end - lanes : c; }
 
+// Of the columns that a tile reads, only as many as reach beyond the first or the last output may be outside.
+template <int Taps, int Stride, int Width>
+struct Columns {
+  static constexpr int count = (Width - 1) * Stride + Taps;
+  Index first, last;
+  explicit Columns(const Tile& t)
+      : first(t.column < 0 ? -t.column : 0), last(t.columns - t.column < count ? t.columns - t.column : count) {}
+  inline bool outside(int i) const { return (i < Taps - 1 && i < first) || (i >= count - (Taps - 1) && i >= last); }
+};
+
 template <class E, int Taps, int Stride, int Width, int Height>
 void tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
-  constexpr int kColumns = (Width - 1) * Stride + Taps;
-  // Of the columns read, only as many as reach beyond the first or the last output may be outside.
-  constexpr int kEdge = Taps - 1;
-  const Index first = t.column < 0 ? -t.column : 0;
-  const Index last = t.columns - t.column < kColumns ? t.columns - t.column : kColumns;
-  const Index pitch = t.pitch * E::size;
+  const Columns<Taps, Stride, Width> columns(t);
+  const Index pitch = t.pitch * E::size, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
   for (Index next = t.begin; next < t.end; next += E::lanes) {
     const Index c = vector_start(next, t.end, E::lanes);
-    if (t.ahead) {
-      for (Index r = 0; r < t.ahead_rows; ++r) {
-        const char* p = t.ahead + r * t.ahead_pitch + (t.column + kEdge) * pitch + c * E::size;
-        UNROLL
-        for (int j = 0; j < Width * Stride; ++j) __builtin_prefetch(p + j * pitch, 0, 2);
-      }
-    }
     V sum[Height][Width];
     V start = V{};
     if (t.bias) start = load_vector<A, E::lanes>(t.bias + c * sizeof(A));
@@ -63,55 +89,27 @@ void tile(const Tile& t) {
       for (int j = 0; j < Width; ++j) sum[h][j] = start;
     }
     const Index x_offset = t.column * pitch + c * E::size;
-    const Index tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
-    auto add = [&](const Row& row, auto from, auto to) __attribute__((always_inline)) {
-      constexpr int kFrom = decltype(from)::value, kTo = decltype(to)::value;
-      V w[Height][Taps];
+    const Index tap_offset = (t.tap_offset + c) * static_cast<Index>(sizeof(A));
+    for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
+      V w[Taps];
       UNROLL
-      for (int h = kFrom; h < kTo; ++h) {
-        UNROLL
-        for (int k = 0; k < Taps; ++k) w[h][k] = load_vector<A, E::lanes>(row.w[h] + k * tap_pitch + c * sizeof(A));
-      }
-      const char* x = row.x + x_offset;
+      for (int k = 0; k < Taps; ++k) w[k] = load_vector<A, E::lanes>(row->taps + tap_offset + k * tap_pitch);
       UNROLL
-      for (int i = 0; i < kColumns; ++i) {
-        if ((i < kEdge && i < first) || (i >= kColumns - kEdge && i >= last)) continue;
-        const V v = E::load(x + i * pitch);
+      for (int h = 0; h < Height; ++h) {
+        if (!row->x[h]) continue;
+        const char* x = row->x[h] + x_offset;
         UNROLL
-        for (int h = kFrom; h < kTo; ++h) {
+        for (int i = 0; i < columns.count; ++i) {
+          if (columns.outside(i)) continue;
+          const V v = E::load(x + i * pitch);
           UNROLL
           for (int k = 0; k < Taps; ++k) {
-            if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) sum[h][(i - k) / Stride] += v * w[h][k];
+            if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) sum[h][(i - k) / Stride] += v * w[k];
           }
         }
       }
-    };
-    for (Index r = 0; r < t.count; ++r) {
-      const Row& row = t.rows[r];
-      if constexpr (Height == 1) {
-        add(row, Constant<0>{}, Constant<1>{});
-      } else {
-        if (row.w[0] && row.w[1]) {
-          add(row, Constant<0>{}, Constant<2>{});
-        } else if (row.w[0]) {
-          add(row, Constant<0>{}, Constant<1>{});
-        } else {
-          add(row, Constant<1>{}, Constant<2>{});
-        }
-      }
     }
-    const Index y_pitch = t.y_pitch * E::size;
-    UNROLL
-    for (int h = 0; h < Height; ++h) {
-      char* y = t.y[h] + c * E::size;
-      if (t.stream) {
-        UNROLL
-        for (int j = 0; j < Width; ++j) E::stream(y + j * y_pitch, clamp<E>(sum[h][j], t.activation));
-      } else {
-        UNROLL
-        for (int j = 0; j < Width; ++j) E::store(y + j * y_pitch, clamp<E>(sum[h][j], t.activation));
-      }
-    }
+    store_tile<E>(t, c, sum);
   }
 }
 
@@ -123,39 +121,40 @@ void wide_tile(const Tile& t) {
   const Index pitch = t.pitch * E::size, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
   for (Index next = t.begin; next < t.end; next += E::lanes) {
     const Index c = vector_start(next, t.end, E::lanes);
-    V sum[Width];
+    V sum[1][Width];
     V start = V{};
     if (t.bias) start = load_vector<A, E::lanes>(t.bias + c * sizeof(A));
     UNROLL
-    for (int j = 0; j < Width; ++j) sum[j] = start;
-    auto add = [&](const Row& row, Index tap, auto taps) __attribute__((always_inline)) {
+    for (int j = 0; j < Width; ++j) sum[0][j] = start;
+    auto add = [&](const TapRow& row, Index tap, auto taps) __attribute__((always_inline)) {
       constexpr int kTaps = decltype(taps)::value, kColumns = Width - 1 + kTaps;
       const Index column = t.column + tap;
       const Index first = column < 0 ? -column : 0;
       const Index last = t.columns - column < kColumns ? t.columns - column : kColumns;
       if (first >= last) return;
+      const char* taps_of_row = row.taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
       V w[kTaps];
       UNROLL
-      for (int k = 0; k < kTaps; ++k) w[k] = load_vector<A, E::lanes>(row.w[0] + (tap + k) * tap_pitch + c * sizeof(A));
-      const char* x = row.x + column * pitch + c * E::size;
+      for (int k = 0; k < kTaps; ++k) w[k] = load_vector<A, E::lanes>(taps_of_row + (tap + k) * tap_pitch);
+      const char* x = row.x[0] + column * pitch + c * E::size;
       UNROLL
       for (int i = 0; i < kColumns; ++i) {
         if (i < first || i >= last) continue;
         const V v = E::load(x + i * pitch);
         UNROLL
         for (int k = 0; k < kTaps; ++k) {
-          if (i >= k && i - k < Width) sum[i - k] += v * w[k];
+          if (i >= k && i - k < Width) sum[0][i - k] += v * w[k];
         }
       }
     };
     for (Index r = 0; r < t.count; ++r) {
+      if (!t.rows[r].x[0]) continue;
       Index tap = 0;
       for (; tap + 8 <= t.taps; tap += 8) add(t.rows[r], tap, Constant<8>{});
       for (; tap + 2 <= t.taps; tap += 2) add(t.rows[r], tap, Constant<2>{});
       if (tap < t.taps) add(t.rows[r], tap, Constant<1>{});
     }
-    UNROLL
-    for (int j = 0; j < Width; ++j) E::store(t.y[0] + (j * t.y_pitch + c) * E::size, clamp<E>(sum[j], t.activation));
+    store_tile<E>(t, c, sum);
   }
 }
 
@@ -179,8 +178,9 @@ void general_tile(const Tile& t) {
     for (int j = 0; j < Width; ++j) sum[j] = start;
     const Index jump = t.stride * pitch;
     for (Index r = 0; r < t.count; ++r) {
-      const char* row = t.rows[r].x + c * E::size;
-      const char* taps = t.rows[r].w[0] + c * sizeof(A);
+      if (!t.rows[r].x[0]) continue;
+      const char* row = t.rows[r].x[0] + c * E::size;
+      const char* taps = t.rows[r].taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
       for (Index k = 0; k < t.taps; ++k) {
         const Index column = t.column + k * t.step;
         const V w = sums_at(taps + k * t.tap_pitch * static_cast<Index>(sizeof(A)));
@@ -229,56 +229,44 @@ inline void store_sum(char* p, typename E::V v, Index skip) {
   }
 }
 
-// The sums of Height rows of Taps taps stay in registers while the rows of g and of x pass by.
-template <class E, int Taps, int Height, int Stride, int Width>
-void grad(const Grad& t) {
+// A tile of the cotangent stays in registers while the rows of taps and of x under it pass by.
+template <class E, int Taps, int Stride, int Width, int Height>
+void grad_tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
-  const Index pitch = t.pitch * E::size;
+  const Columns<Taps, Stride, Width> columns(t);
+  const Index pitch = t.pitch * E::size, y_pitch = t.y_pitch * E::size;
+  const Index tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
   for (Index next = t.begin; next < t.end; next += E::lanes) {
     const Index c = vector_start(next, t.end, E::lanes);
-    V sum[Height][Taps];
-    char* dw = t.dw + c * sizeof(A);
+    V g[Height][Width];
     UNROLL
     for (int h = 0; h < Height; ++h) {
       UNROLL
-      for (int k = 0; k < Taps; ++k) sum[h][k] = load_vector<A, E::lanes>(dw + (h * t.row_pitch + k * t.pitch) * sizeof(A));
+      for (int j = 0; j < Width; ++j) g[h][j] = E::load(t.y[h] + j * y_pitch + c * E::size);
     }
-    auto columns = [&](const GradRow& row, Index output, auto width) __attribute__((always_inline)) {
-      constexpr int kWidth = decltype(width)::value;
-      constexpr int kColumns = (kWidth - 1) * Stride + Taps;
-      constexpr int kEdge = Taps - 1;
-      const Index column = t.column + output * Stride;
-      const Index first = column < 0 ? -column : 0;
-      const Index last = t.columns - column < kColumns ? t.columns - column : kColumns;
-      V g[kWidth];
-      const char* p = row.g + output * pitch + c * E::size;
+    const Index x_offset = t.column * pitch + c * E::size;
+    for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
+      char* dw = row->taps + c * static_cast<Index>(sizeof(A));
+      V sum[Taps];
       UNROLL
-      for (int j = 0; j < kWidth; ++j) g[j] = E::load(p + j * pitch);
+      for (int k = 0; k < Taps; ++k) sum[k] = load_vector<A, E::lanes>(dw + k * tap_pitch);
       UNROLL
       for (int h = 0; h < Height; ++h) {
-        if (!row.x[h]) continue;
-        const char* x = row.x[h] + column * pitch + c * E::size;
+        if (!row->x[h]) continue;
+        const char* x = row->x[h] + x_offset;
         UNROLL
-        for (int i = 0; i < kColumns; ++i) {
-          if ((i < kEdge && i < first) || (i >= kColumns - kEdge && i >= last)) continue;
+        for (int i = 0; i < columns.count; ++i) {
+          if (columns.outside(i)) continue;
           const V v = E::load(x + i * pitch);
           UNROLL
           for (int k = 0; k < Taps; ++k) {
-            if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < kWidth) sum[h][k] += v * g[(i - k) / Stride];
+            if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) sum[k] += v * g[h][(i - k) / Stride];
           }
         }
       }
-    };
-    for (Index r = 0; r < t.count; ++r) {
-      Index output = 0;
-      for (; output + Width <= t.outputs; output += Width) columns(t.rows[r], output, Constant<Width>{});
-      for (; output < t.outputs; ++output) columns(t.rows[r], output, Constant<1>{});
-    }
-    UNROLL
-    for (int h = 0; h < Height; ++h) {
       UNROLL
-      for (int k = 0; k < Taps; ++k) store_sum<E>(dw + (h * t.row_pitch + k * t.pitch) * sizeof(A), sum[h][k], next - c);
+      for (int k = 0; k < Taps; ++k) store_sum<E>(dw + k * tap_pitch, sum[k], next - c);
     }
   }
 }
@@ -311,9 +299,8 @@ inline void general_grad_taps(const Grad& t, Index c, Index skip, int lanes, boo
   }
   if (low > high) low = high = 0;
   for (Index r = 0; r < t.count; ++r) {
-    if (!t.rows[r].x[0]) continue;
     const char* g = t.rows[r].g + c * E::size;
-    const char* x = t.rows[r].x[0] + (t.column + tap * t.step) * pitch + c * E::size;
+    const char* x = t.rows[r].x + (t.column + tap * t.step) * pitch + c * E::size;
     UNROLL
     for (int k = 0; k < Some; ++k) {
       const char* xk = x + k * t.step * pitch;
@@ -351,52 +338,79 @@ void general_grad(const Grad& t) {
   }
 }
 
-// The registers hold a tile's sums, the taps and one vector of input: 32 registers, or 16.
+// The registers hold a tile's sums, a row of taps and one vector of input: 32 registers, or 16. Few taps do few
+// multiplications with what they read, so that reading in few streams matters most; many taps reuse more in wide tiles.
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define TILES(E, taps, stride)                                                                      \
-  {taps, stride, 14, 1, tile<E, taps, stride, 14, 1>}, {taps, stride, 7, 2, tile<E, taps, stride, 7, 2>}, \
-      {taps, stride, 7, 1, tile<E, taps, stride, 7, 1>}, {taps, stride, 3, 2, tile<E, taps, stride, 3, 2>}, \
-      {taps, stride, 3, 1, tile<E, taps, stride, 3, 1>}, {taps, stride, 1, 1, tile<E, taps, stride, 1, 1>}
-#define WIDE_TILES(E) {kMany, 1, 14, 1, wide_tile<E, 14>}, {kMany, 1, 7, 1, wide_tile<E, 7>}
-#define GENERAL_TILES(E)                                                                      \
-  {0, 0, 14, 1, general_tile<E, 14>}, {0, 0, 7, 1, general_tile<E, 7>}, {0, 0, 3, 1, general_tile<E, 3>}, \
-      {0, 0, 1, 1, general_tile<E, 1>}
-#define GRADS(E)                                                                            \
-  {3, 3, 1, grad<E, 3, 3, 1, 7>}, {3, 1, 1, grad<E, 3, 1, 1, 7>}, {3, 3, 2, grad<E, 3, 3, 2, 7>}, \
-      {3, 1, 2, grad<E, 3, 1, 2, 7>}, {5, 5, 1, grad<E, 5, 5, 1, 4>}, {5, 1, 1, grad<E, 5, 1, 1, 7>}, \
-      {5, 5, 2, grad<E, 5, 5, 2, 4>}, {5, 1, 2, grad<E, 5, 1, 2, 7>}, {7, 2, 1, grad<E, 7, 2, 1, 7>}, \
-      {7, 1, 1, grad<E, 7, 1, 1, 7>}, {7, 2, 2, grad<E, 7, 2, 2, 7>}, {7, 1, 2, grad<E, 7, 1, 2, 7>}
+constexpr int kTall = 7;
+#define WIDE(kernel) SHAPE(kernel, 7, 2)
+#define ROWS(kernel) SHAPE(kernel, 14, 1), SHAPE(kernel, 7, 1), SHAPE(kernel, 3, 1), SHAPE(kernel, 1, 1)
 #else
-#define TILES(E, taps, stride)                                                                      \
-  {taps, stride, 4, 2, tile<E, taps, stride, 4, 2>}, {taps, stride, 7, 1, tile<E, taps, stride, 7, 1>}, \
-      {taps, stride, 4, 1, tile<E, taps, stride, 4, 1>}, {taps, stride, 1, 1, tile<E, taps, stride, 1, 1>}
-#define WIDE_TILES(E) {kMany, 1, 7, 1, wide_tile<E, 7>}
-#define GENERAL_TILES(E) \
-  {0, 0, 7, 1, general_tile<E, 7>}, {0, 0, 3, 1, general_tile<E, 3>}, {0, 0, 1, 1, general_tile<E, 1>}
-#define GRADS(E)                                                                            \
-  {3, 3, 1, grad<E, 3, 3, 1, 4>}, {3, 1, 1, grad<E, 3, 1, 1, 7>}, {3, 3, 2, grad<E, 3, 3, 2, 4>}, \
-      {3, 1, 2, grad<E, 3, 1, 2, 7>}, {5, 2, 1, grad<E, 5, 2, 1, 4>}, {5, 1, 1, grad<E, 5, 1, 1, 7>}, \
-      {5, 2, 2, grad<E, 5, 2, 2, 4>}, {5, 1, 2, grad<E, 5, 1, 2, 7>}, {7, 1, 1, grad<E, 7, 1, 1, 7>}, \
-      {7, 1, 2, grad<E, 7, 1, 2, 7>}
+constexpr int kTall = 4;
+#define WIDE(kernel) SHAPE(kernel, 4, 2)
+#define ROWS(kernel) SHAPE(kernel, 7, 1), SHAPE(kernel, 3, 1), SHAPE(kernel, 1, 1)
 #endif
+#define TALL(kernel) SHAPE(kernel, 2, kTall)
+#define NARROW(kernel, height) SHAPE(kernel, 1, height)
+#define SHAPE(kernel, width, height) TileShape{width, height, kernel<E, Taps, Stride, width, height>}
+
+template <class E, int Taps, int Stride>
+struct Shapes {
+  static constexpr bool few = Taps < 5;
+  static constexpr TileShape tiles[] = {few ? TALL(tile) : WIDE(tile), few ? WIDE(tile) : TALL(tile), NARROW(tile, kTall),
+                                        SHAPE(tile, 2, 2), ROWS(tile), {}};
+  // Tiles may not overlap here, so the list goes down to the width 1, in one height and in single rows.
+  static constexpr TileShape grads[] = {few ? TALL(grad_tile) : WIDE(grad_tile),
+                                        few ? NARROW(grad_tile, kTall) : SHAPE(grad_tile, 2, 2),
+                                        NARROW(grad_tile, few ? kTall : 2), SHAPE(grad_tile, 7, 1), SHAPE(grad_tile, 1, 1), {}};
+};
+constexpr TileShape kNone[] = {{}};
 
 template <class E>
-struct Tables {
-  static constexpr TileShape tiles[] = {
-      TILES(E, 2, 1), TILES(E, 3, 1), TILES(E, 4, 1), TILES(E, 5, 1), TILES(E, 7, 1), TILES(E, 3, 2), TILES(E, 5, 2),
-      TILES(E, 7, 2), WIDE_TILES(E), GENERAL_TILES(E), {0, 0, 0, 0, nullptr}};
-  static constexpr GradShape grads[] = {GRADS(E), {0, 1, 0, general_grad<E>}, {0, 0, 0, nullptr}};
-};
-// Doubles are for checks of derivatives: the general kernels serve them.
-template <>
-struct Tables<F64> {
-  static constexpr TileShape tiles[] = {GENERAL_TILES(F64), {0, 0, 0, 0, nullptr}};
-  static constexpr GradShape grads[] = {{0, 1, 0, general_grad<F64>}, {0, 0, 0, nullptr}};
+const TileShape* tiles_for(Index taps, Index stride) {
+  switch (taps * 10 + stride) {
+    case 11: return Shapes<E, 1, 1>::tiles;
+    case 21: return Shapes<E, 2, 1>::tiles;
+    case 31: return Shapes<E, 3, 1>::tiles;
+    case 32: return Shapes<E, 3, 2>::tiles;
+    case 41: return Shapes<E, 4, 1>::tiles;
+    case 51: return Shapes<E, 5, 1>::tiles;
+    case 52: return Shapes<E, 5, 2>::tiles;
+    case 71: return Shapes<E, 7, 1>::tiles;
+    case 72: return Shapes<E, 7, 2>::tiles;
+    default: return kNone;
+  }
+}
+
+template <class E>
+const TileShape* grads_for(Index taps, Index stride) {
+  switch (taps * 10 + stride) {
+    case 31: return Shapes<E, 3, 1>::grads;
+    case 32: return Shapes<E, 3, 2>::grads;
+    case 41: return Shapes<E, 4, 1>::grads;
+    case 51: return Shapes<E, 5, 1>::grads;
+    case 52: return Shapes<E, 5, 2>::grads;
+    case 71: return Shapes<E, 7, 1>::grads;
+    case 72: return Shapes<E, 7, 2>::grads;
+    default: return kNone;
+  }
+}
+const TileShape* none_for(Index, Index) { return kNone; }
+
+template <class E>
+struct Lists {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  static constexpr TileShape wide[] = {{14, 1, wide_tile<E, 14>}, {7, 1, wide_tile<E, 7>}, {1, 1, wide_tile<E, 1>}, {}};
+  static constexpr TileShape general[] = {{14, 1, general_tile<E, 14>}, {7, 1, general_tile<E, 7>},
+                                          {3, 1, general_tile<E, 3>}, {1, 1, general_tile<E, 1>}, {}};
+#else
+  static constexpr TileShape wide[] = {{7, 1, wide_tile<E, 7>}, {1, 1, wide_tile<E, 1>}, {}};
+  static constexpr TileShape general[] = {{7, 1, general_tile<E, 7>}, {3, 1, general_tile<E, 3>}, {1, 1, general_tile<E, 1>}, {}};
+#endif
 };
 
 template <class E>
 constexpr Kernels kernels_of() {
-  return {E::lanes, Tables<E>::tiles, Tables<E>::grads};
+  return {E::lanes, tiles_for<E>, grads_for<E>, Lists<E>::wide, Lists<E>::general, general_grad<E>};
 }
 
 }  // namespace
@@ -405,7 +419,8 @@ namespace depthwise::DEPTHWISE_TARGET {
 
 Kernels kernels(Dtype dtype) {
   switch (dtype) {
-    case Dtype::f64: return kernels_of<F64>();
+    // Doubles are for checks of derivatives: the general kernels serve them.
+    case Dtype::f64: return {F64::lanes, none_for, none_for, kNone, Lists<F64>::general, general_grad<F64>};
     case Dtype::f16: return kernels_of<F16>();
     case Dtype::bf16: return kernels_of<BF16>();
     default: return kernels_of<F32>();

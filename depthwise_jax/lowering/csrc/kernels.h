@@ -1,41 +1,46 @@
-// The innermost loops, which every instruction set provides once (kernels.cc): one tile of outputs, or the kernel
-// gradient of some rows, for a range of channels.
+// The innermost loops, which every instruction set provides once (kernels.cc): one tile of outputs, or what a tile of the
+// cotangent adds to the kernel gradient, for a range of channels.
 #pragma once
 
 #include "depthwise.h"
 
 namespace depthwise {
 
-// One row of input and the rows of taps through which it reaches the tile's one or two rows of output (null: none).
-struct Row {
-  const char* x;
-  const char* w[2];
+constexpr int kMostRows = 7;
+
+// A row of taps, and the row of input under it for each of a tile's rows (null: outside).
+struct TapRow {
+  char* taps;
+  const char* x[kMostRows];
 };
 
-// A tile of consecutive outputs along the last spatial axis: output j reads column `column` + j*stride + t*step through
-// tap t, if 0 <= that < columns.
+// A tile of outputs: some consecutive ones along the last spatial axis, in some rows. Output j reads column
+// `column` + j*stride + t*step through tap t, if 0 <= that < columns.
 struct Tile {
-  const Row* rows;
+  const TapRow* rows;
   Index count;
   Index column, columns;
-  Index taps, step, stride;    // stride, step and taps are constants of all kernels but the general ones
-  Index tap_pitch;             // elements from tap to tap of w
-  Index pitch;                 // elements from column to column: the channels
-  char* y[2];
-  Index y_pitch;               // elements from output to output
-  Index begin, end;            // channels
-  const char* bias;            // null: none
+  Index taps, step, stride;  // constants of all kernels but the general ones
+  Index tap_offset;          // elements from the beginning of a row of taps to the first
+  Index tap_pitch;           // elements from tap to tap
+  Index pitch;               // elements from column to column of the input: the channels
+  char* y[kMostRows];        // the first output of each row; the cotangent for the kernel gradient
+  Index y_pitch;             // elements from output to output
+  Index begin, end;          // channels
+  const char* bias;          // null: none
   Activation activation;
-  bool stream;                 // store past the caches; addresses are aligned to the vectors
-  const char* ahead;           // null, or a row of input to fetch into the caches, and ahead_rows - 1 behind it
-  Index ahead_rows, ahead_pitch;
+  bool stream;               // store past the caches; addresses are aligned to the vectors
 };
 using TileKernel = void (*)(const Tile&);
 
-// The kernel gradient of `count` rows of g, added to dw.
+struct TileShape {
+  int width, height;
+  TileKernel kernel;
+};
+
+// The kernel gradient of `count` rows of g, added to dw, for any one row of taps.
 struct GradRow {
-  const char* g;
-  const char* x[8];  // the row under each row of taps, null where it lies outside
+  const char *g, *x;
 };
 struct Grad {
   const GradRow* rows;
@@ -44,26 +49,20 @@ struct Grad {
   Index taps, step, stride;
   Index pitch;
   char* dw;
-  Index row_pitch;             // elements from one row of taps to the next
   Index begin, end;
 };
-using GradKernel = void (*)(const Grad&);
 
-constexpr int kMany = -1;
-struct TileShape {
-  int taps, stride, width, height;  // taps 0: any taps, step and stride; kMany: any taps
-  TileKernel kernel;
-};
-struct GradShape {
-  int taps, height, stride;  // taps 0: any
-  GradKernel kernel;
-};
-
-// What one instruction set has for one dtype. Lists end with a null kernel; general kernels come last.
+// What one instruction set has for one dtype. Lists end with a null kernel and begin with what is best at equal cost.
 struct Kernels {
   int lanes;
-  const TileShape* tiles;
-  const GradShape* grads;
+  // For so many taps side by side (step 1) and this stride, for at least `lanes` channels; empty where there are none.
+  // They test only those columns that reach beyond the first or the last output.
+  const TileShape* (*tiles)(Index taps, Index stride);
+  // The same for the kernel gradient, added to what stands in `taps`; the cotangent is in `y`.
+  const TileShape* (*grads)(Index taps, Index stride);
+  const TileShape* wide;     // any number of taps side by side, stride 1, at least `lanes` channels
+  const TileShape* general;  // any taps, step and stride, any number of channels
+  void (*general_grad)(const Grad&);
 };
 
 namespace avx512 { Kernels kernels(Dtype); }
