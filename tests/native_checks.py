@@ -229,7 +229,7 @@ def _call(
         **attributes,
     }
     attributes.pop(missing, None)
-    call = jax.ffi.ffi_call(f"depthwise_jax.{direction}.v1", [jax.ShapeDtypeStruct(*result)])
+    call = jax.ffi.ffi_call(f"depthwise_jax.{direction}.v2", [jax.ShapeDtypeStruct(*result)])
     extra = [jnp.ones(*b) for b in bias]
     return [np.asarray(a) for a in call(*(jnp.ones(shape, dtype) for shape, dtype in operands), *extra, **attributes)]
 
@@ -244,6 +244,9 @@ _NONSENSE: list[dict[str, Any]] = [
     {"y": (5, 6, 17)},
     {"y": (1, *_Y)},
     {"x": (), "w": (), "y": ()},
+    {"w": _W[1:]},
+    {"y": _Y[1:]},
+    {"w": (1, *_W), "y": (1, *_Y)},
     {"x": (4, *_X), "w": (3, *_W), "y": (4, *_Y)},
     {"x": (4, *_X), "w": (4, *_W), "y": (5, *_Y)},
     {"y": (1, *_Y[1:])},
@@ -268,6 +271,9 @@ _NONSENSE: list[dict[str, Any]] = [
     {"low": np.array([0, -1, 0])},
     {"low": np.array([0, 0, -(2**63)])},
     *({name: np.array(values)} for name in ("stride", "low", "dilation") for values in ([1, 1], [1, 1, 1, 1], [])),
+    {name: np.ones(0, np.int64) for name in ("stride", "low", "dilation")},
+    {name: np.ones(4, np.int64) for name in ("stride", "low", "dilation")},
+    {name: np.ones(2, np.int64) for name in ("stride", "low", "dilation")},
     *({name: np.array([1, 1, 1], np.int32)} for name in ("stride", "low", "dilation")),
     *({name: np.array([1.0, 1.0, 1.0])} for name in ("stride", "low", "dilation")),
     *({name: np.int64(1)} for name in ("stride", "low", "dilation")),

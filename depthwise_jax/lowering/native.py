@@ -5,9 +5,10 @@ picks the instruction set when it is loaded, or takes the one that the environme
 "avx512", "avx2" or "baseline" on x86-64, "neon" on aarch64; "none" turns it off. Where there is no library, status()
 says why, and the other lowerings serve.
 
-The kernels know one form: three spatial axes, channels last, and a channel's M kernels outermost in kernel and y. Fewer
-axes are filled up with axes of size 1, and axes that stand elsewhere are moved. Narrow floats are
-summed in float32 and rounded once; the kernel and its gradient are float32 throughout.
+The kernels know one form: channels last, and a channel's M kernels outermost in kernel and y; axes that stand elsewhere
+are moved. Where M is 1 that axis is left out, so that nothing stands between a program's arrays and the call: XLA copies
+narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once; the kernel
+and its gradient are float32 throughout.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from depthwise_jax.convolution import Convolution
 from depthwise_jax.lowering.call import MAPS, Call
 
 # What the shapes and attributes of the calls mean; csrc/ffi.cc has the same number in its symbols' names.
-_ABI = 1
+_ABI = 2
 _LIBRARY = "libdepthwise_jax.so"
 # The activations that the kernels apply at their store, in the order of csrc/depthwise.h.
 ACTIVATIONS = ("linear", "relu", "relu6")
@@ -108,35 +109,37 @@ def fused(x: Array, kernel: Array, bias: Array | None = None, *, activation: str
         call: the call.
     """
     convolution = call.convolution
+    *_, channels, multiplier = kernel.shape
     operands = [_from_x(x, convolution), _from_kernel(kernel)]
     if bias is not None:
-        operands.append(bias.astype(_sums(bias.dtype)).reshape(kernel.shape[-2:]).T)
-    multiplier, *_, channels = operands[1].shape
-    shape = (multiplier, operands[0].shape[0], *_three(convolution.out, 1), channels)
+        operands.append(bias.astype(_sums(bias.dtype)).reshape(channels, multiplier).T)
+    shape = (*_multiplied(multiplier), operands[0].shape[0], *convolution.out, channels)
     code = np.int64(ACTIVATIONS.index(activation))
     y = _call("forward", shape, x.dtype, operands, convolution, activation=code)
-    return _to_y(y, convolution.batch(x.shape), convolution)
+    y = _last(y, multiplier).reshape(*convolution.batch(x.shape), *convolution.out, channels * multiplier)
+    return jnp.moveaxis(y, -1, convolution.layout.channels)
 
 
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype."""
     convolution = call.convolution
-    channels = kernel.shape[-2]
+    *_, channels, multiplier = kernel.shape
     operands = [_from_y(g, channels, convolution), _from_kernel(kernel)]
-    shape = (operands[0].shape[1], *_three(convolution.spatial, 1), channels)
+    batch = convolution.batch(g.shape)
+    shape = (math.prod(batch), *convolution.spatial, channels)
     dx = _call("input_grad", shape, g.dtype, operands, convolution)
-    dx = dx.reshape(*convolution.batch(g.shape), *convolution.spatial, channels)
-    return jnp.moveaxis(dx, -1, convolution.layout.channels)
+    return jnp.moveaxis(dx.reshape(*batch, *shape[1:]), -1, convolution.layout.channels)
 
 
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     """dw, in the dtype of the sums."""
     convolution = call.convolution
     channels = convolution.channels(x.shape)
+    multiplier = convolution.channels(g.shape) // channels
     operands = [_from_x(x, convolution), _from_y(g, channels, convolution)]
-    shape = (operands[1].shape[0], *_three(convolution.window.size, 1), channels)
-    dw = _call("kernel_grad", shape, _sums(x.dtype), operands, convolution)
-    return jnp.moveaxis(dw, 0, -1).reshape(*convolution.window.size, channels, shape[0])
+    size = (*convolution.window.size, channels)
+    dw = _call("kernel_grad", (*_multiplied(multiplier), *size), _sums(x.dtype), operands, convolution)
+    return _last(dw, multiplier).reshape(*size, multiplier)
 
 
 def _sums(dtype: Any) -> Any:
@@ -144,37 +147,38 @@ def _sums(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _three(values: Sequence[int], filling: int) -> tuple[int, ...]:
-    """Three values, one per spatial axis: those that are missing come first."""
-    return (*(filling,) * (3 - len(values)), *values)
+def _multiplied(multiplier: int) -> tuple[int, ...]:
+    """The axis of a channel's kernels, if it is there."""
+    return () if multiplier == 1 else (multiplier,)
+
+
+def _first(a: Array, multiplier: int) -> Array:
+    """a (..., C, M) as (M, ..., C), without M where it is 1."""
+    return a.reshape(a.shape[:-1]) if multiplier == 1 else jnp.moveaxis(a, -1, 0)
+
+
+def _last(a: Array, multiplier: int) -> Array:
+    """a (M, ..., C) as (..., C, M); where M is 1, it is left out of both."""
+    return a if multiplier == 1 else jnp.moveaxis(a, 0, -1)
 
 
 def _from_x(x: Array, convolution: Convolution) -> Array:
-    """x as (batch, *three spatial axes, C)."""
+    """x as (batch, *spatial, C)."""
     x = jnp.moveaxis(x, convolution.layout.channels, -1)
-    return x.reshape(math.prod(convolution.batch(x.shape)), *_three(convolution.spatial, 1), x.shape[-1])
+    return x.reshape(math.prod(convolution.batch(x.shape)), *convolution.spatial, x.shape[-1])
 
 
 def _from_kernel(kernel: Array) -> Array:
-    """A kernel (*window, C, M) as (M, *three window axes, C), in the dtype of the sums."""
-    *size, channels, multiplier = kernel.shape
-    kernel = jnp.moveaxis(kernel.astype(_sums(kernel.dtype)), -1, 0)
-    return kernel.reshape(multiplier, *_three(size, 1), channels)
+    """A kernel (*window, C, M) as (M, *window, C), in the dtype of the sums."""
+    return _first(kernel.astype(_sums(kernel.dtype)), kernel.shape[-1])
 
 
 def _from_y(y: Array, channels: int, convolution: Convolution) -> Array:
-    """A y or g as (M, batch, *three spatial axes, C)."""
+    """A y or g as (M, batch, *out, C)."""
     y = jnp.moveaxis(y, convolution.layout.channels, -1)
-    split = (channels, y.shape[-1] // channels)
-    y = y.reshape(math.prod(convolution.batch(y.shape)), *_three(convolution.out, 1), *split)
-    return jnp.moveaxis(y, -1, 0)
-
-
-def _to_y(y: Array, batch: Sequence[int], convolution: Convolution) -> Array:
-    """The inverse of _from_y."""
-    multiplier, *_, channels = y.shape
-    y = jnp.moveaxis(y, 0, -1).reshape(*batch, *convolution.out, channels * multiplier)
-    return jnp.moveaxis(y, -1, convolution.layout.channels)
+    shape = (math.prod(convolution.batch(y.shape)), *convolution.out, channels)
+    multiplier = y.shape[-1] // channels
+    return y.reshape(shape) if multiplier == 1 else _first(y.reshape(*shape, multiplier), multiplier)
 
 
 def _call(
@@ -190,9 +194,9 @@ def _call(
     call = jax.ffi.ffi_call(_target(direction), jax.ShapeDtypeStruct(shape, dtype), vmap_method="broadcast_all")
     return call(
         *operands,
-        stride=np.array(_three(window.strides, 1), np.int64),
-        low=np.array(_three([low for low, _ in window.padding], 0), np.int64),
-        dilation=np.array(_three(window.dilation, 1), np.int64),
+        stride=np.array(window.strides, np.int64),
+        low=np.array([low for low, _ in window.padding], np.int64),
+        dilation=np.array(window.dilation, np.int64),
         **attributes,
     )
 

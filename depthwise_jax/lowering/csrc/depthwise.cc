@@ -71,12 +71,17 @@ void relax() {
 #endif
 }
 
-// Where a thread of the pool that has done its part of a job stays for a moment, so that the next call, which mostly
-// follows at once, finds it awake: to wake a thread through the pool takes longer than a small layer.
+// Where a thread of the pool that has done its part of a job stays for a moment, so that a call that follows at once finds
+// it awake: to wake one through the pool takes as long as a small layer. Where none follows, as when XLA's own operations
+// stand between and need the thread, it goes back at once from then on, and is tried again once in a while.
 class Seat {
  public:
   // Waits on this thread for jobs while `job` is unfinished and a moment longer, and works on those that come.
   static void wait(std::shared_ptr<Job> job) {
+    if (patience_.load(std::memory_order_relaxed) < 0) {
+      patience_.fetch_add(1, std::memory_order_relaxed);
+      return;
+    }
     Seat* seat = nullptr;
     for (Seat& candidate : seats_) {
       int empty = kEmpty;
@@ -96,7 +101,10 @@ class Seat {
         const auto now = std::chrono::steady_clock::now();
         if (end == std::chrono::steady_clock::time_point{}) end = now + kMoment;
         int waiting = kWaiting;
-        if (now >= end && seat->state_.compare_exchange_strong(waiting, kEmpty)) return;
+        if (now >= end && seat->state_.compare_exchange_strong(waiting, kEmpty)) {
+          patience_.store(-kPause, std::memory_order_relaxed);
+          return;
+        }
       }
       while (seat->state_.load(std::memory_order_acquire) != kCalled) relax();
       job = std::move(seat->job_);
@@ -120,11 +128,14 @@ class Seat {
  private:
   enum State { kEmpty, kWaiting, kFilling, kCalled };
   static constexpr std::chrono::microseconds kMoment{20};
+  static constexpr int kPause = 16;
   static Seat seats_[16];
+  static std::atomic<int> patience_;
   alignas(64) std::atomic<int> state_{kEmpty};
   std::shared_ptr<Job> job_;
 };
 Seat Seat::seats_[16];
+std::atomic<int> Seat::patience_{0};
 
 // Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. This thread takes blocks like any
 // other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
@@ -395,8 +406,8 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
             tile.taps = across.taps;
             tile.step = across.step;
             tile.stride = across.stride;
-            tile.tap_offset = across.tap * channels;
-            tile.tap_pitch = across.tap_step * channels;
+            tile.tap_offset = across.tap * tile.pitch;
+            tile.tap_pitch = across.tap_step * tile.pitch;
             tile.y_pitch = across.pitch * channels;
             tile.column = across.column + j * across.stride;
             for (int h = 0; h < height; ++h) {

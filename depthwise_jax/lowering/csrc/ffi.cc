@@ -12,7 +12,7 @@ namespace depthwise {
 namespace {
 
 // Part of every symbol's name; native.py has the same number. Raised when shapes or attributes change their meaning.
-#define DEPTHWISE_ABI 1
+#define DEPTHWISE_ABI 2
 #define DEPTHWISE_NAME(name, abi) DEPTHWISE_NAME_(name, abi)
 #define DEPTHWISE_NAME_(name, abi) depthwise_jax_##name##_v##abi
 
@@ -48,37 +48,45 @@ ffi::ErrorOr<Dtype> dtype_of(ffi::DataType type) {
   }
 }
 
-// The geometry of x (*stack, batch, in..., C), w (*stack, M, window..., C), y (*stack, M, batch, out..., C).
+// The geometry of x (*stack, batch, in..., C), w (*stack, M, window..., C), y (*stack, M, batch, out..., C), with as many
+// spatial axes as the attributes have numbers, up to three. M may be left out of both w and y, and is 1 then.
 ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride, Attribute low,
                                    Attribute dilation) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y.dimensions();
   const std::string shapes = "x " + text(a) + ", w " + text(b) + ", y " + text(c);
   auto fail = [&](const std::string& what) { return ffi::Unexpected(invalid(what + "; got " + shapes)); };
-  if (a.size() < 5 || b.size() != a.size() || c.size() != a.size() + 1) {
-    return fail("expected x and w of one rank, at least 5, and y of one axis more");
+  const std::size_t axes = stride.size();
+  if (axes < 1 || axes > 3 || low.size() != axes || dilation.size() != axes) {
+    return fail("expected 1 to 3 strides and as many paddings and dilations");
   }
-  if (stride.size() != 3 || low.size() != 3 || dilation.size() != 3) return fail("expected 3 strides, paddings and dilations");
+  if (a.size() < axes + 2) return fail("expected x with batch, " + std::to_string(axes) + " spatial axes and channels");
+  const std::size_t stacked = a.size() - axes - 2, multiplied = c.size() == a.size() + 1 ? 1 : 0;
+  if (c.size() != a.size() + multiplied || b.size() != a.size() + multiplied - 1) {
+    return fail("expected w of an axis less than x and y of as many, or both of one more");
+  }
   Geometry g{};
   g.stack = 1;
-  const std::size_t stacked = a.size() - 5;
   for (std::size_t i = 0; i < stacked; ++i) {
     if (a[i] != b[i] || a[i] != c[i]) return fail("expected the same leading axes");
     g.stack *= a[i];
   }
-  g.multiplier = b[stacked];
+  g.multiplier = multiplied ? b[stacked] : 1;
   g.batch = a[stacked];
-  g.channels = a[stacked + 4];
-  if (c[stacked] != g.multiplier || c[stacked + 1] != g.batch || c[stacked + 5] != g.channels ||
-      b[stacked + 4] != g.channels) {
+  g.channels = a[a.size() - 1];
+  if ((multiplied && c[stacked] != g.multiplier) || c[stacked + multiplied] != g.batch || c[c.size() - 1] != g.channels ||
+      b[b.size() - 1] != g.channels) {
     return fail("expected the same multiplier, batch and channels");
   }
-  for (int i = 0; i < 3; ++i) {
-    g.in[i] = a[stacked + 1 + i];
-    g.window[i] = b[stacked + 1 + i];
-    g.out[i] = c[stacked + 2 + i];
-    g.stride[i] = stride[i];
-    g.low[i] = low[i];
-    g.dilation[i] = dilation[i];
+  for (std::size_t i = 0; i < 3; ++i) {
+    g.in[i] = g.out[i] = g.window[i] = g.stride[i] = g.dilation[i] = 1;  // the axes that are not there, which lead
+    if (i < 3 - axes) continue;
+    const std::size_t axis = i + axes - 3;
+    g.in[i] = a[stacked + 1 + axis];
+    g.window[i] = b[stacked + multiplied + axis];
+    g.out[i] = c[stacked + multiplied + 1 + axis];
+    g.stride[i] = stride[axis];
+    g.low[i] = low[axis];
+    g.dilation[i] = dilation[axis];
   }
   if (const char* what = problem(g)) return fail(what);
   return g;

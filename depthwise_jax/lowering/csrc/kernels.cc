@@ -62,6 +62,13 @@ struct Constant {
 // The first channel of the vector at c: vectors that would pass the end are moved back over their neighbours.
 inline Index vector_start(Index c, Index end, int lanes) { return c + lanes > end ? end - lanes : c; }
 
+// Whether a row of input that two rows of a tile need is read once for both: two rows of taps must fit into the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kMerge = true;
+#else
+constexpr bool kMerge = false;
+#endif
+
 // Of the columns that a tile reads, only as many as reach beyond the first or the last output may be outside.
 template <int Taps, int Stride, int Width>
 struct Columns {
@@ -90,22 +97,52 @@ void tile(const Tile& t) {
     }
     const Index x_offset = t.column * pitch + c * E::size;
     const Index tap_offset = (t.tap_offset + c) * static_cast<Index>(sizeof(A));
-    for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
-      V w[Taps];
+    auto load_taps = [&](const TapRow* row, V (&w)[Taps]) __attribute__((always_inline)) {
       UNROLL
       for (int k = 0; k < Taps; ++k) w[k] = load_vector<A, E::lanes>(row->taps + tap_offset + k * tap_pitch);
+    };
+    // Adds a row of input to the tile's rows h, times the taps of each.
+    auto add = [&](const char* x, auto... rows) __attribute__((always_inline)) {
+      x += x_offset;
       UNROLL
-      for (int h = 0; h < Height; ++h) {
-        if (!row->x[h]) continue;
-        const char* x = row->x[h] + x_offset;
+      for (int i = 0; i < columns.count; ++i) {
+        if (columns.outside(i)) continue;
+        const V v = E::load(x + i * pitch);
         UNROLL
-        for (int i = 0; i < columns.count; ++i) {
-          if (columns.outside(i)) continue;
-          const V v = E::load(x + i * pitch);
-          UNROLL
-          for (int k = 0; k < Taps; ++k) {
-            if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) sum[h][(i - k) / Stride] += v * w[k];
-          }
+        for (int k = 0; k < Taps; ++k) {
+          if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) ((sum[rows.h][(i - k) / Stride] += v * rows.w[k]), ...);
+        }
+      }
+    };
+    struct To {
+      int h;
+      const V* w;
+    };
+    if constexpr (Height == 2 && kMerge) {
+      // What a row of taps reads for the second row of the tile, the next one mostly reads for the first: once for both.
+      V w[2][Taps];  // a row of taps, and the one before
+      const char* second = nullptr;
+      const TapRow* row = t.rows;
+      for (Index r = 0; r < t.count; ++r, ++row) {
+        UNROLL
+        for (int k = 0; k < Taps; ++k) w[1][k] = w[0][k];
+        load_taps(row, w[0]);
+        if (second && second == row->x[0]) {
+          add(second, To{0, w[0]}, To{1, w[1]});
+        } else {
+          if (row->x[0]) add(row->x[0], To{0, w[0]});
+          if (second) add(second, To{1, w[1]});
+        }
+        second = row->x[1];
+      }
+      if (second) add(second, To{1, w[0]});
+    } else {
+      for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
+        V w[Taps];
+        load_taps(row, w);
+        UNROLL
+        for (int h = 0; h < Height; ++h) {
+          if (row->x[h]) add(row->x[h], To{h, w});
         }
       }
     }
@@ -151,7 +188,8 @@ void wide_tile(const Tile& t) {
       if (!t.rows[r].x[0]) continue;
       Index tap = 0;
       for (; tap + 8 <= t.taps; tap += 8) add(t.rows[r], tap, Constant<8>{});
-      for (; tap + 2 <= t.taps; tap += 2) add(t.rows[r], tap, Constant<2>{});
+      if (tap + 4 <= t.taps) add(t.rows[r], tap, Constant<4>{}), tap += 4;
+      if (tap + 2 <= t.taps) add(t.rows[r], tap, Constant<2>{}), tap += 2;
       if (tap < t.taps) add(t.rows[r], tap, Constant<1>{});
     }
     store_tile<E>(t, c, sum);
@@ -339,7 +377,8 @@ void general_grad(const Grad& t) {
 }
 
 // The registers hold a tile's sums, a row of taps and one vector of input: 32 registers, or 16. Few taps do few
-// multiplications with what they read, so that reading in few streams matters most; many taps reuse more in wide tiles.
+// multiplications with what they read, so that reading in few streams matters most; many taps reuse more in wide tiles, and
+// narrow floats have to be converted more seldom.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTall = 7;
 #define WIDE(kernel) SHAPE(kernel, 7, 2)
@@ -355,7 +394,7 @@ constexpr int kTall = 4;
 
 template <class E, int Taps, int Stride>
 struct Shapes {
-  static constexpr bool few = Taps < 5;
+  static constexpr bool few = Taps < 5 && E::size == sizeof(typename E::Sum);
   static constexpr TileShape tiles[] = {few ? TALL(tile) : WIDE(tile), few ? WIDE(tile) : TALL(tile), NARROW(tile, kTall),
                                         SHAPE(tile, 2, 2), ROWS(tile), {}};
   // Tiles may not overlap here, so the list goes down to the width 1, in one height and in single rows.
@@ -421,7 +460,11 @@ Kernels kernels(Dtype dtype) {
   switch (dtype) {
     // Doubles are for checks of derivatives: the general kernels serve them.
     case Dtype::f64: return {F64::lanes, none_for, none_for, kNone, Lists<F64>::general, general_grad<F64>};
+#if defined(__AVX2__) || defined(__aarch64__)
     case Dtype::f16: return kernels_of<F16>();
+#else  // without an instruction for it, converting takes all the time
+    case Dtype::f16: return {F16::lanes, none_for, none_for, kNone, Lists<F16>::general, general_grad<F16>};
+#endif
     case Dtype::bf16: return kernels_of<BF16>();
     default: return kernels_of<F32>();
   }

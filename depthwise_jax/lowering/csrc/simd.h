@@ -77,28 +77,60 @@ struct Full : ElementBase<Full<T>, T, T> {
 using F32 = Full<float>;
 using F64 = Full<double>;
 
+// The upper half of a float. Conversion is to the nearest, ties to even; what is no number stays none.
 struct BF16 : ElementBase<BF16, std::uint16_t, float> {
+#if defined(__AVX512F__)
+  // The words of a vector, moved to the upper halves of 32 bits and back: one instruction each.
+  static inline V load(const char* p) {
+    const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i from = _mm512_setr_epi32(0x00000, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000, 0x80000,
+                                           0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000);
+    return reinterpret_cast<V>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, words));
+  }
+  static inline __m256i narrow(V v) {
+    const __m512i bits = reinterpret_cast<__m512i>(v);
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+    const __mmask16 none = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, none, bits, _mm512_set1_epi32(0x400000));
+    const __m512i from = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0, 0,
+                                           0, 0, 0, 0, 0, 0);
+    return _mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(0xffff, from, rounded));
+  }
+  static inline void store(char* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+  static inline void stream(char* p, V v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+#elif defined(__AVX2__)
+  static inline V load(const char* p) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return reinterpret_cast<V>(_mm256_slli_epi32(words, 16));
+  }
+  static inline __m128i narrow(V v) {
+    const __m256i bits = reinterpret_cast<__m256i>(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256 value = reinterpret_cast<__m256>(v);
+    const __m256 quiet = _mm256_or_ps(value, reinterpret_cast<__m256>(_mm256_set1_epi32(0x400000)));
+    const __m256 kept = _mm256_blendv_ps(reinterpret_cast<__m256>(rounded), quiet, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i words = _mm256_srli_epi32(reinterpret_cast<__m256i>(kept), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  static inline void store(char* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+  static inline void stream(char* p, V v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+#else
   using U16 = VectorOf<std::uint16_t, lanes>::type;
   using U32 = VectorOf<std::uint32_t, lanes>::type;
   static inline V load(const char* p) {
     return reinterpret_cast<V>(__builtin_convertvector(load_vector<std::uint16_t, lanes>(p), U32) << 16);
   }
-  // To the nearest, ties to even; what is no number stays none.
   static inline U16 narrow(V v) {
     const U32 bits = reinterpret_cast<U32>(v);
     const U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     return __builtin_convertvector(((v == v) ? rounded : (bits | 0x400000u)) >> 16, U16);
   }
   static inline void store(char* p, V v) { store_vector<std::uint16_t, lanes>(p, narrow(v)); }
-  static inline void stream(char* p, V v) {
-#if defined(__AVX512F__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(v)));
-#elif defined(__AVX2__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v)));
-#else
-    store(p, v);
+  static inline void stream(char* p, V v) { store(p, v); }
 #endif
-  }
 };
 
 struct F16 : ElementBase<F16, std::uint16_t, float> {
