@@ -9,7 +9,8 @@ Estimated cycles are the compiler's and overstate: they are for comparing like w
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,10 @@ def layers() -> Iterator[Entry]:
                 yield entry(layer, direction, "2 batch x 2 channels", by, convolve, two, "channels")
 
 
-def networks(stages: Any, size: int, images: int) -> Iterator[Entry]:
+def networks(stages: Any, size: int, images: Sequence[int]) -> Iterator[Entry]:
     """The network's forward pass and training step, with batch and channels sharded, on v5e 2x2."""
 
-    def compiled(program: Callable[..., Any], plain: bool, axes: dict[str, int]) -> Figures:
+    def compiled(program: Callable[..., Any], plain: bool, axes: dict[str, int], images: int) -> Figures:
         mesh = make_mesh("v5e:2x2", **axes)
         model = MobileNetV2(plain=plain, constraint=None if plain else CONSTRAINT, stages=stages)
         function, arguments = program(model, images * axes["batch"], size, mesh)
@@ -76,15 +77,13 @@ def networks(stages: Any, size: int, images: int) -> Iterator[Entry]:
             return compile_for_tpu(function, *arguments)[-1]
 
     blocks = sum(stage[2] for stage in stages)
-    for axes in ({"batch": 4}, {"batch": 2, "channels": 2}):
+    shardings = {"batch": 4}, {"batch": 2, "channels": 2}
+    programs = {"forward": forward, "training step": training_step}
+    for axes, count, (name, program) in itertools.product(shardings, images, programs.items()):
         sharding = " x ".join(f"{n} {axis}" for axis, n in axes.items())
-        for name, program in (("forward", forward), ("training step", training_step)):
-            for by in ("ours", "flax"):
-                yield (
-                    f"MobileNetV2, {blocks} blocks, {name}, {sharding}",
-                    by,
-                    partial(compiled, program, by == "flax", axes),
-                )
+        for by in ("ours", "flax"):
+            label = f"MobileNetV2, {blocks} blocks, {name}, {sharding}, {count} images each"
+            yield label, by, partial(compiled, program, by == "flax", axes, count)
 
 
 def main() -> None:
@@ -92,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", choices=("none", "few", "all"), default="all", help="of the network")
     parser.add_argument("--size", type=int, default=96, help="height and width of the network's images")
-    parser.add_argument("--images", type=int, default=16, help="the network's images for each shard of the batch")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[16, 32], help="the network's images for each shard of the batch"
+    )
     parser.add_argument("--only", default="", help="the programs whose names contain this")
     parser.add_argument("--output", type=Path, help="file to write")
     arguments = parser.parse_args()
