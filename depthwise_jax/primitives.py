@@ -196,7 +196,8 @@ def _partitioned(ctx: mlir.LoweringRuleContext) -> tuple[int, ...]:
 
 def _typed(aval: Any) -> bool:
     """Whether a type says how its array is sharded."""
-    return all(kind == AxisType.Explicit for kind in aval.sharding.mesh.axis_types)
+    mesh = aval.sharding.mesh
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
 def _without_copies(
