@@ -1,7 +1,7 @@
 """Shows the kernel gradient of lax's depthwise convolution on a mesh of two axes, the batch sharded over one of them.
 
 Run as `python -m benchmarks.repeated_sum`. It prints the gradient's ratio to the single-device one: the size of the
-other axis, where 1 is right. It is why the table in depthwise_jax.lowering gives that gradient to `taps`.
+other axis, where 1 is right. It is why depthwise_jax.lowering.conv has another kernel gradient there.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ Estimated cycles are the compiler's and overstate: they are for comparing like w
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests_tpu.compiler import Figures, compile_for_tpu, make_mesh  # isort: ski
 import jax
 
 from tests.mobilenet import FEW_STAGES, STAGES, MobileNetV2
-from tests_tpu.layers import LAYERS, MAPS, compile_layer, ours, plain
+from tests_tpu.layers import LAYERS, MAPS, Layer, compile_layer, ours, plain
 from tests_tpu.network import CONSTRAINT, forward, training_step
 
 HEADER = ("program", "by", "est. cycles", "fusions", "copies", "collectives", "groups of", "temporary MB")
@@ -40,39 +41,49 @@ def row(program: str, by: str, figures: Figures) -> tuple[str, ...]:
     )
 
 
-def layers() -> Iterator[tuple[str, ...]]:
+# A line of the table before it is compiled: the program, by whom, and the compilation.
+Entry = tuple[str, str, Callable[[], Figures]]
+
+
+def layers() -> Iterator[Entry]:
     """Forward with bias and relu6, dx and dw of single layers, on v5e 2x2, over one mesh axis and over two."""
     one, two = make_mesh("v5e:2x2", batch=4), make_mesh("v5e:2x2", batch=2, channels=2)
     contestants: dict[str, Callable[..., Any]] = {"ours": ours, "lax": plain}
     with_taps = {**contestants, "taps": partial(ours, implementation="taps")}
+
+    def entry(layer: Layer, direction: str, sharding: str, by: str, *options: Any) -> Entry:
+        return f"{layer} {direction}, {sharding}", by, lambda: compile_layer(layer, direction, *options)[1]
+
     for layer in LAYERS:
         for direction in MAPS:
             for by, convolve in contestants.items():
-                yield row(f"{layer} {direction}, 4 batch", by, compile_layer(layer, direction, convolve, one)[1])
+                yield entry(layer, direction, "4 batch", by, convolve, one)
         # Here lax's gradient is wrong: its groups are of all four devices, and it counts each half of the batch twice.
         for by, convolve in with_taps.items():
-            figures = compile_layer(layer, "dw", convolve, two)[1]
-            yield row(f"{layer} dw, 2 batch of 2x2", by, figures)
+            yield entry(layer, "dw", "2 batch of 2x2", by, convolve, two)
         for direction in MAPS:
             for by, convolve in contestants.items():
-                figures = compile_layer(layer, direction, convolve, two, "channels")[1]
-                yield row(f"{layer} {direction}, 2 batch x 2 channels", by, figures)
+                yield entry(layer, direction, "2 batch x 2 channels", by, convolve, two, "channels")
 
 
-def networks(stages: Any, size: int, images: int) -> Iterator[tuple[str, ...]]:
+def networks(stages: Any, size: int, images: Sequence[int]) -> Iterator[Entry]:
     """The network's forward pass and training step, with batch and channels sharded, on v5e 2x2."""
-    for axes in ({"batch": 4}, {"batch": 2, "channels": 2}):
+
+    def compiled(program: Callable[..., Any], plain: bool, axes: dict[str, int], images: int) -> Figures:
         mesh = make_mesh("v5e:2x2", **axes)
+        model = MobileNetV2(plain=plain, constraint=None if plain else CONSTRAINT, stages=stages)
+        function, arguments = program(model, images * axes["batch"], size, mesh)
+        with jax.set_mesh(mesh):
+            return compile_for_tpu(function, *arguments)[-1]
+
+    blocks = sum(stage[2] for stage in stages)
+    shardings = {"batch": 4}, {"batch": 2, "channels": 2}
+    programs = {"forward": forward, "training step": training_step}
+    for axes, count, (name, program) in itertools.product(shardings, images, programs.items()):
         sharding = " x ".join(f"{n} {axis}" for axis, n in axes.items())
-        for name, program in (("forward", forward), ("training step", training_step)):
-            for by in ("ours", "flax"):
-                constraint = CONSTRAINT if by == "ours" else None
-                model = MobileNetV2(plain=by == "flax", constraint=constraint, stages=stages)
-                function, arguments = program(model, images * axes["batch"], size, mesh)
-                with jax.set_mesh(mesh):
-                    figures = compile_for_tpu(function, *arguments)[-1]
-                blocks = sum(stage[2] for stage in stages)
-                yield row(f"MobileNetV2, {blocks} blocks, {name}, {sharding}", by, figures)
+        for by in ("ours", "flax"):
+            label = f"MobileNetV2, {blocks} blocks, {name}, {sharding}, {count} images each"
+            yield label, by, partial(compiled, program, by == "flax", axes, count)
 
 
 def main() -> None:
@@ -80,7 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", choices=("none", "few", "all"), default="all", help="of the network")
     parser.add_argument("--size", type=int, default=96, help="height and width of the network's images")
-    parser.add_argument("--images", type=int, default=16, help="the network's images for each shard of the batch")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[16, 32], help="the network's images for each shard of the batch"
+    )
+    parser.add_argument("--only", default="", help="the programs whose names contain this")
     parser.add_argument("--output", type=Path, help="file to write")
     arguments = parser.parse_args()
     lines = []
@@ -93,10 +107,9 @@ def main() -> None:
     emit(f"| {' | '.join(HEADER)} |")
     emit("|---|---|" + "---:|" * 3 + "---|---|---:|")
     stages = {"few": FEW_STAGES, "all": STAGES}.get(arguments.blocks)
-    for cells in layers():
-        emit(f"| {' | '.join(cells)} |")
-    for cells in networks(stages, arguments.size, arguments.images) if stages else ():
-        emit(f"| {' | '.join(cells)} |")
+    for name, by, figures in (*layers(), *(networks(stages, arguments.size, arguments.images) if stages else ())):
+        if arguments.only in name:
+            emit(f"| {' | '.join(row(name, by, figures()))} |")
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n")
 

@@ -22,6 +22,7 @@ the name of a lowering or None.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from depthwise_jax import lowering, sharding
 from depthwise_jax.convolution import Convolution
@@ -111,8 +112,9 @@ def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) 
         arguments = (cotangent, other) if cotangent_first else (other, cotangent)
         result = bind(primitive, *arguments, dtype=aval.dtype, **params)
         # Under explicit sharding a cotangent is sharded as its operand is, which may differ from this result.
+        mesh = jax.typeof(result).sharding.mesh
         if jax.typeof(result).sharding.spec != aval.sharding.spec:
-            result = jax.sharding.reshard(result, aval.sharding)
+            result = jax.sharding.reshard(result, NamedSharding(mesh, aval.sharding.spec))
         return result
 
     return rule
@@ -156,15 +158,20 @@ def _lowering_rule(
     **params: Any,
 ) -> Any:
     avals: Sequence[Any] = ctx.avals_in
+    image = avals[0].shape[stacked:]
     specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals[:2]]
-    images = any(any(convolution.layout.spatial_shape(spec)) for spec in specs)
+    spatial = [convolution.layout.spatial_shape(spec) for spec in (specs if direction == "kernel_grad" else specs[:1])]
+    partitioned = _partitioned(ctx)
     call = lowering.Call(
         direction,
         convolution,
         platform,
         jnp.result_type(*(aval.dtype for aval in avals), dtype),
-        partitioned=_partitioned(ctx),
-        slabs=not (direction == "kernel_grad" and images) and lowering.has_slabs(avals[0].shape[stacked:], convolution),
+        partitioned=partitioned,
+        copies=bool(stacked) or not _without_copies(avals, specs, convolution, partitioned),
+        rows=any(rows for rows, *_ in spatial)
+        or (not _typed(avals[0]) and lowering.is_small(convolution.batch(image), math.prod(partitioned))),
+        slabs=not any(map(any, spatial)) and lowering.has_slabs(image, convolution),
         exported=ctx.module_context.lowering_parameters.for_export,
     )
     # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
@@ -185,6 +192,22 @@ def _partitioned(ctx: mlir.LoweringRuleContext) -> tuple[int, ...]:
     meshes = (aval.sharding.mesh for aval in avals)
     # A mesh that only the arguments of jit have (in_shardings) is not seen here.
     return next((_large(mesh.shape.values()) for mesh in meshes if not mesh.empty), (axes.num_devices, 1))
+
+
+def _typed(aval: Any) -> bool:
+    """Whether a type says how its array is sharded."""
+    mesh = aval.sharding.mesh
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def _without_copies(
+    avals: Sequence[Any], specs: Sequence[Sequence[Any]], convolution: Convolution, partitioned: tuple[int, ...]
+) -> bool:
+    """Whether the types of x and g shard both alike over all mesh axes, and one batch axis at most."""
+    x, g = specs
+    names = {name for entry in x for name in (entry if isinstance(entry, tuple) else (entry,))}
+    over = _large(size for name, size in avals[0].sharding.mesh.shape.items() if name in names)
+    return x == g and over == partitioned and not any(convolution.batch(x)[1:])
 
 
 def _large(sizes: Iterable[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,47 @@ def test_kernel_gradient_of_conv_over_two_axes(batch: int, spec: P) -> None:
     with jax.set_mesh(mesh):
         result = dw(x, w, g)
     assert_close(result, case.oracle.kernel_grad(np.cos(widest(x)), np.cos(widest(g))), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "plain"),
+    [
+        (P(("a", "b")), True),
+        (P("b", None, None, "a"), True),
+        (P("a", "b"), True),
+        (P(None, ("a", "b")), True),
+        (P("a"), False),
+        (P("b", None, None, None), False),
+    ],
+    ids=str,
+)
+def test_kernel_gradient_of_conv_by_the_types_of_its_operands(spec: P, plain: bool) -> None:
+    # Where they leave no mesh axis over, nothing is counted twice, and the gradient is that of one device.
+    case = Case("typed", (8, 8, 6, 4), (3, 3, 4, 2), {"strides": (1, 2), "padding": "same"})
+    x, w, g = case.operands()
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        dw = jax.jit(maps(case.conv("conv"))["dw"]).lower(typed(mesh, x, spec), w, typed(mesh, g, spec))
+        assert (re.search(r"lhs_dilate = \[[^]]*[2-9]", dw.as_text()) is None) == plain
+        result = dw.compile()(typed(mesh, x, spec), w, typed(mesh, g, spec))
+    assert_close(result, case.oracle.kernel_grad(x, g), 1e-5)
+
+
+@pytest.mark.parametrize("spec", [P("a", "b"), P(None, ("a", "b")), P(("a", "b"))], ids=str)
+def test_kernel_gradient_of_conv_with_two_batch_axes(spec: P) -> None:
+    # Merged, the axes are sharded as no single one can be, and the compiler may hold copies again.
+    case = Case("two-batch-axes", (8, 6, 5, 4), (3, 3, 4, 1))
+    x, w, g = case.operands()
+    shape = lambda a: a.reshape(4, 2, *a.shape[1:])  # noqa: E731
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    if spec == P(None, ("a", "b")):
+        shape = lambda a: a.reshape(1, 8, *a.shape[1:])  # noqa: E731
+    elif spec == P(("a", "b")):
+        shape = lambda a: a.reshape(8, 1, *a.shape[1:])  # noqa: E731
+    with jax.set_mesh(mesh):
+        xs, gs = (typed(mesh, shape(a), spec) for a in (x, g))
+        dw = jax.jit(maps(case.conv("conv"))["dw"])(xs, w, gs)
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
 
 
 def test_conv_refuses_what_has_no_slabs_over_two_axes(explicit: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -87,6 +88,8 @@ def compile_layer(
 ) -> tuple[str, Figures]:
     """The lowered text and the figures of one map of a layer, followed by its bias and relu6 in the forward pass.
 
+    The compiler chooses the layouts of x, y and their gradients, as it does within a network.
+
     Args:
         layer: the layer.
         direction: one of MAPS.
@@ -94,20 +97,20 @@ def compile_layer(
         mesh: its axis "batch" shards the batch.
         channels: the mesh axis that shards the channels, if any.
     """
-    image, kernel = P("batch", None, None, channels), P(None, None, channels, None)
-    x, w, b, g = (
-        sharded(a, spec, mesh) for a, spec in zip(layer.shapes, (image, kernel, P(channels), image), strict=True)
-    )
+    specs = P("batch", None, None, channels), P(None, None, channels, None), P(channels)
+    x, w, b, g = (sharded(a, spec, mesh) for a, spec in zip(layer.shapes, (*specs, specs[0]), strict=True))
+    image, kernel, bias = (NamedSharding(mesh, spec) for spec in specs)
+    image = Format(Layout.AUTO, image)
 
     def conv(x: Array, w: Array) -> Array:
         return convolve(x, w, layer.stride)
 
-    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...], P]] = {
-        "forward": (lambda x, w, b: jax.nn.relu6(conv(x, w) + b), (x, w, b), image),
-        "dx": (lambda w, g: jax.linear_transpose(lambda x: conv(x, w), layer.shapes[0])(g)[0], (w, g), image),
-        "dw": (lambda x, g: jax.linear_transpose(lambda w: conv(x, w), layer.shapes[1])(g)[0], (x, g), kernel),
+    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], Any]] = {
+        "forward": (lambda x, w, b: jax.nn.relu6(conv(x, w) + b), (x, w, b), (image, kernel, bias), image),
+        "dx": (lambda w, g: jax.linear_transpose(lambda x: conv(x, w), x)(g)[0], (w, g), (kernel, image), image),
+        "dw": (lambda x, g: jax.linear_transpose(lambda w: conv(x, w), w)(g)[0], (x, g), (image, image), kernel),
     }
-    program, arguments, result = programs[direction]
+    program, arguments, given, result = programs[direction]
     with jax.set_mesh(mesh):
-        text, _, figures = compile_for_tpu(program, *arguments, out_shardings=NamedSharding(mesh, result))
+        text, _, figures = compile_for_tpu(program, *arguments, in_shardings=given, out_shardings=result)
     return text, figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import pytest
 from jax.sharding import Mesh
@@ -46,7 +45,8 @@ def test_nothing_is_added_to_lax(layer: Layer, direction: str, one_axis: Mesh) -
         assert figures.fusions <= expected.fusions
         assert figures.copies <= expected.copies
     assert figures.temporaries <= expected.temporaries
-    assert (figures.arguments, figures.outputs) == (expected.arguments, expected.outputs)
+    assert figures.arguments <= expected.arguments
+    assert figures.outputs <= expected.outputs
 
 
 @pytest.mark.parametrize("channels", [None, "channels"])
@@ -67,8 +67,13 @@ def test_the_kernel_gradient_of_lax_counts_replicas(two_axes: Mesh) -> None:
     assert figures.groups == {4}
 
 
-@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3]], ids=str)
-def test_the_kernel_gradient_on_two_mesh_axes_costs_no_more_than_half_the_taps(layer: Layer, two_axes: Mesh) -> None:
-    _, figures = compile_layer(layer, "dw", ours, two_axes)
-    _, taps = compile_layer(layer, "dw", partial(ours, implementation="taps"), two_axes)
-    assert figures.cycles < taps.cycles / 2
+@pytest.mark.parametrize("channels", [None, "channels"])
+@pytest.mark.parametrize("layer", LAYERS[:5], ids=str)
+def test_the_kernel_gradient_on_two_mesh_axes_costs_a_tenth_more_at_most(
+    layer: Layer, channels: str | None, two_axes: Mesh
+) -> None:
+    _, figures = compile_layer(layer, "dw", ours, two_axes, channels)
+    _, expected = compile_layer(layer, "dw", plain, two_axes, channels)
+    assert figures.cycles <= 1.1 * expected.cycles
+    assert figures.copies == 0
+    assert figures.temporaries <= expected.temporaries

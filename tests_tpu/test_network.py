@@ -41,10 +41,10 @@ class Built:
     figures: Figures
 
 
-def build(program: Callable[..., Program], name: str) -> Built:
+def build(program: Callable[..., Program], name: str, plain: bool = False) -> Built:
     topology, axes, stages = MESHES[name]
     mesh = make_mesh(topology, **axes)
-    model = MobileNetV2(constraint=CONSTRAINT, stages=stages)
+    model = MobileNetV2(plain=plain, constraint=None if plain else CONSTRAINT, stages=stages)
     function, arguments = program(model, IMAGES_PER_SHARD * axes["batch"], SIZE, mesh)
     with jax.set_mesh(mesh):
         text, compiled, figures = compile_for_tpu(function, *arguments)
@@ -110,3 +110,13 @@ def test_training(training: Built) -> None:
         *zip(jax.tree.leaves(training.arguments[1]), jax.tree.leaves(moments), strict=True),
     ):
         assert new.is_equivalent_to(old.sharding, old.ndim), (old, new)
+
+
+@pytest.mark.parametrize("program", [forward, training_step])
+@pytest.mark.parametrize("name", ["v5e 2x2, batch", "v5e 4x4, batch", "v5e 16x16 on 64 hosts, batch"])
+def test_nothing_is_added_to_flax(name: str, program: Callable[..., Program]) -> None:
+    own, expected = build(program, name).figures, build(program, name, plain=True).figures
+    assert own.collectives == expected.collectives
+    assert own.groups == expected.groups
+    for figure in ("cycles", "fusions", "copies", "arguments", "outputs", "temporaries"):
+        assert getattr(own, figure) <= getattr(expected, figure), figure

@@ -8,6 +8,7 @@ serve a call, or None.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,3 +164,8 @@ def computation_dtype(call: Call, choice: Choice) -> Any:
 def has_slabs(shape: Sequence[int], convolution: Convolution) -> bool:
     """Whether the batch of an x or y of this shape is known, so that it can be cut into slabs."""
     return all(isinstance(n, int) for n in convolution.batch(shape))
+
+
+def is_small(batch: Sequence[int], devices: int) -> bool:
+    """Whether a batch of this shape is known, and cannot be cut into as many equal parts as there are devices."""
+    return all(isinstance(n, int) for n in batch) and math.prod(batch) % devices != 0

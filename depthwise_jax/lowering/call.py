@@ -22,6 +22,10 @@ class Call:
         dtype: one that holds the operands and the result.
         partitioned: the sizes of the mesh axes, of more than one device each, over which the compiler partitions the
             program (under automatic or explicit sharding; not in shard_map); (devices, 1) if those are unknown.
+        copies: whether several devices may hold the same part of an operand; not where the types shard both over all of
+            those axes.
+        rows: whether the first spatial axis is sharded: as the operands' types say or, where they do not, if the
+            devices cannot share the batch equally.
         slabs: whether the batch can be cut into slabs without cutting an image: its size is known, and no spatial axis
             is known to be sharded.
         exported: whether the program is exported, to run where this package may not be installed.
@@ -32,6 +36,8 @@ class Call:
     platform: str
     dtype: Any
     partitioned: tuple[int, ...] = ()
+    copies: bool = True
+    rows: bool = False
     slabs: bool = True
     exported: bool = False
 

@@ -18,7 +18,7 @@ from depthwise_jax.lowering.call import Call
 
 def refusal(call: Call) -> str | None:
     """Why lax's convolution cannot serve a call, or None."""
-    if call.direction == "kernel_grad" and len(call.partitioned) > 1:
+    if call.direction == "kernel_grad" and _counts_copies(call):
         # kernel_grad has the details.
         reason = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"
         if not call.slabs:
@@ -79,12 +79,17 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     convolution, devices = call.convolution, math.prod(call.partitioned)
     channels = convolution.channels(x.shape)
     kernel = jax.ShapeDtypeStruct((*convolution.window.size, channels, 1), x.dtype)
-    if len(call.partitioned) > 1:
-        parts = [_slab_gradients(x, part, convolution, devices).sum(0) for part in _single(g, channels, convolution)]
+    if _counts_copies(call):
+        parts = [_summed_over_slabs(x, part, convolution, devices) for part in _single(g, channels, convolution)]
     else:
         transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
         parts = [transpose(part)[0] for part in _single(g, channels, convolution)]
     return lax.concatenate(parts, kernel.ndim - 1)
+
+
+def _counts_copies(call: Call) -> bool:
+    """Whether XLA's own kernel gradient may be multiplied; over one mesh axis what is sharded has no copies."""
+    return len(call.partitioned) > 1 and call.copies
 
 
 def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
@@ -96,12 +101,12 @@ def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
     return [lax.index_in_dim(split, m, axis=axis, keepdims=False) for m in range(multiplier)]
 
 
-def _slab_gradients(x: Array, g: Array, convolution: Convolution, devices: int) -> Array:
-    """The kernel gradients of slabs of the batch, (slabs, *window, C, 1), summed in float32 for narrower floats.
+def _summed_over_slabs(x: Array, g: Array, convolution: Convolution, devices: int) -> Array:
+    """The sum of the kernel gradients of slabs of the batch, (*window, C, 1), in float32 for narrower floats.
 
-    It is one convolution in which the slabs are a spatial axis. Over S slabs a window of S, in steps of S - 1, of which
-    the input has S - 1 zeros between neighbours, meets slab i of x with slab i of g alone: XLA knows this as a batch
-    axis, computes no more than that, and partitions it without communication.
+    They are one convolution in which the slabs are a spatial axis. Over S slabs a window of S, in steps of S - 1, of
+    which the input has S - 1 zeros between neighbours, meets slab i of x with slab i of g alone: XLA knows this as a
+    batch axis, computes no more than that, and partitions it without communication.
 
     Args:
         x: (*batch, *spatial, C), or channels first.
@@ -110,13 +115,13 @@ def _slab_gradients(x: Array, g: Array, convolution: Convolution, devices: int) 
         devices: over how many devices the compiler partitions the program.
     """
     window, layout = convolution.window, convolution.layout
-    channels = convolution.channels(x.shape)
-    x, g = (a.reshape(-1, *a.shape[a.ndim - window.rank - 1 :]) for a in (x, g))
+    channels, rank = convolution.channels(x.shape), window.rank
+    x, g = (a.reshape(-1, *a.shape[a.ndim - rank - 1 :]) for a in (x, g))
     # XLA takes an axis of one or two slabs for another kind of axis: there are at least three.
     missing = max(0, 3 - x.shape[0])
     x, g = (lax.pad(a, jnp.zeros((), a.dtype), [(0, missing, 0), *[(0, 0, 0)] * (a.ndim - 1)]) for a in (x, g))
     slabs = _slabs(x.shape[0], devices)
-    names = "DHW"[-window.rank :]
+    x, g = (a.reshape(slabs, -1, *a.shape[1:]) for a in (x, g))
     padding = [
         (low, (k - 1) * d + (o - 1) * s + 1 - low - n)  # so much, or so little, that there are k outputs
         for k, s, d, (low, _), n, o in zip(
@@ -129,26 +134,25 @@ def _slab_gradients(x: Array, g: Array, convolution: Convolution, devices: int) 
             strict=True,
         )
     ]
+    # The images of a slab are what is summed over, and the channels are the batch. The slabs are the last of the
+    # spatial axes: that is next to the images, where they are in memory, and the TPU compiler copies neither x nor g.
+    image = (x.ndim + layout.channels, 1, *(x.ndim + axis for axis in layout.spatial), 0)
     gradients = lax.conv_general_dilated(
-        x.reshape(slabs, -1, *x.shape[1:]),
-        g.reshape(slabs, -1, *g.shape[1:]),
-        window_strides=(slabs - 1, *window.dilation),
-        padding=[(0, 0), *padding],
-        lhs_dilation=(slabs, *(1,) * window.rank),
-        rhs_dilation=(1, *window.strides),
-        # The images of a slab are what is summed over, and the channels are the batch.
-        dimension_numbers=(
-            "".join(("S", *layout.arrange("C", names, "N"))),
-            "".join(("S", *layout.arrange("I", names, "O"))),
-            "S" + names + "NC",
-        ),
+        x,
+        g,
+        window_strides=(*window.dilation, slabs - 1),
+        padding=[*padding, (0, 0)],
+        lhs_dilation=(*(1,) * rank, slabs),
+        rhs_dilation=(*window.strides, 1),
+        dimension_numbers=lax.ConvDimensionNumbers(image, image, (rank + 1, rank + 2, *range(rank + 1))),
         batch_group_count=channels,
         precision=convolution.precision,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
         if jnp.issubdtype(x.dtype, jnp.floating)
         else None,
     )
-    return gradients.reshape(slabs, *window.size, channels, 1)
+    # The barrier keeps XLA from moving the reshape behind what follows, the optimizer's arithmetic in two layouts.
+    return lax.optimization_barrier(gradients.sum(rank)).reshape(*window.size, channels, 1)
 
 
 def _slabs(batch: int, devices: int) -> int:

@@ -12,6 +12,7 @@ Inside, every array has its channels split as (C, M), so that each map is a sum 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +49,7 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
     convolution, layout = call.convolution, call.convolution.layout
     x = _split(x, layout, convolution.channels(x.shape))
     taps = _window_taps(convolution)
-    read = _reader(x, layout, taps, convolution.out, convolution.window.strides)
+    read = _reader(x, layout, taps, convolution.out, convolution.window.strides, call)
 
     def product(tap: Tap) -> Array:
         position, starts = tap
@@ -61,29 +62,29 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype.
 
-    Along an axis of stride s, the input positions i with (i + low) % s = r form phase r. Each phase meets its own taps,
-    those with t*d % s = r, at stride one; the phases are computed apart and interleaved, so no dilated g is ever made.
+    Along an axis of stride s, the input positions i with i % s = p form phase p. Each phase meets its own taps, those
+    with (p + low - t*d) % s = 0, at stride one; the phases are computed apart and interleaved, so no dilated g is ever
+    made.
     """
     convolution = call.convolution
     window, layout = convolution.window, convolution.layout
     *_, channels, multiplier = kernel.shape
     g = _split(g, layout, channels)
-    # Phases cover i + low from 0 for whole strides; what lies before and behind the input is cut off at the end.
-    counts = [
-        -(-(low + n) // s) for n, (low, _), s in zip(convolution.spatial, window.padding, window.strides, strict=True)
-    ]
+    counts = [-(-n // s) for n, s in zip(convolution.spatial, window.strides, strict=True)]
     spatial_axes = _spatial_axes(g.ndim, layout)
     multiplier_axis = _channel_axes(g.ndim, layout)[1]
 
-    def phase(residues: tuple[int, ...]) -> Array:
+    def phase(phases: tuple[int, ...]) -> Array:
         taps = [
-            _phase_taps(k, d, s, r)
-            for k, d, s, r in zip(window.size, window.dilation, window.strides, residues, strict=True)
+            _phase_taps(k, d, s, p + low)
+            for k, d, s, p, (low, _) in zip(
+                window.size, window.dilation, window.strides, phases, window.padding, strict=True
+            )
         ]
         if not all(positions for positions, _ in taps):
             lead = g.shape[: g.ndim - window.rank - 2]
             return jnp.zeros(layout.arrange(lead, counts, channels, 1), g.dtype)
-        read = _reader(g, layout, taps, counts, (1,) * window.rank)
+        read = _reader(g, layout, taps, counts, (1,) * window.rank, call)
 
         def product(tap: Tap) -> Array:
             position, starts = tap
@@ -93,20 +94,20 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
 
         return _sum(taps, product)
 
-    def interleave(residues: tuple[int, ...]) -> Array:
-        if len(residues) == window.rank:
-            return phase(residues)
-        parts = [interleave((*residues, r)) for r in range(window.strides[len(residues)])]
+    def interleave(phases: tuple[int, ...]) -> Array:
+        if len(phases) == window.rank:
+            return phase(phases)
+        parts = [interleave((*phases, p)) for p in range(window.strides[len(phases)])]
         if len(parts) == 1:
             return parts[0]
-        axis = spatial_axes[len(residues)]
+        axis = spatial_axes[len(phases)]
         shape = list(parts[0].shape)
         shape[axis] *= len(parts)
         return jnp.stack(parts, axis=axis + 1).reshape(shape)
 
     dx = interleave(())
-    for axis, n, (low, _) in zip(spatial_axes, convolution.spatial, window.padding, strict=True):
-        dx = lax.slice_in_dim(dx, low, low + n, axis=axis)
+    for axis, n in zip(spatial_axes, convolution.spatial, strict=True):
+        dx = lax.slice_in_dim(dx, 0, n, axis=axis)
     return _merge(dx, layout)
 
 
@@ -128,7 +129,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     batch = math.prod(convolution.batch(g.shape))
     x, g = (_split(a.reshape(batch, *a.shape[a.ndim - window.rank - 1 :]), layout, channels) for a in (x, g))
     taps = _window_taps(convolution)
-    read = _reader(x, layout, taps, convolution.out, window.strides)
+    read = _reader(x, layout, taps, convolution.out, window.strides, call)
     rows_axis = _spatial_axes(g.ndim, layout)[0]
     rows = convolution.out[0]
     images = _divisor(batch, _SLABS)
@@ -170,9 +171,9 @@ def _window_taps(convolution: Convolution) -> list[AxisTaps]:
 
 
 def _phase_taps(k: int, d: int, s: int, r: int) -> AxisTaps:
-    """The taps t with t*d % s = r, every s / gcd(d, s), and where position 0 of the phase reads g through each."""
+    """The taps t with (r - t*d) % s = 0, every s / gcd(d, s), and where position r, the phase's first, reads g."""
     step = s // math.gcd(d, s)
-    first = next((t for t in range(min(k, step)) if t * d % s == r), k)
+    first = next((t for t in range(min(k, step)) if (r - t * d) % s == 0), k)
     positions = range(first, k, step)
     start, shift = (r - first * d) // s, step * d // s
     return positions, range(start, start - len(positions) * shift, -shift)
@@ -214,7 +215,7 @@ def _sum(taps: Sequence[AxisTaps], term: Callable[[Tap], Array]) -> Array:
 
 
 def _reader(
-    array: Array, layout: Layout, taps: Sequence[AxisTaps], counts: Sequence[int], steps: Sequence[int]
+    array: Array, layout: Layout, taps: Sequence[AxisTaps], counts: Sequence[int], steps: Sequence[int], call: Call
 ) -> Callable[[Sequence[Index]], tuple[Array, Array | None]]:
     """A function that reads `counts` positions, `steps` apart, from the starts of one of the taps.
 
@@ -223,17 +224,30 @@ def _reader(
     axes = _spatial_axes(array.ndim, layout)
     lows = [min(*starts, 0) for _, starts in taps]
     ends = [max(starts) + (count - 1) * step + 1 for (_, starts), count, step in zip(taps, counts, steps, strict=True)]
-    padding = [(0, 0, 0)] * array.ndim
-    for axis, low, end in zip(axes, lows, ends, strict=True):
-        padding[axis] = (-low, max(0, end - array.shape[axis]), 0)
-    padded = lax.pad(array, jnp.zeros((), array.dtype), padding)
+
+    def pad(array: Array, first: int) -> Array:
+        padding = [(0, 0, 0)] * array.ndim
+        for axis, low, end in [*zip(axes, lows, ends, strict=True)][first:]:
+            padding[axis] = (-low, max(0, end - array.shape[axis]), 0)
+        return lax.pad(array, jnp.zeros((), array.dtype), padding)
+
+    padded = pad(array, 0)
+
+    @functools.cache
+    def shifted(start: int) -> Array:
+        rows = _shift(array, axes[0], start, counts[0], steps[0])
+        # The barrier keeps XLA's CPU compiler from padding again for each tap.
+        return lax.optimization_barrier(pad(rows, 1))
 
     def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
-        part, inside = padded, None
+        # Of sharded rows, slices of one padded array would send more than the halo, and more on more devices.
+        apart = call.rows and isinstance(starts[0], int)
+        part, inside = shifted(starts[0]) if apart else padded, None
         for axis, start, low, end, count, step in zip(axes, starts, lows, ends, counts, steps, strict=True):
             n, span = array.shape[axis], (count - 1) * step + 1
             if isinstance(start, int):
-                part = lax.slice_in_dim(part, start - low, start - low + span, step, axis)
+                if not (apart and axis == axes[0]):
+                    part = lax.slice_in_dim(part, start - low, start - low + span, step, axis)
                 within = start >= 0 and start + span <= n
             else:
                 part = lax.dynamic_slice_in_dim(part, start - low, span, axis)
@@ -247,6 +261,21 @@ def _reader(
         return part, inside
 
     return read
+
+
+def _shift(array: Array, axis: int, start: int, count: int, step: int) -> Array:
+    """`count` positions, `step` apart, from `start`, zeros outside the array: of sharded rows only the halo moves."""
+    offset, phase = divmod(start, step)
+    zero = jnp.zeros((), array.dtype)
+
+    def pad(array: Array, low: int, high: int) -> Array:
+        return lax.pad(array, zero, [(low, high, 0) if a == axis else (0, 0, 0) for a in range(array.ndim)])
+
+    if step > 1:
+        array = pad(array, 0, -array.shape[axis] % step)
+        array = array.reshape(*array.shape[:axis], -1, step, *array.shape[axis + 1 :])
+        array = lax.index_in_dim(array, phase, axis + 1, keepdims=False)
+    return pad(array, -offset, offset + count - array.shape[axis])
 
 
 def _weights(kernel: Array, position: Sequence[Index], ndim: int, layout: Layout) -> Array:
