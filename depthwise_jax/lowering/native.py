@@ -6,9 +6,9 @@ picks the instruction set when it is loaded, or takes the one that the environme
 says why, and the other lowerings serve.
 
 The kernels know one form: channels last, and a channel's M kernels outermost in kernel and y; axes that stand elsewhere
-are moved. Where M is 1 that axis is left out, so that nothing stands between a program's arrays and the call: XLA copies
-narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once; the kernel
-and its gradient are float32 throughout.
+are moved. Where M is 1 that axis is left out, so that nothing stands between a program's arrays and the call: XLA
+copies narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once;
+the kernel and its gradient are float32 throughout.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def fused(x: Array, kernel: Array, bias: Array | None = None, *, activation: str
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype."""
     convolution = call.convolution
-    *_, channels, multiplier = kernel.shape
+    channels = kernel.shape[-2]
     operands = [_from_y(g, channels, convolution), _from_kernel(kernel)]
     batch = convolution.batch(g.shape)
     shape = (math.prod(batch), *convolution.spatial, channels)
