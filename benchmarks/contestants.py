@@ -171,8 +171,8 @@ def _unrolled(function: Callable[..., Any], length: int = CHAIN) -> Callable[...
         operand, result = second, None
         for _ in range(length):
             result = function(first, operand, *rest)
-            # tanh is dear enough that XLA computes it once, apart from the sum. Fused with the element, the sum would be
-            # taken for a pass over the whole result, and XLA would wake its threads for it.
+            # tanh is dear enough that XLA computes it once, apart from the sum. Fused with the element, the sum would
+            # be taken for a pass over the whole result, and XLA would wake its threads for it.
             operand = second + (_TINY * jnp.tanh(_first(result))).astype(second.dtype)
         return result
 
