@@ -279,7 +279,7 @@ def measure(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
     jax.jit(lambda x: x + 1).lower(1.0).compile()  # what only the first compilation of a process pays
     compilations: dict[str, list[float]] = {name: [] for name in makers}
     trainings: dict[str, Any] = {}
-    for _ in range(2):
+    for _ in range(4):
         for name, make in makers.items():
             jax.clear_caches()
             trainings[name] = make()

@@ -6,11 +6,13 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <iterator>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -34,8 +36,9 @@ Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 // caches what the one before it left there; who is done takes what the others have not begun.
 class Job {
  public:
-  Job(Index blocks, Index threads, const std::function<void(Index)>& block)
-      : blocks_(blocks), threads_(threads), block_(&block), parts_(new Part[threads]) {
+  // `block` refers to a function that is alive while a block is left.
+  Job(Index blocks, Index threads, std::function<void(Index)> block)
+      : blocks_(blocks), threads_(threads), block_(std::move(block)), parts_(new Part[threads]) {
     for (Index t = 0; t < threads; ++t) {
       parts_[t].next = t * blocks / threads;
       parts_[t].end = (t + 1) * blocks / threads;
@@ -46,7 +49,7 @@ class Job {
     Index finished = 0;
     for (Index t = 0; t < threads_; ++t) {
       Part& part = parts_[(own + t) % threads_];
-      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) (*block_)(i);
+      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) block_(i);
     }
     if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
   }
@@ -61,7 +64,7 @@ class Job {
   };
   std::atomic<Index> helpers_{0}, done_{0};
   const Index blocks_, threads_;
-  const std::function<void(Index)>* block_;  // alive while a block is left
+  const std::function<void(Index)> block_;
   std::unique_ptr<Part[]> parts_;
 };
 
@@ -139,13 +142,14 @@ std::atomic<int> Seat::patience_{0};
 
 // Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. This thread takes blocks like any
 // other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
-void parallel_for(Pool& pool, Index n, const std::function<void(Index)>& f) {
+template <class F>
+void parallel_for(Pool& pool, Index n, const F& f) {
   const Index threads = std::min<Index>(pool.threads(), n);
   if (threads <= 1) {
     for (Index i = 0; i < n; ++i) f(i);
     return;
   }
-  auto job = std::make_shared<Job>(n, threads, f);
+  auto job = std::make_shared<Job>(n, threads, std::cref(f));
   for (Index t = 1; t < threads; ++t) {
     if (Seat::call(job)) continue;
     pool.schedule([job] {
@@ -348,6 +352,7 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
     // The outputs of the phases that fall into the block. Tiles of all phases of the last axis have one height.
     auto first_of = [](const Phase& phase, Index row) { return std::max<Index>(ceil_div(row - phase.first, phase.pitch), 0); };
     std::vector<TapRow> tap_rows;
+    tap_rows.reserve(std::min<Index>(summed * g.window[0] * g.window[1], 64));
     const Phase& plane = depths[depth % depths.size()];
     for (const Phase& phase : heights) {
       const Index begin = first_of(phase, row_begin), end = std::min(first_of(phase, row_end), phase.count);
