@@ -120,7 +120,7 @@ void tile(const Tile& t) {
     };
     if constexpr (Height == 2 && kMerge) {
       // What a row of taps reads for the second row of the tile, the next one mostly reads for the first: once for both.
-      V w[2][Taps];  // a row of taps, and the one before
+      V w[2][Taps] = {};  // a row of taps, and the one before
       const char* second = nullptr;
       const TapRow* row = t.rows;
       for (Index r = 0; r < t.count; ++r, ++row) {
