@@ -152,11 +152,6 @@ def _multiplied(multiplier: int) -> tuple[int, ...]:
     return () if multiplier == 1 else (multiplier,)
 
 
-def _first(a: Array, multiplier: int) -> Array:
-    """a (..., C, M) as (M, ..., C), without M where it is 1."""
-    return a.reshape(a.shape[:-1]) if multiplier == 1 else jnp.moveaxis(a, -1, 0)
-
-
 def _last(a: Array, multiplier: int) -> Array:
     """a (M, ..., C) as (..., C, M); where M is 1, it is left out of both."""
     return a if multiplier == 1 else jnp.moveaxis(a, 0, -1)
@@ -169,16 +164,17 @@ def _from_x(x: Array, convolution: Convolution) -> Array:
 
 
 def _from_kernel(kernel: Array) -> Array:
-    """A kernel (*window, C, M) as (M, *window, C), in the dtype of the sums."""
-    return _first(kernel.astype(_sums(kernel.dtype)), kernel.shape[-1])
+    """A kernel (*window, C, M) as (M, *window, C), or (*window, C) where M is 1, in the dtype of the sums."""
+    kernel = kernel.astype(_sums(kernel.dtype))
+    return kernel.reshape(kernel.shape[:-1]) if kernel.shape[-1] == 1 else jnp.moveaxis(kernel, -1, 0)
 
 
 def _from_y(y: Array, channels: int, convolution: Convolution) -> Array:
-    """A y or g as (M, batch, *out, C)."""
+    """A y or g as (M, batch, *out, C), or (batch, *out, C) where M is 1."""
     y = jnp.moveaxis(y, convolution.layout.channels, -1)
     shape = (math.prod(convolution.batch(y.shape)), *convolution.out, channels)
     multiplier = y.shape[-1] // channels
-    return y.reshape(shape) if multiplier == 1 else _first(y.reshape(*shape, multiplier), multiplier)
+    return y.reshape(shape) if multiplier == 1 else jnp.moveaxis(y.reshape(*shape, multiplier), -1, 0)
 
 
 def _call(

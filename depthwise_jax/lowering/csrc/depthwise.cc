@@ -491,7 +491,7 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
 
     const char* x_base = static_cast<const char*>(x) + kernel / g.multiplier * g.batch * x_image;
     const char* g_base = static_cast<const char*>(cotangent) + kernel * planes * g.out[1] * g_row;
-    // Row `read` of the input under tap `tap` of axis 0 at plane `at` of the cotangent; null outside.
+    // The plane of the input under a tap of axis 0 at a plane of the cotangent, and its row likewise; null outside.
     auto plane_under = [&](Index at, Index tap) -> const char* {
       const Index position = at % g.out[0] * g.stride[0] + tap * g.dilation[0] - g.low[0];
       return position < 0 || position >= g.in[0] ? nullptr : x_base + at / g.out[0] * x_image + position * x_plane;
