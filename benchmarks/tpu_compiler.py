@@ -18,9 +18,10 @@ from typing import Any
 from tests_tpu.compiler import Figures, compile_for_tpu, make_mesh  # isort: skip  # sets the environment of libtpu
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from tests.mobilenet import FEW_STAGES, STAGES, MobileNetV2
-from tests_tpu.layers import LAYERS, MAPS, Layer, compile_layer, ours, plain
+from tests_tpu.layers import LAYERS, MAPS, Layer, compile_layer, ours, plain, told
 from tests_tpu.network import CONSTRAINT, forward, training_step
 
 HEADER = ("program", "by", "est. cycles", "fusions", "copies", "collectives", "groups of", "temporary MB")
@@ -62,16 +63,17 @@ def layers() -> Iterator[Entry]:
         for by, convolve in with_taps.items():
             yield entry(layer, "dw", "2 batch of 2x2", by, convolve, two)
         for direction in MAPS:
-            for by, convolve in contestants.items():
+            for by, convolve in {"ours": ours, "ours, in_sharding": told, "lax": plain}.items():
                 yield entry(layer, direction, "2 batch x 2 channels", by, convolve, two, "channels")
 
 
 def networks(stages: Any, size: int, images: Sequence[int]) -> Iterator[Entry]:
     """The network's forward pass and training step, with batch and channels sharded, on v5e 2x2."""
 
-    def compiled(program: Callable[..., Any], plain: bool, axes: dict[str, int], images: int) -> Figures:
-        mesh = make_mesh("v5e:2x2", **axes)
-        model = MobileNetV2(plain=plain, constraint=None if plain else CONSTRAINT, stages=stages)
+    def compiled(program: Callable[..., Any], by: str, axes: dict[str, int], images: int) -> Figures:
+        mesh, plain = make_mesh("v5e:2x2", **axes), by == "flax"
+        spec = P("batch", None, None, "channels") if by == "ours, in_sharding" else None
+        model = MobileNetV2(plain=plain, constraint=None if plain else CONSTRAINT, stages=stages, in_sharding=spec)
         function, arguments = program(model, images * axes["batch"], size, mesh)
         with jax.set_mesh(mesh):
             return compile_for_tpu(function, *arguments)[-1]
@@ -81,9 +83,9 @@ def networks(stages: Any, size: int, images: Sequence[int]) -> Iterator[Entry]:
     programs = {"forward": forward, "training step": training_step}
     for axes, count, (name, program) in itertools.product(shardings, images, programs.items()):
         sharding = " x ".join(f"{n} {axis}" for axis, n in axes.items())
-        for by in ("ours", "flax"):
+        for by in ("ours", "ours, in_sharding", "flax") if "channels" in axes else ("ours", "flax"):
             label = f"MobileNetV2, {blocks} blocks, {name}, {sharding}, {count} images each"
-            yield label, by, partial(compiled, program, by == "flax", axes, count)
+            yield label, by, partial(compiled, program, by, axes, count)
 
 
 def main() -> None:

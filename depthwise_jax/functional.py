@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def depthwise_conv(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
+    in_sharding: PartitionSpec | None = None,
 ) -> Array:
     """Convolves each input channel with its own kernels; no channels are mixed.
 
@@ -58,6 +59,10 @@ def depthwise_conv(
         preferred_element_type: the result's dtype, at least as wide as what JAX promotes the operands to, which it is
             by default.
         implementation: "conv", "taps" or "native" to insist on a lowering; None chooses one (see explain).
+        in_sharding: how x is sharded over the mesh that `jax.set_mesh` has set. Say it on a mesh of several automatic
+            axes, where it is not known otherwise and the gradients have to allow for every sharding. An x that is
+            sharded differently is moved, and the kernel's channels are sharded as those of x. Without a mesh it says
+            nothing.
 
     Returns:
         `(*batch, *out, C*M)`, or `(*batch, C*M, *out)` with channels_first, in the dtype that the operands promote to.
@@ -82,7 +87,18 @@ def depthwise_conv(
     bias = _checked_bias(bias, kernel.shape[-2] * kernel.shape[-1], "C*M")
     dtype = _result_dtype(preferred_element_type, x, kernel, bias)
     return _convolve(
-        x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation, bias, function
+        x,
+        kernel,
+        layout,
+        strides,
+        padding,
+        dilation_rate,
+        precision,
+        dtype,
+        implementation,
+        in_sharding,
+        bias,
+        function,
     )
 
 
@@ -100,6 +116,7 @@ def separable_conv(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
+    in_sharding: PartitionSpec | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
     """A depthwise convolution, then a pointwise one that mixes the channels: a matrix product over the channel axis.
@@ -112,6 +129,7 @@ def separable_conv(
         strides, padding, data_format, dilation_rate: as in depthwise_conv, for its half.
         activation: applied last; nothing stands between the two halves.
         precision, preferred_element_type, implementation: as in depthwise_conv; the first two hold for both halves.
+        in_sharding: as in depthwise_conv.
         out_sharding: the result's sharding, needed under explicit sharding when the channels are sharded, since the sum
             over them may end sharded in more ways than one.
 
@@ -138,7 +156,7 @@ def separable_conv(
         )
     bias = _checked_bias(bias, pointwise.shape[-1], "F")
     dtype = _result_dtype(preferred_element_type, x, kernel, pointwise, bias)
-    y = _convolve(x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation)
+    y = _convolve(x, kernel, layout, strides, padding, dilation_rate, precision, dtype, implementation, in_sharding)
     y = _pointwise(y, pointwise.reshape(pointwise.shape[-2:]).astype(dtype), layout, precision, out_sharding)
     return _finish(y, bias, function, layout)
 
@@ -242,6 +260,12 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
+def check_in_sharding(in_sharding: PartitionSpec | None) -> None:
+    """Raises TypeError unless `in_sharding` is None or a PartitionSpec."""
+    if in_sharding is not None and not isinstance(in_sharding, PartitionSpec):
+        raise TypeError(f"in_sharding must be None or a jax.sharding.PartitionSpec; got {in_sharding!r}")
+
+
 def _geometry(
     shape: Sequence[int],
     kernel: Any,
@@ -276,6 +300,7 @@ def _convolve(
     precision: lax.PrecisionLike,
     dtype: Any,
     implementation: str | None,
+    in_sharding: PartitionSpec | None,
     bias: Array | None = None,
     activation: activations.Activation | None = None,
 ) -> Array:
@@ -285,12 +310,41 @@ def _convolve(
         amounts = layout.arrange([(0, 0)] * (x.ndim - layout.rank - 1), input_padding.amounts, (0, 0))
         x = jnp.pad(x, amounts, mode=input_padding.mode)
     bind = functools.partial(primitives.bind, convolution=convolution, dtype=dtype, implementation=implementation)
+    if in_sharding is not None:
+        bind = _with_sharding(bind, x.ndim, in_sharding, layout)
     known = jnp.issubdtype(dtype, jnp.floating) and (activation is not None or bias is not None)
     fused = next((name for function, name in _FUSED if known and function is activation), None)
     if fused is None:
         return _finish(bind(primitives.conv_p, x, kernel), bias, activation, layout)
     operands = (x, kernel) if bias is None else (x, kernel, bias)
     return bind(primitives.conv_fused_p, *operands, activation=fused)
+
+
+def _with_sharding(bind: Callable[..., Array], ndim: int, x: PartitionSpec, layout: Layout) -> Callable[..., Array]:
+    """The same under explicit mesh axes, so that types say to the primitives and their gradients what is sharded."""
+    check_in_sharding(x)
+    if len(x) > ndim:
+        raise ValueError(f"in_sharding must have at most an entry for each of the {ndim} axes of x; got {x}")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return bind
+    entries = (*x, *(None,) * (ndim - len(x)))
+    names = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))} - {None}
+    if not names.isdisjoint(mesh.manual_axes) or not names <= {*mesh.axis_names}:
+        raise ValueError(
+            f"in_sharding must name automatic or explicit axes of the mesh, which has the axes {mesh.axis_names}, of "
+            f"which {mesh.manual_axes} are manual (inside shard_map, where x is a shard already); got {x}"
+        )
+    axes = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    channels = entries[layout.channels]
+    specs = x, PartitionSpec(*(None,) * layout.rank, channels, None), PartitionSpec(channels)
+
+    def under_explicit_axes(primitive: Any, *operands: Array, **params: Any) -> Array:
+        bound = functools.partial(bind, primitive, **params)
+        typed: Any = jax.sharding.explicit_axes(bound, axes=axes, in_sharding=specs[: len(operands)])
+        return typed(*operands)
+
+    return under_explicit_axes
 
 
 def _pointwise(

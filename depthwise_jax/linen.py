@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from depthwise_jax import introspect, regularizers, settings, spec
@@ -31,7 +32,7 @@ class _Layer(nn.Module):
         x = jnp.asarray(x)
         shapes = self._spec.shapes(x.shape)
         values = {p.name: _value(self, p, shapes[p.name], self._spec.param_dtype) for p in self._spec.parameters}
-        y = self._spec(x, values)
+        y = self._spec(x, values, sharded=not self.is_initializing())
         if self.is_mutable_collection("losses") and not self.is_initializing():
             for parameter in self._spec.parameters:
                 if parameter.regularizer is not None:
@@ -127,7 +128,7 @@ class _DepthwiseConv(_Layer):
         dtype: the dtype of the computation; None promotes the input and the parameters.
         param_dtype: the dtype of the parameters.
         precision: as in `jax.lax.conv_general_dilated`.
-        implementation: as in `depthwise_conv`.
+        implementation, in_sharding: as in `depthwise_conv`; the example input of `init` need not be sharded so.
 
     Under nn.scan and nn.vmap the collection "losses" must be among the lifted ones for penalties to be sown.
 
@@ -154,6 +155,7 @@ class _DepthwiseConv(_Layer):
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
     implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
 
 
 class DepthwiseConv1D(_DepthwiseConv):
@@ -224,6 +226,7 @@ class _SeparableConv(_Layer):
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
     implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
 
 
 class SeparableConv1D(_SeparableConv):

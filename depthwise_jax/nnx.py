@@ -14,6 +14,7 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import unflatten_dict
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from depthwise_jax import introspect, regularizers, settings, spec
@@ -152,6 +153,7 @@ class _DepthwiseConv(_Layer):
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
     implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
     kernel: nnx.Param[Array] = dataclasses.field(init=False)
     bias: nnx.Param[Array] | None = dataclasses.field(init=False)
     _: dataclasses.KW_ONLY
@@ -230,6 +232,7 @@ class _SeparableConv(_Layer):
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
     implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
     depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
     pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
     bias: nnx.Param[Array] | None = dataclasses.field(init=False)

@@ -1,5 +1,6 @@
 """The layers' contract, written once for every kind of module: arguments, checks, shapes, losses, configuration."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,13 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 
 from depthwise_jax import activations, constraints, initializers, regularizers
-from depthwise_jax.functional import check_implementation, depthwise_conv, hashable_precision, separable_conv
+from depthwise_jax.functional import (
+    check_implementation,
+    check_in_sharding,
+    depthwise_conv,
+    hashable_precision,
+    separable_conv,
+)
 from depthwise_jax.initializers import Initializer
 from depthwise_jax.layout import DATA_FORMATS, Layout
 from depthwise_jax.registry import closest
@@ -113,6 +120,7 @@ class Spec:
             raise TypeError("param_dtype must be a floating dtype; got None")
         hashable_precision(arguments["precision"])
         check_implementation(arguments["implementation"])
+        check_in_sharding(arguments["in_sharding"])
 
     def values(self) -> dict[str, Any]:
         """The arguments by name, each as a plain value that can be compared and hashed: configurations as objects."""
@@ -166,12 +174,13 @@ class Spec:
             "bias": (self.filters,),
         }
 
-    def __call__(self, x: Array, values: Mapping[str, Array]) -> Array:
+    def __call__(self, x: Array, values: Mapping[str, Array], sharded: bool = True) -> Array:
         """The layer's output.
 
         Args:
             x: the input.
             values: the parameters' values by name.
+            sharded: whether x is sharded as `in_sharding` says; an example input for shapes or parameters need not be.
 
         Returns:
             What `depthwise_conv` or `separable_conv` returns, computed in `dtype`; without a `dtype`, in the dtype to
@@ -187,6 +196,7 @@ class Spec:
             activation=self.arguments["activation"],
             precision=self.arguments["precision"],
             implementation=self.arguments["implementation"],
+            in_sharding=self.arguments["in_sharding"] if sharded else None,
         )
 
     def activity_loss(self, y: Array) -> Array:
@@ -220,7 +230,8 @@ class Spec:
         shapes = self.shapes(known)
         dtype = self.dtype or self.param_dtype
         values = {p.name: jax.ShapeDtypeStruct(shapes[p.name], dtype) for p in self.parameters}
-        output = list(jax.eval_shape(self, jax.ShapeDtypeStruct(tuple(known), dtype), values).shape)
+        call = functools.partial(self, sharded=False)
+        output = list(jax.eval_shape(call, jax.ShapeDtypeStruct(tuple(known), dtype), values).shape)
         for axis, size in enumerate(sizes):
             if size is None and not (self.separable and axis - len(sizes) == self.layout.channels):
                 output[axis] = None
@@ -241,7 +252,7 @@ class Spec:
             raise ValueError(
                 f"padding={self.arguments['padding']!r} has no Keras configuration; 'valid' and 'same' have"
             )
-        for argument in ("precision", "implementation"):
+        for argument in ("precision", "implementation", "in_sharding"):
             if self.arguments[argument] is not None:
                 raise ValueError(f"{argument}={self.arguments[argument]!r} has no Keras configuration; None has")
         config = {

@@ -26,6 +26,7 @@ class MobileNetV2(nn.Module):
         constraint: the constraint of the depthwise kernels, without `plain`.
         dtype: of the computation; parameters are float32.
         stages: STAGES, or fewer.
+        in_sharding: how the depthwise convolutions' inputs are sharded, without `plain`.
     """
 
     classes: int = 1000
@@ -33,6 +34,7 @@ class MobileNetV2(nn.Module):
     constraint: Any = None
     dtype: Any = jnp.bfloat16
     stages: tuple[tuple[int, int, int, int], ...] = STAGES
+    in_sharding: P | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -51,7 +53,8 @@ class MobileNetV2(nn.Module):
             if self.plain:
                 layer = nn.Conv(channels, (3, 3), (stride, stride), feature_group_count=channels, **options)
             else:
-                layer = DepthwiseConv2D(3, stride, "same", depthwise_constraint=self.constraint, **options)
+                options |= {"depthwise_constraint": self.constraint, "in_sharding": self.in_sharding}
+                layer = DepthwiseConv2D(3, stride, "same", **options)
             return norm(name, layer(x))
 
         x = nn.relu6(conv("stem", 32, jnp.asarray(x, self.dtype), 3, 2))

@@ -97,6 +97,13 @@ def test_conv_over_one_axis(case: Case, sharded: str) -> None:
     check_depthwise(case, "conv", sharded, make_mesh(AxisType.Auto, sharded, axes=1))
 
 
+@pytest.mark.parametrize("sharded", ALL_REDUCES)
+@pytest.mark.parametrize("case", [*CASES[4:8], FIRST], ids=str)
+def test_in_sharding(case: Case, sharded: str) -> None:
+    told = case.conv(in_sharding=specs(case, sharded)[0])
+    check_depthwise(case, None, sharded, make_mesh(AxisType.Auto, sharded), told)
+
+
 @pytest.mark.parametrize("sharded", ["batch", "channels", "batch+channels"])
 @pytest.mark.parametrize("case", [*CASES[4:8], FIRST], ids=str)
 def test_shard_map(case: Case, sharded: str) -> None:

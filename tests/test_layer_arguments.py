@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from depthwise_jax import linen
 from tests.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv1D, SeparableConv2D
@@ -119,6 +120,7 @@ def test_integers_of_numpy_and_sequences_are_accepted(value):
         ({"param_dtype": "int8"}, TypeError, ["param_dtype", "int8"]),
         ({"implementation": "tapes"}, ValueError, ["implementation", "'tapes'", "'taps'"]),
         ({"precision": "hihg"}, ValueError, ["precision", "'hihg'"]),
+        ({"in_sharding": ("b",)}, TypeError, ["in_sharding", "PartitionSpec", "('b',)"]),
     ],
 )
 def test_invalid_arguments_fail_at_construction(kwargs, error, parts):
@@ -297,6 +299,7 @@ def test_configurations_that_are_refused(config, error, parts):
         (DepthwiseConv2D(3, dtype="float64"), ["dtype", "float64", "float32"]),
         (DepthwiseConv2D(3, precision="highest"), ["precision", "highest"]),
         (DepthwiseConv2D(3, implementation="conv"), ["implementation", "conv"]),
+        (DepthwiseConv2D(3, in_sharding=PartitionSpec("b")), ["in_sharding", "'b'"]),
     ],
 )
 def test_what_keras_has_no_word_for_is_not_serialized(layer, parts):

@@ -74,9 +74,14 @@ def plain(x: Array, kernel: Array, stride: int) -> Array:
     )
 
 
-def ours(x: Array, kernel: Array, stride: int, implementation: str | None = None) -> Array:
+def ours(x: Array, kernel: Array, stride: int, **options: Any) -> Array:
     """The convolution as this package has it."""
-    return depthwise_conv(x, kernel, strides=stride, padding="same", implementation=implementation)
+    return depthwise_conv(x, kernel, strides=stride, padding="same", **options)
+
+
+def told(x: Array, kernel: Array, stride: int) -> Array:
+    """The same with batch and channels sharded, which it is told."""
+    return ours(x, kernel, stride, in_sharding=P("batch", None, None, "channels"))
 
 
 def compile_layer(

@@ -77,14 +77,18 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     gradient as depthwise.
     """
     convolution, devices = call.convolution, math.prod(call.partitioned)
-    channels = convolution.channels(x.shape)
-    kernel = jax.ShapeDtypeStruct((*convolution.window.size, channels, 1), x.dtype)
+    channels, size = convolution.channels(x.shape), convolution.window.size
     if _counts_copies(call):
         parts = [_summed_over_slabs(x, part, convolution, devices) for part in _single(g, channels, convolution)]
     else:
+        kernel = jax.ShapeDtypeStruct((*size, channels, 1), x.dtype)
         transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
-        parts = [transpose(part)[0] for part in _single(g, channels, convolution)]
-    return lax.concatenate(parts, kernel.ndim - 1)
+        parts = [transpose(part)[0].reshape(*size, 1, channels) for part in _single(g, channels, convolution)]
+    if len(call.partitioned) > 1:
+        # (*window, 1, C) is how XLA has them. Where shardings are stated besides, it would move the reshape behind what
+        # follows, the optimizer's arithmetic in two layouts.
+        parts = lax.optimization_barrier(parts)
+    return lax.concatenate([part.reshape(*size, channels, 1) for part in parts], len(size) + 1)
 
 
 def _counts_copies(call: Call) -> bool:
@@ -102,7 +106,7 @@ def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
 
 
 def _summed_over_slabs(x: Array, g: Array, convolution: Convolution, devices: int) -> Array:
-    """The sum of the kernel gradients of slabs of the batch, (*window, C, 1), in float32 for narrower floats.
+    """The sum of the kernel gradients of slabs of the batch, (*window, 1, C), in float32 for narrower floats.
 
     They are one convolution in which the slabs are a spatial axis. Over S slabs a window of S, in steps of S - 1, of
     which the input has S - 1 zeros between neighbours, meets slab i of x with slab i of g alone: XLA knows this as a
@@ -151,8 +155,7 @@ def _summed_over_slabs(x: Array, g: Array, convolution: Convolution, devices: in
         if jnp.issubdtype(x.dtype, jnp.floating)
         else None,
     )
-    # The barrier keeps XLA from moving the reshape behind what follows, the optimizer's arithmetic in two layouts.
-    return lax.optimization_barrier(gradients.sum(rank)).reshape(*window.size, channels, 1)
+    return gradients.sum(rank)
 
 
 def _slabs(batch: int, devices: int) -> int:
