@@ -36,8 +36,9 @@ Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 // caches what the one before it left there; who is done takes what the others have not begun.
 class Job {
  public:
-  // `block` refers to a function that is alive while a block is left.
-  Job(Index blocks, Index threads, std::function<void(Index)> block)
+  // `block`, called with a block and with a number of the thread's own below `threads`, refers to a function that is alive
+  // while a block is left.
+  Job(Index blocks, Index threads, std::function<void(Index, Index)> block)
       : blocks_(blocks), threads_(threads), block_(std::move(block)), parts_(new Part[threads]) {
     for (Index t = 0; t < threads; ++t) {
       parts_[t].next = t * blocks / threads;
@@ -49,7 +50,7 @@ class Job {
     Index finished = 0;
     for (Index t = 0; t < threads_; ++t) {
       Part& part = parts_[(own + t) % threads_];
-      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) block_(i);
+      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) block_(i, own);
     }
     if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
   }
@@ -64,7 +65,7 @@ class Job {
   };
   std::atomic<Index> helpers_{0}, done_{0};
   const Index blocks_, threads_;
-  const std::function<void(Index)> block_;
+  const std::function<void(Index, Index)> block_;
   std::unique_ptr<Part[]> parts_;
 };
 
@@ -140,13 +141,13 @@ class Seat {
 Seat Seat::seats_[16];
 std::atomic<int> Seat::patience_{0};
 
-// Calls f(0) ... f(n - 1), on this thread and on those of the pool that come in time. This thread takes blocks like any
+// Calls f(0, thread) ... f(n - 1, thread), on this thread and on those of the pool that come in time. This thread takes blocks like any
 // other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
 template <class F>
 void parallel_for(Pool& pool, Index n, const F& f) {
   const Index threads = std::min<Index>(pool.threads(), n);
   if (threads <= 1) {
-    for (Index i = 0; i < n; ++i) f(i);
+    for (Index i = 0; i < n; ++i) f(i, 0);
     return;
   }
   auto job = std::make_shared<Job>(n, threads, std::cref(f));
@@ -217,14 +218,14 @@ std::vector<Phase> phases(const Problem& p, int axis) {
 // Relative time per output of a tile with so many sums in flight: fewer leave the multipliers idle.
 double overhead(int sums) { return sums >= 14 ? 1.0 : sums >= 7 ? 1.1 : sums >= 4 ? 1.3 : sums >= 3 ? 1.5 : 3.0; }
 
-// The shapes to choose from for a phase of the last axis.
-const TileShape* shapes_for(const Kernels& kernels, const Phase& phase, Index columns, Index channels) {
-  if (channels < kernels.lanes || (phase.step != 1 && phase.taps != 1)) return kernels.general;
+// The shapes to choose from for a phase of the last axis, for at least as many channels as a vector has; null if none fits.
+const TileShape* shapes_for(const TileKernels& kernels, const Phase& phase, Index columns) {
+  if (phase.step != 1 && phase.taps != 1) return nullptr;
   if (phase.column + phase.taps - 1 >= 0 && phase.column + (phase.count - 1) * phase.stride < columns) {
-    const TileShape* shapes = kernels.tiles(phase.taps, phase.stride);
+    const TileShape* shapes = kernels.certain(phase.taps, phase.stride);
     if (shapes->kernel) return shapes;
   }
-  return phase.taps >= 6 && phase.stride == 1 && kernels.wide->kernel ? kernels.wide : kernels.general;
+  return phase.taps >= 6 && phase.stride == 1 && kernels.wide->kernel ? kernels.wide : nullptr;
 }
 
 // The best of `shapes` of a height for `count` outputs in each of `rows` rows, and its cost; null if there is none. Tiles
@@ -262,6 +263,61 @@ void advise(void* p, Index bytes) {
 #endif
 }
 
+// The rows or columns that outputs of several phases read, of so many that there are.
+struct Reach {
+  Index first, end = 0;
+  const Index all;
+  explicit Reach(Index n) : first(n), all(n) {}
+  void add(const Phase& phase, Index begin, Index stop) {
+    if (begin >= stop || !phase.taps) return;
+    first = std::min(first, std::max<Index>(phase.column + begin * phase.stride, 0));
+    end = std::max(end, std::min(phase.column + (stop - 1) * phase.stride + (phase.taps - 1) * phase.step + 1, all));
+  }
+  Index count() const { return std::max<Index>(end - first, 0); }
+};
+
+// At least so many bytes that begin with a cache's line. Each thread keeps its own for the next call: new memory would have
+// to be made first.
+char* staging(Index bytes) {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  static thread_local std::vector<Line> lines;
+  if (static_cast<Index>(lines.size() * sizeof(Line)) < bytes) lines.resize(bytes / sizeof(Line) + 1);
+  return reinterpret_cast<char*>(lines.data());
+}
+
+// How a block of rows, of any image and any channels, is cut into tiles.
+struct Plan {
+  struct Plane {
+    Index position, tap;
+  };
+  // The tiles of a phase of the last axis, left to right.
+  struct Run {
+    const TileShape* shape;
+    Index begin, end, next;
+  };
+  // The rows that one row of tiles covers, and what is read for them.
+  struct Band {
+    const Phase* phase;
+    Index row;
+    int height;
+    std::size_t first_run, first_tap_row, tap_rows;
+  };
+  Index cut = -1, y = 0;  // y: where the block's plane begins
+  std::vector<Plane> planes;
+  Index first_row = 0, rows = 0, first_column = 0, columns = 0;  // that are read of each plane
+  std::vector<Run> runs;  // one for each phase of the last axis, for each phase of the one before
+  std::vector<Band> bands;
+  std::vector<TapRow> tap_rows;
+  Index chunk = 0, staged = 0;  // channels staged at a time, and bytes
+};
+
+// Narrow floats are converted once, ahead of the tiles, where each is read for so many taps.
+constexpr Index kStagedTaps = 25;
+// What a thread stages at a time, unless one vector of channels is more.
+constexpr Index kStagedBytes = Index{256} << 10;
+
 Kernels kernels_for(Dtype dtype, Index channels);
 
 void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, const void* bias, Activation activation,
@@ -281,6 +337,21 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   const Index w_row = g.window[2] * channels * sum_size, w_plane = g.window[1] * w_row;
   const Index x_bytes = images_read * x_image, y_bytes = images * y_image;
 
+  // The shapes for each phase of the last axis, and whether the input is staged for them.
+  std::vector<const TileShape*> shapes(columns.size(), kernels.general);
+  bool staged = kernels.stage && channels >= kernels.lanes && (g.window[2] >= 5 || taps >= kStagedTaps);
+  auto find_shapes = [&](const TileKernels& tiles) {
+    bool all = true;
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+      const TileShape* found = columns[i].taps ? shapes_for(tiles, columns[i], p.in[2]) : kernels.general;
+      shapes[i] = found ? found : kernels.general;
+      all &= found != nullptr;
+    }
+    return all;
+  };
+  staged = staged && find_shapes(kernels.staged);
+  if (!staged && channels >= kernels.lanes) find_shapes(kernels.direct);
+
   // Blocks: an image's rows, a few at a time; if there is one row only, columns; and channels if that is not enough.
   const Index vectors = ceil_div(channels, kernels.lanes);
   const Index work = g.stack * g.multiplier * g.batch * g.out[0] * g.out[1] * g.out[2] * vectors * taps;
@@ -297,6 +368,7 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
       block_columns = ceil_div(block_columns, 2);
     }
     block_columns = ceil_div(block_columns, 14) * 14;
+    if (staged) block_columns = std::min<Index>(block_columns, 1120);  // what is staged of a long row has a bound too
   }
   const Index column_blocks = ceil_div(p.out[2], block_columns);
   Index block_channels = channels;
@@ -312,111 +384,160 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
                       reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
   advise(y, y_bytes);
 
-  auto block = [&](Index index) {
-    const Index channel_block = index % channel_blocks;
-    index /= channel_blocks;
-    const Index column_block = index % column_blocks;
-    index /= column_blocks;
-    const Index row_block = index % row_blocks;
-    index /= row_blocks;
-    const Index depth = index % p.out[0], image = index / p.out[0];
-    // The kernel of an image of y, and the image that is read for it; of several, each of which is summed, the first.
-    const Index stack = image / g.batch / (p.transposed ? 1 : g.multiplier);
-    const Index kernel = p.transposed ? stack * g.multiplier : image / g.batch;
-    const char* x_base = static_cast<const char*>(x) + (stack * g.batch * summed + image % g.batch) * x_image;
-    const char* w_base = static_cast<const char*>(w) + kernel * taps * channels * sum_size;
-    char* y_base = static_cast<char*>(y) + image * y_image + depth * y_plane;
-
-    Tile tile{};
-    tile.columns = p.in[2];
-    tile.pitch = channels;
-    tile.begin = channel_block * block_channels;
-    tile.end = channel_block + 1 == channel_blocks ? channels : tile.begin + block_channels;
-    if (bias) tile.bias = static_cast<const char*>(bias) + kernel * channels * sum_size;
-    tile.activation = activation;
-    tile.stream = stream;
-
-    const Index column_begin = column_block * block_columns;
-    const Index row_begin = row_block * rows, row_end = std::min(row_begin + rows, p.out[1]);
-    // The tiles of a phase of the last axis, left to right.
-    struct Run {
-      const TileShape *shapes, *shape;
-      Index begin, next, end;
-    };
-    std::vector<Run> runs(columns.size());
-    for (std::size_t i = 0; i < columns.size(); ++i) {
-      runs[i].shapes = shapes_for(kernels, columns[i], p.in[2], channels);
-      runs[i].begin = column_begin;
-      runs[i].end = std::min(column_begin + block_columns, columns[i].count);
-    }
-    // The outputs of the phases that fall into the block. Tiles of all phases of the last axis have one height.
-    auto first_of = [](const Phase& phase, Index row) { return std::max<Index>(ceil_div(row - phase.first, phase.pitch), 0); };
-    std::vector<TapRow> tap_rows;
-    tap_rows.reserve(std::min<Index>(summed * g.window[0] * g.window[1], 64));
+  // How the images are cut is the same for all of them, and for all channels.
+  const Index cuts = column_blocks * row_blocks * p.out[0];
+  auto plan = [&](Index cut) {
+    Plan plan;
+    plan.cut = cut;
+    const Index column_begin = cut % column_blocks * block_columns;
+    const Index row_begin = cut / column_blocks % row_blocks * rows, row_end = std::min(row_begin + rows, p.out[1]);
+    const Index depth = cut / column_blocks / row_blocks;
     const Phase& plane = depths[depth % depths.size()];
+    plan.y = depth * y_plane;
+    for (Index a = 0; a < plane.taps; ++a) {
+      const Index position = plane.column + depth / static_cast<Index>(depths.size()) * plane.stride + a * plane.step;
+      if (position >= 0 && position < p.in[0]) plan.planes.push_back({position, plane.tap + a * plane.tap_step});
+    }
+    // The outputs of a phase that fall into the block begin with this one.
+    auto first_of = [](const Phase& phase, Index row) { return std::max<Index>(ceil_div(row - phase.first, phase.pitch), 0); };
+    auto count_of = [&](const Phase& phase) { return std::min(column_begin + block_columns, phase.count) - column_begin; };
+    Reach rows_read(p.in[1]), columns_read(p.in[2]);
+    for (const Phase& phase : heights) {
+      rows_read.add(phase, first_of(phase, row_begin), std::min(first_of(phase, row_end), phase.count));
+    }
+    for (const Phase& phase : columns) columns_read.add(phase, column_begin, column_begin + count_of(phase));
+    plan.first_row = rows_read.first;
+    plan.rows = rows_read.count();
+    plan.first_column = staged ? columns_read.first : 0;
+    plan.columns = staged ? columns_read.count() : p.in[2];
+    plan.chunk = block_channels;
+    Index read_row = x_row, read_plane = x_plane, read_image = g.batch * x_image;
+    if (staged) {
+      // So many channels at a time that what is staged stays in a near cache.
+      const Index positions = summed * static_cast<Index>(plan.planes.size()) * plan.rows * plan.columns;
+      const Index fitting = kStagedBytes / std::max<Index>(positions * kernels.lanes * sum_size, 1);
+      const Index chunks = ceil_div(ceil_div(block_channels, kernels.lanes), std::clamp<Index>(fitting, 1, 4));
+      plan.chunk = std::min(ceil_div(ceil_div(block_channels, chunks), kernels.lanes) * kernels.lanes, block_channels);
+      read_row = plan.columns * plan.chunk * sum_size;
+      read_plane = plan.rows * read_row;
+      read_image = static_cast<Index>(plan.planes.size()) * read_plane;
+      plan.staged = summed * read_image;
+    }
+    // Tiles of all phases of the last axis have one height.
     for (const Phase& phase : heights) {
       const Index begin = first_of(phase, row_begin), end = std::min(first_of(phase, row_end), phase.count);
       if (begin >= end) continue;
       double best = 0;
       int height = 0;
-      for (const TileShape* shape = runs[0].shapes; shape->kernel; ++shape) {
+      for (const TileShape* shape = shapes[0]; shape->kernel; ++shape) {
         double total = 0;
         bool possible = true;
-        for (const Run& run : runs) {
+        for (std::size_t i = 0; i < columns.size(); ++i) {
           double cost = 0;
-          if (run.begin >= run.end) continue;
-          possible &= choose_tile(run.shapes, run.end - run.begin, end - begin, shape->height, cost) != nullptr;
+          if (count_of(columns[i]) <= 0) continue;
+          possible &= choose_tile(shapes[i], count_of(columns[i]), end - begin, shape->height, cost) != nullptr;
           total += cost;
         }
         if (possible && (!height || total < best)) height = shape->height, best = total;
       }
-      for (Run& run : runs) run.shape = choose_tile(run.shapes, run.end - run.begin, end - begin, height, best);
-
+      const std::size_t first_run = plan.runs.size();
+      for (std::size_t i = 0; i < columns.size(); ++i) {
+        const TileShape* shape = choose_tile(shapes[i], count_of(columns[i]), end - begin, height, best);
+        plan.runs.push_back({shape, column_begin, column_begin + count_of(columns[i]), 0});
+      }
       for (Index next = begin; next < end; next += height) {
         const Index row = std::max(std::min(next, end - height), begin);
-        tap_rows.clear();
+        const std::size_t first_tap_row = plan.tap_rows.size();
         for (Index m = 0; m < summed; ++m) {
-          for (Index a = 0; a < plane.taps; ++a) {
-            const Index position = plane.column + depth / static_cast<Index>(depths.size()) * plane.stride + a * plane.step;
-            if (position < 0 || position >= p.in[0]) continue;
-            const char* x_read = x_base + m * g.batch * x_image + position * x_plane;
-            const char* w_read = w_base + (m * g.window[0] + plane.tap + a * plane.tap_step) * w_plane;
+          for (std::size_t a = 0; a < plan.planes.size(); ++a) {
+            const Index plane_read = staged ? static_cast<Index>(a) * read_plane - plan.first_row * read_row
+                                            : plan.planes[a].position * read_plane;
+            const Index plane_of_taps = (m * g.window[0] + plan.planes[a].tap) * w_plane;
             for (Index b = 0; b < phase.taps; ++b) {
-              TapRow entry{const_cast<char*>(w_read + (phase.tap + b * phase.tap_step) * w_row), {}};
+              TapRow entry{plane_of_taps + (phase.tap + b * phase.tap_step) * w_row, {}};
               bool any = false;
               for (int h = 0; h < height; ++h) {
                 const Index read = phase.column + (row + h) * phase.stride + b * phase.step;
-                if (read < 0 || read >= p.in[1]) continue;
-                entry.x[h] = x_read + read * x_row;
-                any = true;
+                const bool inside = read >= 0 && read < p.in[1];
+                entry.x[h] = inside ? m * read_image + plane_read + read * read_row : kOutside;
+                any |= inside;
               }
-              if (any) tap_rows.push_back(entry);
+              if (any) plan.tap_rows.push_back(entry);
             }
           }
         }
-        tile.rows = tap_rows.data();
-        for (Run& run : runs) run.next = run.begin;
+        plan.bands.push_back({&phase, row, height, first_run, first_tap_row, plan.tap_rows.size() - first_tap_row});
+      }
+    }
+    return plan;
+  };
+  std::vector<Plan> plans(std::max(pool.threads(), 1));  // each thread's latest
+
+  auto block = [&](Index index, Index thread) {
+    const Index channel_block = index % channel_blocks, cut = index / channel_blocks % cuts, image = index / channel_blocks / cuts;
+    if (plans[thread].cut != cut) plans[thread] = plan(cut);
+    Plan& now = plans[thread];
+    // The kernel of an image of y, and the image that is read for it; of several, each of which is summed, the first.
+    const Index stack = image / g.batch / (p.transposed ? 1 : g.multiplier);
+    const Index kernel = p.transposed ? stack * g.multiplier : image / g.batch;
+    const char* x_image_read = static_cast<const char*>(x) + (stack * g.batch * summed + image % g.batch) * x_image;
+    char* y_base = static_cast<char*>(y) + image * y_image + now.y;
+
+    Tile tile{};
+    tile.columns = now.columns;
+    tile.w = const_cast<char*>(static_cast<const char*>(w)) + kernel * taps * channels * sum_size;
+    if (bias) tile.bias = static_cast<const char*>(bias) + kernel * channels * sum_size;
+    tile.activation = activation;
+    tile.stream = stream;
+    const Index block_begin = channel_block * block_channels;
+    const Index block_end = channel_block + 1 == channel_blocks ? channels : block_begin + block_channels;
+    const Index chunk = staged ? now.chunk : block_end - block_begin;
+    for (Index c = block_begin; c < block_end; c += chunk) {
+      // The last chunk is moved back over its neighbour.
+      tile.begin = std::max(std::min(c, block_end - chunk), block_begin);
+      tile.end = std::min(tile.begin + chunk, block_end);
+      tile.x = x_image_read;
+      tile.pitch = channels;
+      if (staged) {
+        char* to = staging(now.staged);
+        tile.x = to - tile.begin * sum_size;
+        tile.pitch = chunk;
+        for (Index m = 0; m < summed; ++m) {
+          for (const Plan::Plane& plane : now.planes) {
+            const char* from = x_image_read + m * g.batch * x_image + plane.position * x_plane + now.first_row * x_row +
+                               (now.first_column * channels + tile.begin) * size;
+            for (Index row = 0; row < now.rows; ++row, from += x_row, to += now.columns * chunk * sum_size) {
+              kernels.stage(from, channels * size, to, now.columns, chunk);
+            }
+          }
+        }
+      }
+      for (const Plan::Band& band : now.bands) {
+        const Phase& down = *band.phase;
+        tile.rows = now.tap_rows.data() + band.first_tap_row;
+        Plan::Run* const runs = now.runs.data() + band.first_run;
+        for (std::size_t i = 0; i < columns.size(); ++i) runs[i].next = runs[i].begin;
         // The phases in turn, tile by tile: their outputs lie between each other.
         for (bool left = true; left;) {
           left = false;
           for (std::size_t i = 0; i < columns.size(); ++i) {
-            Run& run = runs[i];
+            Plan::Run& run = runs[i];
             if (run.next >= run.end) continue;
             left = true;
             const Phase& across = columns[i];
             // The last tile is moved back over its neighbour rather than cut.
             const Index j = std::max(std::min(run.next, run.end - run.shape->width), run.begin);
             run.next += run.shape->width;
-            tile.count = across.taps ? static_cast<Index>(tap_rows.size()) : 0;
+            tile.count = across.taps ? static_cast<Index>(band.tap_rows) : 0;
             tile.taps = across.taps;
             tile.step = across.step;
             tile.stride = across.stride;
-            tile.tap_offset = across.tap * tile.pitch;
-            tile.tap_pitch = across.tap_step * tile.pitch;
+            tile.tap_offset = across.tap * channels;
+            tile.tap_pitch = across.tap_step * channels;
             tile.y_pitch = across.pitch * channels;
-            tile.column = across.column + j * across.stride;
-            for (int h = 0; h < height; ++h) {
-              tile.y[h] = y_base + (phase.first + (row + h) * phase.pitch) * y_row +
+            tile.column = across.column + j * across.stride - now.first_column;
+            for (int h = 0; h < band.height; ++h) {
+              tile.y[h] = y_base + (down.first + (band.row + h) * down.pitch) * y_row +
                           (across.first + j * across.pitch) * channels * size;
             }
             run.shape->kernel(tile);
@@ -480,7 +601,7 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   }
   char* sums = chunks > 1 ? scratch.get() : static_cast<char*>(dw);
 
-  auto block = [&](Index index) {
+  auto block = [&](Index index, Index) {
     const Index channel_block = index % channel_blocks;
     index /= channel_blocks;
     const Index chunk = index % chunks, kernel = index / chunks;
@@ -491,19 +612,21 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
 
     const char* x_base = static_cast<const char*>(x) + kernel / g.multiplier * g.batch * x_image;
     const char* g_base = static_cast<const char*>(cotangent) + kernel * planes * g.out[1] * g_row;
-    // The plane of the input under a tap of axis 0 at a plane of the cotangent, and its row likewise; null outside.
-    auto plane_under = [&](Index at, Index tap) -> const char* {
+    // Where the plane of the input under a tap of axis 0 at a plane of the cotangent begins, and its row likewise.
+    auto plane_under = [&](Index at, Index tap) {
       const Index position = at % g.out[0] * g.stride[0] + tap * g.dilation[0] - g.low[0];
-      return position < 0 || position >= g.in[0] ? nullptr : x_base + at / g.out[0] * x_image + position * x_plane;
+      return position < 0 || position >= g.in[0] ? kOutside : at / g.out[0] * x_image + position * x_plane;
     };
-    auto row_under = [&](const char* plane, Index at, Index tap) -> const char* {
+    auto row_under = [&](Index plane, Index at, Index tap) {
       const Index position = at * g.stride[1] + tap * g.dilation[1] - g.low[1];
-      return !plane || position < 0 || position >= g.in[1] ? nullptr : plane + position * x_row;
+      return plane == kOutside || position < 0 || position >= g.in[1] ? kOutside : plane + position * x_row;
     };
     const Index first = chunk * units / chunks, last = (chunk + 1) * units / chunks;
 
     if (tiled) {
       Tile t{};
+      t.x = x_base;
+      t.w = sum;
       t.columns = g.in[2];
       t.tap_pitch = t.pitch = t.y_pitch = channels;
       t.begin = begin;
@@ -514,11 +637,14 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
         const Index count = std::min(height, g.out[1] - row);
         tap_rows.clear();
         for (Index a = 0; a < g.window[0]; ++a) {
-          const char* x_read = plane_under(plane, a);
+          const Index x_read = plane_under(plane, a);
           for (Index b = 0; b < g.window[1]; ++b) {
-            TapRow entry{sum + (a * g.window[1] + b) * w_row, {}};
+            TapRow entry{(a * g.window[1] + b) * w_row, {}};
             bool any = false;
-            for (Index h = 0; h < count; ++h) any |= (entry.x[h] = row_under(x_read, row + h, b)) != nullptr;
+            for (Index h = 0; h < height; ++h) {
+              entry.x[h] = h < count ? row_under(x_read, row + h, b) : kOutside;
+              any |= entry.x[h] != kOutside;
+            }
             if (any) tap_rows.push_back(entry);
           }
         }
@@ -560,8 +686,9 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
           t.count = 0;
           for (Index unit = from; unit < from + count; ++unit) {
             const Index row = unit / pieces;
-            const char* read = row_under(plane_under(row / g.out[1], a), row % g.out[1], b);
-            if (read) list[t.count++] = {g_base + row * g_row + part * piece * channels * size, read};
+            const Index read = row_under(plane_under(row / g.out[1], a), row % g.out[1], b);
+            if (read == kOutside) continue;
+            list[t.count++] = {g_base + row * g_row + part * piece * channels * size, x_base + read};
           }
           t.dw = sum + (a * g.window[1] + b) * w_row;
           kernels.general_grad(t);
@@ -580,7 +707,7 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
         A* total = reinterpret_cast<A*>(static_cast<char*>(dw) + kernel * dw_bytes);
         const A* partial = reinterpret_cast<const A*>(sums + kernel * chunks * dw_bytes);
         constexpr Index kPart = 16384;
-        parallel_for(pool, ceil_div(numbers, kPart), [&](Index part) {
+        parallel_for(pool, ceil_div(numbers, kPart), [&](Index part, Index) {
           const Index begin = part * kPart, stop = std::min(begin + kPart, numbers);
           std::memcpy(total + begin, partial + begin, (stop - begin) * sizeof(A));
           for (Index chunk = 1; chunk < chunks; ++chunk) {

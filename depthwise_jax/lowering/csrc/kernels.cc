@@ -84,7 +84,7 @@ void tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
   const Columns<Taps, Stride, Width> columns(t);
-  const Index pitch = t.pitch * E::size, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
+  const Index pitch = t.pitch * E::loaded, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
   for (Index next = t.begin; next < t.end; next += E::lanes) {
     const Index c = vector_start(next, t.end, E::lanes);
     V sum[Height][Width];
@@ -95,19 +95,19 @@ void tile(const Tile& t) {
       UNROLL
       for (int j = 0; j < Width; ++j) sum[h][j] = start;
     }
-    const Index x_offset = t.column * pitch + c * E::size;
-    const Index tap_offset = (t.tap_offset + c) * static_cast<Index>(sizeof(A));
+    const char* const x = t.x + t.column * pitch + c * E::loaded;
+    const char* const taps = t.w + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
     auto load_taps = [&](const TapRow* row, V (&w)[Taps]) __attribute__((always_inline)) {
       UNROLL
-      for (int k = 0; k < Taps; ++k) w[k] = load_vector<A, E::lanes>(row->taps + tap_offset + k * tap_pitch);
+      for (int k = 0; k < Taps; ++k) w[k] = load_vector<A, E::lanes>(taps + row->taps + k * tap_pitch);
     };
     // Adds a row of input to the tile's rows h, times the taps of each.
-    auto add = [&](const char* x, auto... rows) __attribute__((always_inline)) {
-      x += x_offset;
+    auto add = [&](Index row_of_x, auto... rows) __attribute__((always_inline)) {
+      const char* const read = x + row_of_x;
       UNROLL
       for (int i = 0; i < columns.count; ++i) {
         if (columns.outside(i)) continue;
-        const V v = E::load(x + i * pitch);
+        const V v = E::load(read + i * pitch);
         UNROLL
         for (int k = 0; k < Taps; ++k) {
           if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) ((sum[rows.h][(i - k) / Stride] += v * rows.w[k]), ...);
@@ -121,28 +121,28 @@ void tile(const Tile& t) {
     if constexpr (Height == 2 && kMerge) {
       // What a row of taps reads for the second row of the tile, the next one mostly reads for the first: once for both.
       V w[2][Taps] = {};  // a row of taps, and the one before
-      const char* second = nullptr;
+      Index second = kOutside;
       const TapRow* row = t.rows;
       for (Index r = 0; r < t.count; ++r, ++row) {
         UNROLL
         for (int k = 0; k < Taps; ++k) w[1][k] = w[0][k];
         load_taps(row, w[0]);
-        if (second && second == row->x[0]) {
+        if (second != kOutside && second == row->x[0]) {
           add(second, To{0, w[0]}, To{1, w[1]});
         } else {
-          if (row->x[0]) add(row->x[0], To{0, w[0]});
-          if (second) add(second, To{1, w[1]});
+          if (row->x[0] != kOutside) add(row->x[0], To{0, w[0]});
+          if (second != kOutside) add(second, To{1, w[1]});
         }
         second = row->x[1];
       }
-      if (second) add(second, To{1, w[0]});
+      if (second != kOutside) add(second, To{1, w[0]});
     } else {
       for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
         V w[Taps];
         load_taps(row, w);
         UNROLL
         for (int h = 0; h < Height; ++h) {
-          if (row->x[h]) add(row->x[h], To{h, w});
+          if (row->x[h] != kOutside) add(row->x[h], To{h, w});
         }
       }
     }
@@ -155,7 +155,7 @@ template <class E, int Width>
 void wide_tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
-  const Index pitch = t.pitch * E::size, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
+  const Index pitch = t.pitch * E::loaded, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
   for (Index next = t.begin; next < t.end; next += E::lanes) {
     const Index c = vector_start(next, t.end, E::lanes);
     V sum[1][Width];
@@ -169,11 +169,11 @@ void wide_tile(const Tile& t) {
       const Index first = column < 0 ? -column : 0;
       const Index last = t.columns - column < kColumns ? t.columns - column : kColumns;
       if (first >= last) return;
-      const char* taps_of_row = row.taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
+      const char* taps_of_row = t.w + row.taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
       V w[kTaps];
       UNROLL
       for (int k = 0; k < kTaps; ++k) w[k] = load_vector<A, E::lanes>(taps_of_row + (tap + k) * tap_pitch);
-      const char* x = row.x[0] + column * pitch + c * E::size;
+      const char* x = t.x + row.x[0] + column * pitch + c * E::loaded;
       UNROLL
       for (int i = 0; i < kColumns; ++i) {
         if (i < first || i >= last) continue;
@@ -185,7 +185,7 @@ void wide_tile(const Tile& t) {
       }
     };
     for (Index r = 0; r < t.count; ++r) {
-      if (!t.rows[r].x[0]) continue;
+      if (t.rows[r].x[0] == kOutside) continue;
       Index tap = 0;
       for (; tap + 8 <= t.taps; tap += 8) add(t.rows[r], tap, Constant<8>{});
       if (tap + 4 <= t.taps) add(t.rows[r], tap, Constant<4>{}), tap += 4;
@@ -216,9 +216,9 @@ void general_tile(const Tile& t) {
     for (int j = 0; j < Width; ++j) sum[j] = start;
     const Index jump = t.stride * pitch;
     for (Index r = 0; r < t.count; ++r) {
-      if (!t.rows[r].x[0]) continue;
-      const char* row = t.rows[r].x[0] + c * E::size;
-      const char* taps = t.rows[r].taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
+      if (t.rows[r].x[0] == kOutside) continue;
+      const char* row = t.x + t.rows[r].x[0] + c * E::size;
+      const char* taps = t.w + t.rows[r].taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
       for (Index k = 0; k < t.taps; ++k) {
         const Index column = t.column + k * t.step;
         const V w = sums_at(taps + k * t.tap_pitch * static_cast<Index>(sizeof(A)));
@@ -283,20 +283,20 @@ void grad_tile(const Tile& t) {
       UNROLL
       for (int j = 0; j < Width; ++j) g[h][j] = E::load(t.y[h] + j * y_pitch + c * E::size);
     }
-    const Index x_offset = t.column * pitch + c * E::size;
+    const char* const x = t.x + t.column * pitch + c * E::size;
     for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
-      char* dw = row->taps + c * static_cast<Index>(sizeof(A));
+      char* dw = t.w + row->taps + c * static_cast<Index>(sizeof(A));
       V sum[Taps];
       UNROLL
       for (int k = 0; k < Taps; ++k) sum[k] = load_vector<A, E::lanes>(dw + k * tap_pitch);
       UNROLL
       for (int h = 0; h < Height; ++h) {
-        if (!row->x[h]) continue;
-        const char* x = row->x[h] + x_offset;
+        if (row->x[h] == kOutside) continue;
+        const char* const read = x + row->x[h];
         UNROLL
         for (int i = 0; i < columns.count; ++i) {
           if (columns.outside(i)) continue;
-          const V v = E::load(x + i * pitch);
+          const V v = E::load(read + i * pitch);
           UNROLL
           for (int k = 0; k < Taps; ++k) {
             if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) sum[k] += v * g[h][(i - k) / Stride];
@@ -397,25 +397,37 @@ struct Shapes {
   static constexpr bool few = Taps < 5 && E::size == sizeof(typename E::Sum);
   static constexpr TileShape tiles[] = {few ? TALL(tile) : WIDE(tile), few ? WIDE(tile) : TALL(tile), NARROW(tile, kTall),
                                         SHAPE(tile, 2, 2), ROWS(tile), {}};
-  // Tiles may not overlap here, so the list goes down to the width 1, in one height and in single rows.
-  static constexpr TileShape grads[] = {few ? TALL(grad_tile) : WIDE(grad_tile),
-                                        few ? NARROW(grad_tile, kTall) : SHAPE(grad_tile, 2, 2),
-                                        NARROW(grad_tile, few ? kTall : 2), SHAPE(grad_tile, 7, 1), SHAPE(grad_tile, 1, 1), {}};
+  // Tiles may not overlap here, so the list goes down to the width 1, in one height and in single rows. Four rows at stride 2
+  // read as many of x as seven do at stride 1.
+  static constexpr int tall = Stride == 1 ? kTall : 4;
+  static constexpr TileShape grads[] = {few ? SHAPE(grad_tile, 2, tall) : WIDE(grad_tile),
+                                        few ? NARROW(grad_tile, tall) : SHAPE(grad_tile, 2, 2),
+                                        NARROW(grad_tile, few ? tall : 2), SHAPE(grad_tile, 7, 1), SHAPE(grad_tile, 1, 1), {}};
 };
 constexpr TileShape kNone[] = {{}};
 
+// What is to be converted is staged for the windows that read each of it many times, of stride 1, and only for those.
 template <class E>
 const TileShape* tiles_for(Index taps, Index stride) {
+  constexpr bool converts = E::loaded < static_cast<int>(sizeof(typename E::Sum)), staged = E::loaded > E::size;
+  if constexpr (!staged) {
+    switch (taps * 10 + stride) {
+      case 11: return Shapes<E, 1, 1>::tiles;
+      case 32: return Shapes<E, 3, 2>::tiles;
+      case 52: return Shapes<E, 5, 2>::tiles;
+      case 72: return Shapes<E, 7, 2>::tiles;
+    }
+  }
+  if constexpr (!converts) {
+    switch (taps * 10 + stride) {
+      case 51: return Shapes<E, 5, 1>::tiles;
+      case 71: return Shapes<E, 7, 1>::tiles;
+    }
+  }
   switch (taps * 10 + stride) {
-    case 11: return Shapes<E, 1, 1>::tiles;
     case 21: return Shapes<E, 2, 1>::tiles;
     case 31: return Shapes<E, 3, 1>::tiles;
-    case 32: return Shapes<E, 3, 2>::tiles;
     case 41: return Shapes<E, 4, 1>::tiles;
-    case 51: return Shapes<E, 5, 1>::tiles;
-    case 52: return Shapes<E, 5, 2>::tiles;
-    case 71: return Shapes<E, 7, 1>::tiles;
-    case 72: return Shapes<E, 7, 2>::tiles;
     default: return kNone;
   }
 }
@@ -448,8 +460,36 @@ struct Lists {
 };
 
 template <class E>
+void stage(const char* from, Index pitch, char* to, Index columns, Index channels) {
+  constexpr Index kSum = sizeof(typename E::Sum);
+  for (Index i = 0; i < columns; ++i, from += pitch, to += channels * kSum) {
+    for (Index next = 0; next < channels; next += E::lanes) {
+      const Index c = vector_start(next, channels, E::lanes);
+      store_vector<typename E::Sum, E::lanes>(to + c * kSum, E::load(from + c * E::size));
+    }
+  }
+}
+
+constexpr TileKernels kNoTiles = {none_for, kNone};
+
+// The general kernels alone.
+template <class E>
+constexpr Kernels general_of() {
+  return {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, none_for, general_grad<E>};
+}
+
+template <class E>
 constexpr Kernels kernels_of() {
-  return {E::lanes, tiles_for<E>, grads_for<E>, Lists<E>::wide, Lists<E>::general, general_grad<E>};
+  Kernels kernels = general_of<E>();
+  kernels.grads = grads_for<E>;
+  if constexpr (E::size == sizeof(typename E::Sum)) {
+    kernels.direct = {tiles_for<E>, Lists<E>::wide};
+  } else {
+    kernels.direct = {tiles_for<E>, kNone};
+    kernels.staged = {tiles_for<Staged<E>>, Lists<Staged<E>>::wide};
+    kernels.stage = stage<E>;
+  }
+  return kernels;
 }
 
 }  // namespace
@@ -459,11 +499,11 @@ namespace depthwise::DEPTHWISE_TARGET {
 Kernels kernels(Dtype dtype) {
   switch (dtype) {
     // Doubles are for checks of derivatives: the general kernels serve them.
-    case Dtype::f64: return {F64::lanes, none_for, none_for, kNone, Lists<F64>::general, general_grad<F64>};
+    case Dtype::f64: return general_of<F64>();
 #if defined(__AVX2__) || defined(__aarch64__)
     case Dtype::f16: return kernels_of<F16>();
 #else  // without an instruction for it, converting takes all the time
-    case Dtype::f16: return {F16::lanes, none_for, none_for, kNone, Lists<F16>::general, general_grad<F16>};
+    case Dtype::f16: return general_of<F16>();
 #endif
     case Dtype::bf16: return kernels_of<BF16>();
     default: return kernels_of<F32>();

@@ -2,23 +2,28 @@
 // cotangent adds to the kernel gradient, for a range of channels.
 #pragma once
 
+#include <limits>
+
 #include "depthwise.h"
 
 namespace depthwise {
 
 constexpr int kMostRows = 7;
 
-// A row of taps, and the row of input under it for each of a tile's rows (null: outside).
+// A row of taps, in bytes from Tile::w, and the row of input under it for each of a tile's rows, in bytes from Tile::x.
 struct TapRow {
-  char* taps;
-  const char* x[kMostRows];
+  Index taps;
+  Index x[kMostRows];
 };
+constexpr Index kOutside = std::numeric_limits<Index>::min();
 
 // A tile of outputs: some consecutive ones along the last spatial axis, in some rows. Output j reads column
 // `column` + j*stride + t*step through tap t, if 0 <= that < columns.
 struct Tile {
   const TapRow* rows;
   Index count;
+  const char* x;
+  char* w;
   Index column, columns;
   Index taps, step, stride;  // constants of all kernels but the general ones
   Index tap_offset;          // elements from the beginning of a row of taps to the first
@@ -52,16 +57,25 @@ struct Grad {
   Index begin, end;
 };
 
-// What one instruction set has for one dtype. Lists end with a null kernel and begin with what is best at equal cost.
-struct Kernels {
-  int lanes;
+// Lists end with a null kernel and begin with what is best at equal cost.
+struct TileKernels {
   // For so many taps side by side (step 1) and this stride, for at least `lanes` channels; empty where there are none.
   // They test only those columns that reach beyond the first or the last output.
-  const TileShape* (*tiles)(Index taps, Index stride);
-  // The same for the kernel gradient, added to what stands in `taps`; the cotangent is in `y`.
-  const TileShape* (*grads)(Index taps, Index stride);
-  const TileShape* wide;     // any number of taps side by side, stride 1, at least `lanes` channels
+  const TileShape* (*certain)(Index taps, Index stride);
+  const TileShape* wide;  // any number of taps side by side, stride 1, at least `lanes` channels
+};
+
+// What one instruction set has for one dtype.
+struct Kernels {
+  int lanes;
+  TileKernels direct;
+  // Of an input that `stage` has converted to the type of the sums; null and without kernels where nothing is to convert.
+  TileKernels staged;
+  // Converts `columns` columns, `pitch` bytes apart, of so many channels (at least `lanes`), and packs them.
+  void (*stage)(const char* from, Index pitch, char* to, Index columns, Index channels);
   const TileShape* general;  // any taps, step and stride, any number of channels
+  // As `certain` for the kernel gradient, which is added to what stands in `w`; the cotangent is in `y`.
+  const TileShape* (*grads)(Index taps, Index stride);
   void (*general_grad)(const Grad&);
 };
 

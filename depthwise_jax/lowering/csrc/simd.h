@@ -38,12 +38,13 @@ inline void store_vector(void* p, typename VectorOf<T, N>::type v) {
   *static_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
 }
 
-// Each element type: Sum, the type of the sums; lanes; load and store. `load_some` and `store_some` touch n lanes only.
+// Each element type: Sum, the type of the sums; lanes; the sizes of what is stored and of what is loaded; load and store.
+// `load_some` and `store_some` touch n lanes only.
 template <class Self, class Stored, class SumType>
 struct ElementBase {
   using Sum = SumType;
   static constexpr int lanes = kBytes / sizeof(Sum);
-  static constexpr int size = sizeof(Stored);
+  static constexpr int size = sizeof(Stored), loaded = size;
   using V = typename VectorOf<Sum, lanes>::type;
 
   static inline V load_some(const char* p, int n) {
@@ -211,6 +212,13 @@ struct F16 : ElementBase<F16, std::uint16_t, float> {
   }
   static inline void stream(char* p, V v) { store(p, v); }
 #endif
+};
+
+// The same, with an input that is of the type of the sums already.
+template <class E>
+struct Staged : E {
+  static constexpr int loaded = sizeof(typename E::Sum);
+  static inline typename E::V load(const char* p) { return load_vector<typename E::Sum, E::lanes>(p); }
 };
 
 }  // namespace
