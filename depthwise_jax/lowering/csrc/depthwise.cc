@@ -361,7 +361,8 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   auto halve = [&](Index least) {
     while (rows > least && planes * ceil_div(p.out[1], rows) < wanted) rows = ceil_div(rows, 2);
   };
-  halve(7 * static_cast<Index>(heights.size()));
+  // Rows at the edge of a block are staged twice: fewer channels are better then.
+  if (!staged || vectors <= 4) halve(7 * static_cast<Index>(heights.size()));
   Index block_columns = p.out[2];
   if (p.out[1] == 1 && columns.size() == 1) {
     while (block_columns > 112 && planes * ceil_div(p.out[2], block_columns) < wanted) {

@@ -78,7 +78,8 @@ struct Full : ElementBase<Full<T>, T, T> {
 using F32 = Full<float>;
 using F64 = Full<double>;
 
-// The upper half of a float. Conversion is to the nearest, ties to even; what is no number stays none.
+// The upper half of a float. Conversion is to the nearest, ties to even. What is no number stays none without being looked
+// for: all that is summed was narrow once, so that its lower half is zero, and rounding carries nothing into the upper half.
 struct BF16 : ElementBase<BF16, std::uint16_t, float> {
 #if defined(__AVX512F__)
   // The words of a vector, moved to the upper halves of 32 bits and back: one instruction each.
@@ -93,8 +94,6 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
     __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
-    const __mmask16 none = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, none, bits, _mm512_set1_epi32(0x400000));
     const __m512i from = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0, 0,
                                            0, 0, 0, 0, 0, 0);
     return _mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(0xffff, from, rounded));
@@ -110,10 +109,7 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
     const __m256i bits = reinterpret_cast<__m256i>(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256 value = reinterpret_cast<__m256>(v);
-    const __m256 quiet = _mm256_or_ps(value, reinterpret_cast<__m256>(_mm256_set1_epi32(0x400000)));
-    const __m256 kept = _mm256_blendv_ps(reinterpret_cast<__m256>(rounded), quiet, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    const __m256i words = _mm256_srli_epi32(reinterpret_cast<__m256i>(kept), 16);
+    const __m256i words = _mm256_srli_epi32(rounded, 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
   static inline void store(char* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
@@ -126,8 +122,7 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
   }
   static inline U16 narrow(V v) {
     const U32 bits = reinterpret_cast<U32>(v);
-    const U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return __builtin_convertvector(((v == v) ? rounded : (bits | 0x400000u)) >> 16, U16);
+    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, U16);
   }
   static inline void store(char* p, V v) { store_vector<std::uint16_t, lanes>(p, narrow(v)); }
   static inline void stream(char* p, V v) { store(p, v); }
