@@ -5,7 +5,7 @@
 //   x (stack, batch, in..., C)   w (stack, M, window..., C)   y (stack, M, batch, out..., C)
 //
 // Each index of `stack` is a convolution of its own. Narrow floats are summed in float; w, dw and bias are held in the
-// type of the sums (float, or double for double).
+// type of the sums (float, or double for double), and beside a narrow x, w and bias have values of its type.
 #pragma once
 
 #include <cstddef>
