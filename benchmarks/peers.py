@@ -150,16 +150,15 @@ class Threshold:
     mean: float
     worst: float | None
 
-    def ratios(self, rows: list[dict[str, Any]], stand_in: str | None = None) -> dict[str, float]:
-        """By layer (and direction, where there are several), ours / theirs; where it is missing, of another mode."""
-        found: dict[str, float] = {}
-        for mode in (stand_in, self.mode):
-            for row in rows:
-                if row["mode"] == mode and row["direction"] in self.directions:
-                    value = _of(row, self.ours, self.theirs)
-                    if not np.isnan(value):
-                        suffix = f" {row['direction']}" if len(self.directions) > 1 else ""
-                        found[row["layer"] + suffix] = value
+    def ratios(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """By layer (and direction, where there are several), ours / theirs."""
+        found = {}
+        for row in rows:
+            if row["mode"] == self.mode and row["direction"] in self.directions:
+                value = _of(row, self.ours, self.theirs)
+                if not np.isnan(value):
+                    suffix = f" {row['direction']}" if len(self.directions) > 1 else ""
+                    found[row["layer"] + suffix] = value
         return found
 
 
@@ -215,7 +214,7 @@ def check(data: dict[str, Any]) -> bool:
         lines.append((verdict, f"| {name} | {text if layers else ''} | {layers} of {len(NETWORKS)} | {verdict} |"))
 
     for threshold in THRESHOLDS_AVX2 if data["isa"] == "avx2" else THRESHOLDS:
-        found = threshold.ratios(rows, stand_in="single")  # a chain of the slowest takes too long
+        found = threshold.ratios(rows)
         if not found:
             judge(threshold.name, 0, False, "")
             continue
