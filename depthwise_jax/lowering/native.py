@@ -7,8 +7,8 @@ says why, and the other lowerings serve.
 
 The kernels know one form: channels last, and a channel's M kernels outermost in kernel and y; axes that stand elsewhere
 are moved. Where M is 1 that axis is left out, so that nothing stands between a program's arrays and the call: XLA
-copies narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once;
-the kernel and its gradient are float32 throughout.
+copies narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once.
+Operands and result have one dtype: what is to be converted is converted inside, for XLA would wake its threads for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from depthwise_jax.convolution import Convolution
 from depthwise_jax.lowering.call import MAPS, Call
 
 # What the shapes and attributes of the calls mean; csrc/ffi.cc has the same number in its symbols' names.
-_ABI = 2
+_ABI = 3
 _LIBRARY = "libdepthwise_jax.so"
 # The activations that the kernels apply at their store, in the order of csrc/depthwise.h.
 ACTIVATIONS = ("linear", "relu", "relu6")
@@ -112,7 +112,7 @@ def fused(x: Array, kernel: Array, bias: Array | None = None, *, activation: str
     *_, channels, multiplier = kernel.shape
     operands = [_from_x(x, convolution), _from_kernel(kernel)]
     if bias is not None:
-        operands.append(bias.astype(_sums(bias.dtype)).reshape(channels, multiplier).T)
+        operands.append(bias.reshape(channels, multiplier).T)
     shape = (*_multiplied(multiplier), operands[0].shape[0], *convolution.out, channels)
     code = np.int64(ACTIVATIONS.index(activation))
     y = _call("forward", shape, x.dtype, operands, convolution, activation=code)
@@ -132,19 +132,14 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
 
 
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
-    """dw, in the dtype of the sums."""
+    """dw, in the operands' common dtype."""
     convolution = call.convolution
     channels = convolution.channels(x.shape)
     multiplier = convolution.channels(g.shape) // channels
     operands = [_from_x(x, convolution), _from_y(g, channels, convolution)]
     size = (*convolution.window.size, channels)
-    dw = _call("kernel_grad", (*_multiplied(multiplier), *size), _sums(x.dtype), operands, convolution)
+    dw = _call("kernel_grad", (*_multiplied(multiplier), *size), x.dtype, operands, convolution)
     return _last(dw, multiplier).reshape(*size, multiplier)
-
-
-def _sums(dtype: Any) -> Any:
-    """The dtype in which products of a dtype are summed."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _multiplied(multiplier: int) -> tuple[int, ...]:
@@ -164,8 +159,7 @@ def _from_x(x: Array, convolution: Convolution) -> Array:
 
 
 def _from_kernel(kernel: Array) -> Array:
-    """A kernel (*window, C, M) as (M, *window, C), or (*window, C) where M is 1, in the dtype of the sums."""
-    kernel = kernel.astype(_sums(kernel.dtype))
+    """A kernel (*window, C, M) as (M, *window, C), or (*window, C) where M is 1."""
     return kernel.reshape(kernel.shape[:-1]) if kernel.shape[-1] == 1 else jnp.moveaxis(kernel, -1, 0)
 
 

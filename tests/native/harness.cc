@@ -357,20 +357,20 @@ class Iteration {
 
   // False after a report of what is wrong.
   bool run() {
-    const Dtype sums = sums_of(dtype_);
     const Index images = g_.stack * g_.batch, c = g_.channels;
     const Index kernels = g_.stack * g_.multiplier;
     const Index x_count = images * product(g_.in) * c, y_count = kernels * g_.batch * product(g_.out) * c;
     const Index w_count = kernels * product(g_.window) * c, b_count = biased_ ? kernels * c : 0;
-    const auto x = draw(x_count, dtype_), g = draw(y_count, dtype_), w = draw(w_count, sums), b = draw(b_count, sums);
-    Buffer xs = input(dtype_, x), gs = input(dtype_, g), ws = input(sums, w), bs = input(sums, b);
-    Buffer y = output(dtype_, y_count), dx = output(dtype_, x_count), dw = output(sums, w_count);
-    Buffer again = output(sums, w_count);
+    const auto x = draw(x_count, dtype_), g = draw(y_count, dtype_), w = draw(w_count, dtype_), b = draw(b_count, dtype_);
+    Buffer xs = input(dtype_, x), gs = input(dtype_, g), ws = input(dtype_, w), bs = input(dtype_, b);
+    Buffer y = output(dtype_, y_count), dx = output(dtype_, x_count), dw = output(dtype_, w_count);
+    Buffer again = output(dtype_, w_count);
 
     pool_.claimed = threads_;
-    forward(dtype_, g_, xs.data(), ws.data(), biased_ ? bs.data() : nullptr, activation_, y.data(), pool_);
-    input_grad(dtype_, g_, gs.data(), ws.data(), dx.data(), pool_);
-    bool ok = kernel_grad(dtype_, g_, xs.data(), gs.data(), dw.data(), pool_) || wrong("dw", "no memory");
+    bool ok = forward(dtype_, g_, xs.data(), ws.data(), biased_ ? bs.data() : nullptr, activation_, y.data(), pool_) ||
+              wrong("y", "no memory");
+    ok &= input_grad(dtype_, g_, gs.data(), ws.data(), dx.data(), pool_) || wrong("dx", "no memory");
+    ok &= kernel_grad(dtype_, g_, xs.data(), gs.data(), dw.data(), pool_) || wrong("dw", "no memory");
     pool_.claimed = threads_ == 1 ? 2 : 1;
     ok &= kernel_grad(dtype_, g_, xs.data(), gs.data(), again.data(), pool_) || wrong("dw", "no memory");
     if (!dw.same(again)) ok = wrong("dw", "other numbers with another number of threads");

@@ -33,15 +33,16 @@ Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 // ---------------------------------------------------------------------------------------------------- Threads
 
 // The blocks of one call. Each thread begins with a part of its own, the same in every call, so that a layer finds in its
-// caches what the one before it left there; who is done takes what the others have not begun.
+// caches what the one before it left there; who is done takes what the others have not begun. Backwards, each part is taken
+// from its end.
 class Job {
  public:
   // `block`, called with a block and with a number of the thread's own below `threads`, refers to a function that is alive
   // while a block is left.
-  Job(Index blocks, Index threads, std::function<void(Index, Index)> block)
-      : blocks_(blocks), threads_(threads), block_(std::move(block)), parts_(new Part[threads]) {
+  Job(Index blocks, Index threads, bool backwards, std::function<void(Index, Index)> block)
+      : blocks_(blocks), threads_(threads), backwards_(backwards), block_(std::move(block)), parts_(new Part[threads]) {
     for (Index t = 0; t < threads; ++t) {
-      parts_[t].next = t * blocks / threads;
+      parts_[t].next = parts_[t].begin = t * blocks / threads;
       parts_[t].end = (t + 1) * blocks / threads;
     }
   }
@@ -50,7 +51,9 @@ class Job {
     Index finished = 0;
     for (Index t = 0; t < threads_; ++t) {
       Part& part = parts_[(own + t) % threads_];
-      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) block_(i, own);
+      for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) {
+        block_(backwards_ ? part.begin + part.end - 1 - i : i, own);
+      }
     }
     if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
   }
@@ -61,10 +64,11 @@ class Job {
  private:
   struct alignas(64) Part {
     std::atomic<Index> next;
-    Index end;
+    Index begin, end;
   };
   std::atomic<Index> helpers_{0}, done_{0};
   const Index blocks_, threads_;
+  const bool backwards_;
   const std::function<void(Index, Index)> block_;
   std::unique_ptr<Part[]> parts_;
 };
@@ -76,51 +80,30 @@ void relax() {
 }
 
 // Where a thread of the pool that has done its part of a job stays for a moment, so that a call that follows at once finds
-// it awake: to wake one through the pool takes as long as a small layer. Where none follows, as when XLA's own operations
-// stand between and need the thread, it goes back at once from then on, and is tried again once in a while.
+// it awake: to wake one through the pool takes as long as a small layer. Where mostly none follows, as when XLA's own
+// operations stand between and need the thread, it goes back at once from then on, and is tried again once in a while. A row
+// of calls makes up for the wait at its end.
 class Seat {
  public:
   // Waits on this thread for jobs while `job` is unfinished and a moment longer, and works on those that come.
   static void wait(std::shared_ptr<Job> job) {
-    if (patience_.load(std::memory_order_relaxed) < 0) {
-      patience_.fetch_add(1, std::memory_order_relaxed);
-      return;
-    }
-    Seat* seat = nullptr;
-    for (Seat& candidate : seats_) {
+    for (Seat& seat : seats_) {
       int empty = kEmpty;
-      if (candidate.state_.compare_exchange_strong(empty, kWaiting)) {
-        seat = &candidate;
-        break;
+      if (!seat.state_.compare_exchange_strong(empty, kTaken)) continue;
+      if (seat.patience_ >= 0) {
+        seat.sit(std::move(job));
+      } else {
+        ++seat.patience_;
       }
-    }
-    if (!seat) return;
-    for (;;) {
-      std::chrono::steady_clock::time_point end{};
-      for (;;) {
-        for (int i = 0; i < 32 && seat->state_.load(std::memory_order_relaxed) == kWaiting; ++i) relax();
-        if (seat->state_.load(std::memory_order_relaxed) != kWaiting) break;
-        std::this_thread::yield();  // to whoever has something to do
-        if (!job->done()) continue;
-        const auto now = std::chrono::steady_clock::now();
-        if (end == std::chrono::steady_clock::time_point{}) end = now + kMoment;
-        int waiting = kWaiting;
-        if (now >= end && seat->state_.compare_exchange_strong(waiting, kEmpty)) {
-          patience_.store(-kPause, std::memory_order_relaxed);
-          return;
-        }
-      }
-      while (seat->state_.load(std::memory_order_acquire) != kCalled) relax();
-      job = std::move(seat->job_);
-      seat->state_.store(kWaiting, std::memory_order_release);
-      job->help();
+      seat.state_.store(kEmpty);
+      return;
     }
   }
   // Hands a job to a thread that waits; false if none does.
   static bool call(const std::shared_ptr<Job>& job) {
     for (Seat& seat : seats_) {
       int waiting = kWaiting;
-      if (seat.state_.load(std::memory_order_relaxed) == kWaiting && seat.state_.compare_exchange_strong(waiting, kFilling)) {
+      if (seat.state_.load(std::memory_order_relaxed) == kWaiting && seat.state_.compare_exchange_strong(waiting, kTaken)) {
         seat.job_ = job;
         seat.state_.store(kCalled, std::memory_order_release);
         return true;
@@ -130,27 +113,61 @@ class Seat {
   }
 
  private:
-  enum State { kEmpty, kWaiting, kFilling, kCalled };
+  void sit(std::shared_ptr<Job> job) {
+    state_.store(kWaiting, std::memory_order_release);
+    for (;;) {
+      std::chrono::steady_clock::time_point end{};
+      for (;;) {
+        for (int i = 0; i < 32 && state_.load(std::memory_order_relaxed) == kWaiting; ++i) relax();
+        if (state_.load(std::memory_order_relaxed) != kWaiting) break;
+        std::this_thread::yield();  // to whoever has something to do
+        if (!job->done()) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (end == std::chrono::steady_clock::time_point{}) end = now + kMoment;
+        int waiting = kWaiting;
+        if (now >= end && state_.compare_exchange_strong(waiting, kTaken)) {
+          patience_ = patience_ >= kLoss ? patience_ - kLoss : -kPause;
+          return;
+        }
+      }
+      while (state_.load(std::memory_order_acquire) != kCalled) relax();
+      job = std::move(job_);
+      patience_ = std::min(patience_ + 1, kMost);
+      state_.store(kWaiting, std::memory_order_release);  // the next one may come while this thread works
+      job->help();
+    }
+  }
+
+  // kTaken: by whoever changes what is in it.
+  enum State { kEmpty, kWaiting, kTaken, kCalled };
   static constexpr std::chrono::microseconds kMoment{20};
-  static constexpr int kPause = 16;
+  // Each call that comes adds one to the patience, up to a bound; what one that does not come takes from it; and how many
+  // jobs pass without a wait once it is used up.
+  static constexpr int kMost = 8, kLoss = 4, kPause = 16;
   static Seat seats_[16];
-  static std::atomic<int> patience_;
   alignas(64) std::atomic<int> state_{kEmpty};
+  int patience_ = 0;
   std::shared_ptr<Job> job_;
 };
 Seat Seat::seats_[16];
-std::atomic<int> Seat::patience_{0};
 
-// Calls f(0, thread) ... f(n - 1, thread), on this thread and on those of the pool that come in time. This thread takes blocks like any
-// other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
+// Whether a call takes its blocks backwards: every other one, to begin with what the one before it touched last and the
+// caches still hold. Of arrays larger than the caches, a second pass in the same direction would find nothing.
+bool turn() {
+  static std::atomic<unsigned> calls{0};
+  return calls.fetch_add(1, std::memory_order_relaxed) % 2;
+}
+
+// Calls f(i, thread) for all 0 <= i < n, on this thread and on those of the pool that come in time. This thread takes blocks
+// like any other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
 template <class F>
-void parallel_for(Pool& pool, Index n, const F& f) {
+void parallel_for(Pool& pool, Index n, bool backwards, const F& f) {
   const Index threads = std::min<Index>(pool.threads(), n);
   if (threads <= 1) {
-    for (Index i = 0; i < n; ++i) f(i, 0);
+    for (Index i = 0; i < n; ++i) f(backwards ? n - 1 - i : i, 0);
     return;
   }
-  auto job = std::make_shared<Job>(n, threads, std::cref(f));
+  auto job = std::make_shared<Job>(n, threads, backwards, std::cref(f));
   for (Index t = 1; t < threads; ++t) {
     if (Seat::call(job)) continue;
     pool.schedule([job] {
@@ -320,10 +337,20 @@ constexpr Index kStagedBytes = Index{256} << 10;
 
 Kernels kernels_for(Dtype dtype, Index channels);
 
-void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, const void* bias, Activation activation,
+// Replaces so many narrow elements by the same in the type of the sums, in `memory`; false if there is none.
+bool widen(const Kernels& kernels, const void*& array, Index count, std::unique_ptr<char[]>& memory) {
+  if (!kernels.widen || !array) return true;
+  memory.reset(new (std::nothrow) char[count * sizeof(float)]);
+  if (!memory) return false;
+  kernels.widen(static_cast<const char*>(array), memory.get(), count);
+  array = memory.get();
+  return true;
+}
+
+bool correlate(const Problem& p, Dtype dtype, const void* x, const void* w, const void* bias, Activation activation,
                void* y, Pool& pool) {
   const Geometry& g = p.g;
-  if (g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] == 0) return;
+  if (g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] == 0) return true;
   const Kernels kernels = kernels_for(dtype, g.channels);
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
   const auto depths = phases(p, 0), heights = phases(p, 1), columns = phases(p, 2);
@@ -336,6 +363,9 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   const Index y_row = p.out[2] * channels * size, y_plane = p.out[1] * y_row, y_image = p.out[0] * y_plane;
   const Index w_row = g.window[2] * channels * sum_size, w_plane = g.window[1] * w_row;
   const Index x_bytes = images_read * x_image, y_bytes = images * y_image;
+  std::unique_ptr<char[]> wide_w, wide_bias;
+  if (!widen(kernels, w, g.stack * g.multiplier * taps * channels, wide_w)) return false;
+  if (!widen(kernels, bias, g.stack * g.multiplier * channels, wide_bias)) return false;
 
   // The shapes for each phase of the last axis, and whether the input is staged for them.
   std::vector<const TileShape*> shapes(columns.size(), kernels.general);
@@ -530,6 +560,7 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
             const Index j = std::max(std::min(run.next, run.end - run.shape->width), run.begin);
             run.next += run.shape->width;
             tile.count = across.taps ? static_cast<Index>(band.tap_rows) : 0;
+            tile.square = down.stride == across.stride && down.step == 1 && summed * static_cast<Index>(now.planes.size()) == 1;
             tile.taps = across.taps;
             tile.step = across.step;
             tile.stride = across.stride;
@@ -550,18 +581,19 @@ void correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
     if (stream) __builtin_ia32_sfence();  // before others read what was stored past the caches
 #endif
   };
-  parallel_for(pool, planes * row_blocks * column_blocks * channel_blocks, block);
+  parallel_for(pool, planes * row_blocks * column_blocks * channel_blocks, turn(), block);
+  return true;
 }
 
 }  // namespace
 
-void forward(Dtype dtype, const Geometry& g, const void* x, const void* w, const void* bias, Activation activation,
+bool forward(Dtype dtype, const Geometry& g, const void* x, const void* w, const void* bias, Activation activation,
              void* y, Pool& pool) {
-  correlate({g, false, g.in, g.out}, dtype, x, w, bias, activation, y, pool);
+  return correlate({g, false, g.in, g.out}, dtype, x, w, bias, activation, y, pool);
 }
 
-void input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const void* w, void* dx, Pool& pool) {
-  correlate({g, true, g.out, g.in}, dtype, cotangent, w, nullptr, Activation::identity, dx, pool);
+bool input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const void* w, void* dx, Pool& pool) {
+  return correlate({g, true, g.out, g.in}, dtype, cotangent, w, nullptr, Activation::identity, dx, pool);
 }
 
 // ---------------------------------------------------------------------------------------------------- Kernel gradient
@@ -596,11 +628,12 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   const Index channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), ceil_div(wanted, chunks));
   const Index block_channels = channels / channel_blocks / kernels.lanes * kernels.lanes;
   std::unique_ptr<char[]> scratch;
-  if (chunks > 1) {
+  const bool apart = chunks > 1 || kernels.narrow;
+  if (apart) {
     scratch.reset(new (std::nothrow) char[kernels_in_all * chunks * dw_bytes]);
     if (!scratch) return false;
   }
-  char* sums = chunks > 1 ? scratch.get() : static_cast<char*>(dw);
+  char* sums = apart ? scratch.get() : static_cast<char*>(dw);
 
   auto block = [&](Index index, Index) {
     const Index channel_block = index % channel_blocks;
@@ -636,6 +669,7 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
       for (Index unit = first; unit < last; ++unit) {
         const Index group = unit / pieces, plane = group / heights, row = group % heights * height;
         const Index count = std::min(height, g.out[1] - row);
+        t.square = g.stride[1] == g.stride[2] && g.dilation[1] == 1 && g.window[0] == 1 && count == height;
         tap_rows.clear();
         for (Index a = 0; a < g.window[0]; ++a) {
           const Index x_read = plane_under(plane, a);
@@ -698,22 +732,26 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
       from += count;
     }
   };
-  parallel_for(pool, kernels_in_all * chunks * channel_blocks, block);
+  parallel_for(pool, kernels_in_all * chunks * channel_blocks, turn(), block);
 
-  if (chunks > 1) {
+  if (apart) {
     const Index numbers = taps * channels;
     for (Index kernel = 0; kernel < kernels_in_all; ++kernel) {
       auto add = [&](auto zero) {
         using A = decltype(zero);
-        A* total = reinterpret_cast<A*>(static_cast<char*>(dw) + kernel * dw_bytes);
-        const A* partial = reinterpret_cast<const A*>(sums + kernel * chunks * dw_bytes);
+        char* result = static_cast<char*>(dw) + kernel * numbers * size;
+        A* partial = reinterpret_cast<A*>(sums + kernel * chunks * dw_bytes);
+        A* total = kernels.narrow ? partial : reinterpret_cast<A*>(result);
         constexpr Index kPart = 16384;
-        parallel_for(pool, ceil_div(numbers, kPart), [&](Index part, Index) {
+        parallel_for(pool, ceil_div(numbers, kPart), false, [&](Index part, Index) {
           const Index begin = part * kPart, stop = std::min(begin + kPart, numbers);
-          std::memcpy(total + begin, partial + begin, (stop - begin) * sizeof(A));
+          if (total != partial) std::memcpy(total + begin, partial + begin, (stop - begin) * sizeof(A));
           for (Index chunk = 1; chunk < chunks; ++chunk) {
             const A* next = partial + chunk * numbers;
             for (Index i = begin; i < stop; ++i) total[i] += next[i];
+          }
+          if (kernels.narrow) {
+            kernels.narrow(reinterpret_cast<const char*>(total + begin), result + begin * size, stop - begin);
           }
         });
       };

@@ -4,8 +4,7 @@
 //
 //   x (stack, batch, in..., C)   w (stack, M, window..., C)   y (stack, M, batch, out..., C)
 //
-// Each index of `stack` is a convolution of its own. Narrow floats are summed in float; w, dw and bias are held in the
-// type of the sums (float, or double for double), and beside a narrow x, w and bias have values of its type.
+// Each index of `stack` is a convolution of its own. All arrays are of one type; narrow floats are summed in float.
 #pragma once
 
 #include <cstddef>
@@ -35,13 +34,15 @@ class Pool {
 // Null if the geometry is sound, else what is wrong with it. The three maps below trust a geometry that passed.
 const char* problem(const Geometry& geometry);
 
+// The maps are false where there is no memory: for w and bias as float where they are narrow, and for the partial sums of
+// dw, at most 8 MiB, and dw as float where it is narrow.
+//
 // y = activation(conv(x, w) + bias); bias (stack, M, C) may be null.
-void forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const void* bias,
+bool forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const void* bias,
              Activation activation, void* y, Pool& pool);
 // dx = the transpose of forward in x, of g shaped as y.
-void input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void* w, void* dx, Pool& pool);
-// dw = the transpose of forward in w. The order of its sums depends on the geometry only. False: no memory for the
-// partial sums, at most 8 MiB.
+bool input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void* w, void* dx, Pool& pool);
+// dw = the transpose of forward in w. The order of its sums depends on the geometry only.
 bool kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, void* dw, Pool& pool);
 
 // The instruction set that is used: "avx512", "avx2", "baseline" or "neon". The environment variable

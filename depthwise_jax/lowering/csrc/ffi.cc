@@ -12,7 +12,7 @@ namespace depthwise {
 namespace {
 
 // Part of every symbol's name; native.py has the same number. Raised when shapes or attributes change their meaning.
-#define DEPTHWISE_ABI 2
+#define DEPTHWISE_ABI 3
 #define DEPTHWISE_NAME(name, abi) DEPTHWISE_NAME_(name, abi)
 #define DEPTHWISE_NAME_(name, abi) depthwise_jax_##name##_v##abi
 
@@ -92,12 +92,15 @@ ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyB
   return g;
 }
 
-ffi::Error check_types(ffi::DataType narrow, ffi::DataType other, ffi::DataType sums) {
-  if (narrow != other) return invalid("expected the large operand and the result of one dtype");
-  const auto expected = narrow == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
-  if (sums != expected) return invalid("expected kernel and bias in the dtype of the sums");
+ffi::Error check_types(ffi::DataType x, ffi::DataType w, ffi::DataType y) {
+  if (x != w || x != y) return invalid("expected operands and result of one dtype");
   if (!instruction_set()) return invalid("DEPTHWISE_JAX_ISA names no instruction set of this machine");
   return ffi::Error::Success();
+}
+
+ffi::Error finished(bool done) {
+  if (done) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "depthwise_jax: no memory beside the operands and the result");
 }
 
 ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs bias,
@@ -105,7 +108,7 @@ ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer
                        std::int64_t activation) {
   auto g = geometry_of(x, w, *y, stride, low, dilation);
   if (g.has_error()) return g.error();
-  if (auto error = check_types(x.element_type(), y->element_type(), w.element_type()); error.failure()) return error;
+  if (auto error = check_types(x.element_type(), w.element_type(), y->element_type()); error.failure()) return error;
   auto dtype = dtype_of(x.element_type());
   if (dtype.has_error()) return dtype.error();
   const void* b = nullptr;
@@ -121,34 +124,30 @@ ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer
   }
   if (activation < 0 || activation > 2) return invalid("expected an activation of 0, 1 or 2");
   XlaPool pool(threads);
-  forward(*dtype, *g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation), y->untyped_data(), pool);
-  return ffi::Error::Success();
+  return finished(forward(*dtype, *g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation),
+                          y->untyped_data(), pool));
 }
 
 ffi::Error run_input_grad(ffi::ThreadPool threads, ffi::AnyBuffer cotangent, ffi::AnyBuffer w,
                           ffi::Result<ffi::AnyBuffer> dx, Attribute stride, Attribute low, Attribute dilation) {
   auto g = geometry_of(*dx, w, cotangent, stride, low, dilation);
   if (g.has_error()) return g.error();
-  if (auto error = check_types(cotangent.element_type(), dx->element_type(), w.element_type()); error.failure()) return error;
+  if (auto error = check_types(dx->element_type(), w.element_type(), cotangent.element_type()); error.failure()) return error;
   auto dtype = dtype_of(dx->element_type());
   if (dtype.has_error()) return dtype.error();
   XlaPool pool(threads);
-  input_grad(*dtype, *g, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(), pool);
-  return ffi::Error::Success();
+  return finished(input_grad(*dtype, *g, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(), pool));
 }
 
 ffi::Error run_kernel_grad(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer cotangent,
                            ffi::Result<ffi::AnyBuffer> dw, Attribute stride, Attribute low, Attribute dilation) {
   auto g = geometry_of(x, *dw, cotangent, stride, low, dilation);
   if (g.has_error()) return g.error();
-  if (auto error = check_types(x.element_type(), cotangent.element_type(), dw->element_type()); error.failure()) return error;
+  if (auto error = check_types(x.element_type(), dw->element_type(), cotangent.element_type()); error.failure()) return error;
   auto dtype = dtype_of(x.element_type());
   if (dtype.has_error()) return dtype.error();
   XlaPool pool(threads);
-  if (!kernel_grad(*dtype, *g, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(), pool)) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "depthwise_jax: no memory for partial sums");
-  }
-  return ffi::Error::Success();
+  return finished(kernel_grad(*dtype, *g, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(), pool));
 }
 
 }  // namespace

@@ -62,12 +62,28 @@ struct Constant {
 // The first channel of the vector at c: vectors that would pass the end are moved back over their neighbours.
 inline Index vector_start(Index c, Index end, int lanes) { return c + lanes > end ? end - lanes : c; }
 
+// Whether what lies so far from a tap of the first output is under the same tap of another of `count`.
+constexpr bool inside(int distance, int stride, int count) {
+  return distance % stride == 0 && distance >= 0 && distance / stride < count;
+}
+
 // Whether a row of input that two rows of a tile need is read once for both: two rows of taps must fit into the registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr bool kMerge = true;
 #else
 constexpr bool kMerge = false;
 #endif
+
+// Whether a tile's sums and all taps of a square window fit into the registers.
+template <int Taps, int Height>
+constexpr bool kSquare = kMerge && Taps == 3 && Height > 2;
+
+// The row of input that lies r rows below the first under the square window of a tile.
+template <int Stride, int Height>
+inline Index row_under(const Tile& t, int r) {
+  const int h = r / Stride < Height ? r / Stride : Height - 1;
+  return t.rows[r - h * Stride].x[h];
+}
 
 // Of the columns that a tile reads, only as many as reach beyond the first or the last output may be outside.
 template <int Taps, int Stride, int Width>
@@ -110,7 +126,7 @@ void tile(const Tile& t) {
         const V v = E::load(read + i * pitch);
         UNROLL
         for (int k = 0; k < Taps; ++k) {
-          if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) ((sum[rows.h][(i - k) / Stride] += v * rows.w[k]), ...);
+          if (inside(i - k, Stride, Width)) ((sum[rows.h][(i - k) / Stride] += v * rows.w[k]), ...);
         }
       }
     };
@@ -118,6 +134,35 @@ void tile(const Tile& t) {
       int h;
       const V* w;
     };
+    if constexpr (kSquare<Taps, Height>) {
+      if (t.square && t.count == Taps) {
+        // All taps in registers: each row of input is read once for all rows of the tile.
+        V w[Taps][Taps];
+        UNROLL
+        for (int b = 0; b < Taps; ++b) load_taps(t.rows + b, w[b]);
+        UNROLL
+        for (int r = 0; r < (Height - 1) * Stride + Taps; ++r) {
+          const Index row_of_x = row_under<Stride, Height>(t, r);
+          if (row_of_x == kOutside) continue;
+          UNROLL
+          for (int i = 0; i < columns.count; ++i) {
+            if (columns.outside(i)) continue;
+            const V v = E::load(x + row_of_x + i * pitch);
+            UNROLL
+            for (int b = 0; b < Taps; ++b) {
+              UNROLL
+              for (int k = 0; k < Taps; ++k) {
+                if (inside(r - b, Stride, Height) && inside(i - k, Stride, Width)) {
+                  sum[(r - b) / Stride][(i - k) / Stride] += v * w[b][k];
+                }
+              }
+            }
+          }
+        }
+        store_tile<E>(t, c, sum);
+        continue;
+      }
+    }
     if constexpr (Height == 2 && kMerge) {
       // What a row of taps reads for the second row of the tile, the next one mostly reads for the first: once for both.
       V w[2][Taps] = {};  // a row of taps, and the one before
@@ -284,11 +329,47 @@ void grad_tile(const Tile& t) {
       for (int j = 0; j < Width; ++j) g[h][j] = E::load(t.y[h] + j * y_pitch + c * E::size);
     }
     const char* const x = t.x + t.column * pitch + c * E::size;
-    for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
-      char* dw = t.w + row->taps + c * static_cast<Index>(sizeof(A));
-      V sum[Taps];
+    auto taps = [&](const TapRow* row) { return t.w + row->taps + c * static_cast<Index>(sizeof(A)); };
+    auto load_sums = [&](const TapRow* row, V (&sum)[Taps]) __attribute__((always_inline)) {
       UNROLL
-      for (int k = 0; k < Taps; ++k) sum[k] = load_vector<A, E::lanes>(dw + k * tap_pitch);
+      for (int k = 0; k < Taps; ++k) sum[k] = load_vector<A, E::lanes>(taps(row) + k * tap_pitch);
+    };
+    auto store_sums = [&](const TapRow* row, const V (&sum)[Taps]) __attribute__((always_inline)) {
+      UNROLL
+      for (int k = 0; k < Taps; ++k) store_sum<E>(taps(row) + k * tap_pitch, sum[k], next - c);
+    };
+    if constexpr (kSquare<Taps, Height>) {
+      if (t.square && t.count == Taps) {
+        V sum[Taps][Taps];
+        UNROLL
+        for (int b = 0; b < Taps; ++b) load_sums(t.rows + b, sum[b]);
+        UNROLL
+        for (int r = 0; r < (Height - 1) * Stride + Taps; ++r) {
+          const Index row_of_x = row_under<Stride, Height>(t, r);
+          if (row_of_x == kOutside) continue;
+          UNROLL
+          for (int i = 0; i < columns.count; ++i) {
+            if (columns.outside(i)) continue;
+            const V v = E::load(x + row_of_x + i * pitch);
+            UNROLL
+            for (int b = 0; b < Taps; ++b) {
+              UNROLL
+              for (int k = 0; k < Taps; ++k) {
+                if (inside(r - b, Stride, Height) && inside(i - k, Stride, Width)) {
+                  sum[b][k] += v * g[(r - b) / Stride][(i - k) / Stride];
+                }
+              }
+            }
+          }
+        }
+        UNROLL
+        for (int b = 0; b < Taps; ++b) store_sums(t.rows + b, sum[b]);
+        continue;
+      }
+    }
+    for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
+      V sum[Taps];
+      load_sums(row, sum);
       UNROLL
       for (int h = 0; h < Height; ++h) {
         if (row->x[h] == kOutside) continue;
@@ -299,12 +380,11 @@ void grad_tile(const Tile& t) {
           const V v = E::load(read + i * pitch);
           UNROLL
           for (int k = 0; k < Taps; ++k) {
-            if ((i - k) % Stride == 0 && i >= k && (i - k) / Stride < Width) sum[k] += v * g[h][(i - k) / Stride];
+            if (inside(i - k, Stride, Width)) sum[k] += v * g[h][(i - k) / Stride];
           }
         }
       }
-      UNROLL
-      for (int k = 0; k < Taps; ++k) store_sum<E>(dw + k * tap_pitch, sum[k], next - c);
+      store_sums(row, sum);
     }
   }
 }
@@ -470,12 +550,35 @@ void stage(const char* from, Index pitch, char* to, Index columns, Index channel
   }
 }
 
+template <class E>
+void widen(const char* from, char* to, Index count) {
+  using A = typename E::Sum;
+  Index i = 0;
+  for (; i + E::lanes <= count; i += E::lanes) store_vector<A, E::lanes>(to + i * sizeof(A), E::load(from + i * E::size));
+  const int rest = static_cast<int>(count - i);
+  if (rest) Full<A>::store_some(to + i * sizeof(A), E::load_some(from + i * E::size, rest), rest);
+}
+
+template <class E>
+void narrow(const char* from, char* to, Index count) {
+  using A = typename E::Sum;
+  Index i = 0;
+  for (; i + E::lanes <= count; i += E::lanes) E::store(to + i * E::size, load_vector<A, E::lanes>(from + i * sizeof(A)));
+  const int rest = static_cast<int>(count - i);
+  if (rest) E::store_some(to + i * E::size, Full<A>::load_some(from + i * sizeof(A), rest), rest);
+}
+
 constexpr TileKernels kNoTiles = {none_for, kNone};
 
 // The general kernels alone.
 template <class E>
 constexpr Kernels general_of() {
-  return {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, none_for, general_grad<E>};
+  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, none_for, general_grad<E>, nullptr, nullptr};
+  if constexpr (E::size < static_cast<int>(sizeof(typename E::Sum))) {
+    kernels.widen = widen<E>;
+    kernels.narrow = narrow<E>;
+  }
+  return kernels;
 }
 
 template <class E>

@@ -22,6 +22,7 @@ constexpr Index kOutside = std::numeric_limits<Index>::min();
 struct Tile {
   const TapRow* rows;
   Index count;
+  bool square;  // row b of the taps reads b rows below the first for the tile's first row, and `stride` more for each next
   const char* x;
   char* w;
   Index column, columns;
@@ -77,6 +78,9 @@ struct Kernels {
   // As `certain` for the kernel gradient, which is added to what stands in `w`; the cotangent is in `y`.
   const TileShape* (*grads)(Index taps, Index stride);
   void (*general_grad)(const Grad&);
+  // Convert so many consecutive elements to the type of the sums and back; null where they are of it.
+  void (*widen)(const char* from, char* to, Index count);
+  void (*narrow)(const char* from, char* to, Index count);
 };
 
 namespace avx512 { Kernels kernels(Dtype); }
