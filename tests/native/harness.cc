@@ -291,11 +291,19 @@ Geometry draw_geometry(Random& random, double budget) {
                               random.pick({8, 16, 24, 32, 48, 64, 96, 128, 192, 260})});
     const Index rank = random.between(1, 3);
     const bool large = budget > 1e6;
+    // Of every third the window is one that most networks have, square and with half of it as padding.
+    const bool common = random.one_in(3);
+    const Index window = random.pick({3, 3, 5, 7}), stride = random.pick({1, 1, 2});
     for (Index axis = 0; axis < 3; ++axis) {
       const bool used = axis >= 3 - rank;
       g.window[axis] = used ? random.pick({1, 2, 3, 3, 3, 4, 5, 5, 7, 7, 9, random.between(1, 31)}) : 1;
       g.stride[axis] = used ? random.pick({1, 1, 1, 2, 2, 3, random.between(1, 6)}) : 1;
       g.dilation[axis] = used ? random.pick({1, 1, 1, 1, 2, 3, random.between(1, 6)}) : 1;
+      if (used && common) {
+        g.window[axis] = window;
+        g.stride[axis] = stride;
+        g.dilation[axis] = 1;
+      }
       g.in[axis] = used ? random.between(1, rank == 3 ? 10 : large ? 200 : 40) : 1;
       if (axis == 2 && rank < 3 && random.one_in(4)) g.in[axis] = random.between(100, 1500);
       if (used && random.one_in(60)) g.in[axis] = 0;  // padding alone
@@ -303,7 +311,7 @@ Geometry draw_geometry(Random& random, double budget) {
       Index high = 0;
       if (used) {
         // None, half a window, or anything up to beyond it.
-        const Index kind = random.between(0, 3);
+        const Index kind = common ? 1 : random.between(0, 3);
         g.low[axis] = kind == 0 ? 0 : kind == 1 ? span / 2 : random.between(0, span + 2);
         high = kind == 0 ? 0 : kind == 1 ? (span - 1) / 2 : random.between(0, span + 2);
       }

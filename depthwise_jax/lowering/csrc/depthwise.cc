@@ -140,7 +140,7 @@ class Seat {
 
   // kTaken: by whoever changes what is in it.
   enum State { kEmpty, kWaiting, kTaken, kCalled };
-  static constexpr std::chrono::microseconds kMoment{20};
+  static constexpr std::chrono::microseconds kMoment{100};
   // Each call that comes adds one to the patience, up to a bound; what one that does not come takes from it; and how many
   // jobs pass without a wait once it is used up.
   static constexpr int kMost = 8, kLoss = 4, kPause = 16;
@@ -616,7 +616,15 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   // Units of work: some rows, or pieces of them where there are few long ones. A chunk of units has its own partial sum;
   // how many chunks there are depends on the geometry alone, so that sums are taken in the same order by any number of
   // threads, and they are few beside what is summed. Channels are split if that is not enough.
-  const Index height = tiled && g.out[1] > 1 ? shapes->height : 1;
+  Index height = 1;
+  if (tiled && g.out[1] > 1) {
+    // Of the heights that there are the first, unless another leaves less over at the end.
+    height = shapes->height;
+    auto covered = [&](Index rows) { return ceil_div(g.out[1], rows) * rows; };
+    for (const TileShape* shape = shapes; shape->kernel; ++shape) {
+      if (shape->height > 1 && covered(shape->height) < covered(height)) height = shape->height;
+    }
+  }
   const Index heights = ceil_div(g.out[1], height), groups = planes * heights;
   const Index pieces = groups < 64 ? std::max<Index>(std::min(g.out[2] / 128, 64 / std::max<Index>(groups, 1)), 1) : 1;
   const Index piece = ceil_div(g.out[2], pieces);

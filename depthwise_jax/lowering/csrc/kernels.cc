@@ -76,7 +76,7 @@ constexpr bool kMerge = false;
 
 // Whether a tile's sums and all taps of a square window fit into the registers.
 template <int Taps, int Height>
-constexpr bool kSquare = kMerge && Taps == 3 && Height > 2;
+constexpr bool kSquare = kMerge && Taps == 3 && Height >= 2;
 
 // The row of input that lies r rows below the first under the square window of a tile.
 template <int Stride, int Height>
@@ -457,8 +457,8 @@ void general_grad(const Grad& t) {
 }
 
 // The registers hold a tile's sums, a row of taps and one vector of input: 32 registers, or 16. Few taps do few
-// multiplications with what they read, so that reading in few streams matters most; many taps reuse more in wide tiles, and
-// narrow floats have to be converted more seldom.
+// multiplications with what they read, so that reading in few streams of consecutive addresses matters most; many taps reuse
+// more in wide tiles, and narrow floats have to be converted more seldom.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTall = 7;
 #define WIDE(kernel) SHAPE(kernel, 7, 2)
@@ -474,15 +474,20 @@ constexpr int kTall = 4;
 
 template <class E, int Taps, int Stride>
 struct Shapes {
-  static constexpr bool few = Taps < 5 && E::size == sizeof(typename E::Sum);
-  static constexpr TileShape tiles[] = {few ? TALL(tile) : WIDE(tile), few ? WIDE(tile) : TALL(tile), NARROW(tile, kTall),
-                                        SHAPE(tile, 2, 2), ROWS(tile), {}};
-  // Tiles may not overlap here, so the list goes down to the width 1, in one height and in single rows. Four rows at stride 2
-  // read as many of x as seven do at stride 1.
-  static constexpr int tall = Stride == 1 ? kTall : 4;
-  static constexpr TileShape grads[] = {few ? SHAPE(grad_tile, 2, tall) : WIDE(grad_tile),
-                                        few ? NARROW(grad_tile, tall) : SHAPE(grad_tile, 2, 2),
-                                        NARROW(grad_tile, few ? tall : 2), SHAPE(grad_tile, 7, 1), SHAPE(grad_tile, 1, 1), {}};
+  static constexpr bool full = E::size == sizeof(typename E::Sum), few = Taps < 5;
+  // Rows at stride 2 that are all read once lie further apart than the columns of a wide tile.
+  static constexpr bool upright = few && full && (Stride == 1 || !kSquare<Taps, kTall>);
+  static constexpr TileShape tiles[] = {upright ? TALL(tile) : WIDE(tile), upright ? WIDE(tile) : TALL(tile),
+                                        NARROW(tile, kTall), SHAPE(tile, 2, 2), ROWS(tile), {}};
+  // Tiles may not overlap here, so the list goes down to the width 1 in each height, and in single rows. Four rows at stride
+  // 2 read as many of x as seven do at stride 1.
+  static constexpr bool tall = few && (full || kSquare<Taps, kTall>);
+  static constexpr int rows = Stride == 1 ? kTall : 4;
+  static constexpr TileShape grads[] = {tall ? SHAPE(grad_tile, 2, rows) : WIDE(grad_tile),
+                                        tall ? NARROW(grad_tile, rows) : SHAPE(grad_tile, 2, 2),
+                                        tall ? TALL(grad_tile) : NARROW(grad_tile, 2),
+                                        NARROW(grad_tile, tall ? kTall : 2),
+                                        SHAPE(grad_tile, 7, 1), SHAPE(grad_tile, 1, 1), {}};
 };
 constexpr TileShape kNone[] = {{}};
 
