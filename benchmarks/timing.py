@@ -13,12 +13,15 @@ LEAST_ROUNDS = 3
 _SAMPLE = 8e-3
 # A median so far above the fastest sample says that something else was running.
 NOISY = 1.5
+# Functions that take so many times the fastest one's time are timed after the others: caches and an allocator that they
+# leave behind would cost the others, and the machine's noise is small beside such a ratio.
+_APART = 10
 # Between two functions: the threads of OpenMP spin for a while after their work, on processors that the next one needs.
 _SETTLE = 10e-3
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each function, one sample a round.
+    """Seconds per call of each function, one sample a round; those that are far slower than the rest after the rest.
 
     Args:
         functions: by name; each has been called once before, and returns when its work is done.
@@ -29,28 +32,26 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds
     Returns:
         By name, its samples: those of the first rounds, which all functions have in common.
     """
-    calls: dict[str, int] = {}
-    allowed: dict[str, int] = {}
+    durations: dict[str, float] = {}
     for name, function in functions.items():
         start = time.perf_counter()
         function()
-        duration = time.perf_counter() - start
-        calls[name] = max(1, round(_SAMPLE / duration))
-        allowed[name] = int(min(rounds, max(LEAST_ROUNDS, seconds / (duration * (calls[name] + 1)))))
+        durations[name] = time.perf_counter() - start
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for round_ in range(rounds):
-        names = names[1:] + names[:1]
-        for name in names:
-            if round_ >= allowed[name]:
-                continue
-            function, repeats = functions[name], calls[name]
-            time.sleep(_SETTLE)
-            function()  # wakes its threads
-            start = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            samples[name].append((time.perf_counter() - start) / repeats)
+    apart = {name for name, duration in durations.items() if duration > _APART * min(durations.values())}
+    for names in ([name for name in functions if name not in apart], [name for name in functions if name in apart]):
+        for round_ in range(rounds):
+            names[:] = names[1:] + names[:1]
+            for name in names:
+                function, repeats = functions[name], max(1, round(_SAMPLE / durations[name]))
+                if round_ >= max(LEAST_ROUNDS, int(seconds / (durations[name] * (repeats + 1)))):
+                    continue
+                time.sleep(_SETTLE)
+                function()  # wakes its threads
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    function()
+                samples[name].append((time.perf_counter() - start) / repeats)
     return samples
 
 

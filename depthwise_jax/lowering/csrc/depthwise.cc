@@ -27,7 +27,9 @@ namespace {
 
 Index ceil_div(Index a, Index b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-Index size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+constexpr Index kNarrow = 2;  // bytes
+
+Index size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : kNarrow; }
 Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 // ---------------------------------------------------------------------------------------------------- Threads
@@ -293,16 +295,25 @@ struct Reach {
   Index count() const { return std::max<Index>(end - first, 0); }
 };
 
-// At least so many bytes that begin with a cache's line. Each thread keeps its own for the next call: new memory would have
-// to be made first.
-char* staging(Index bytes) {
-  struct alignas(64) Line {
-    char bytes[64];
+// What a thread keeps for its next call: new memory would have to be made first.
+class Scratch {
+ public:
+  // At least so many bytes that begin with a cache's line, or null. They stay until the next call of this.
+  char* get(Index bytes) {
+    if (size_ >= bytes) return memory_.get();
+    memory_.reset(static_cast<char*>(::operator new(bytes, kLine, std::nothrow)));
+    size_ = memory_ ? bytes : 0;
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, kLine); }
   };
-  static thread_local std::vector<Line> lines;
-  if (static_cast<Index>(lines.size() * sizeof(Line)) < bytes) lines.resize(bytes / sizeof(Line) + 1);
-  return reinterpret_cast<char*>(lines.data());
-}
+  std::unique_ptr<char, Free> memory_;
+  Index size_ = 0;
+};
 
 // How a block of rows, of any image and any channels, is cut into tiles.
 struct Plan {
@@ -337,63 +348,85 @@ constexpr Index kStagedBytes = Index{256} << 10;
 
 Kernels kernels_for(Dtype dtype, Index channels);
 
-// Replaces so many narrow elements by the same in the type of the sums, in `memory`; false if there is none.
-bool widen(const Kernels& kernels, const void*& array, Index count, std::unique_ptr<char[]>& memory) {
-  if (!kernels.widen || !array) return true;
-  memory.reset(new (std::nothrow) char[count * sizeof(float)]);
-  if (!memory) return false;
-  kernels.widen(static_cast<const char*>(array), memory.get(), count);
-  array = memory.get();
-  return true;
-}
+// A correlation cut into blocks, which any threads may compute: an image's rows, a few at a time; if there is one row only,
+// columns; and channels if that is not enough.
+class Correlation {
+ public:
+  Correlation(const Problem& p, const Kernels& kernels, Dtype dtype, const void* x, const void* w, const void* bias,
+              Activation activation, void* y, int threads);
+  Index blocks() const { return images * cuts * channel_blocks; }
+  // `now` is the plan of the block that the thread computed before, or none.
+  void block(Index index, Plan& now) const;
 
-bool correlate(const Problem& p, Dtype dtype, const void* x, const void* w, const void* bias, Activation activation,
-               void* y, Pool& pool) {
-  const Geometry& g = p.g;
-  if (g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] == 0) return true;
-  const Kernels kernels = kernels_for(dtype, g.channels);
-  const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
-  const auto depths = phases(p, 0), heights = phases(p, 1), columns = phases(p, 2);
-  // What is written and what is read; transposed, each image is a sum over the multiplier.
-  const Index images = g.stack * g.batch * (p.transposed ? 1 : g.multiplier);
-  const Index images_read = g.stack * g.batch * (p.transposed ? g.multiplier : 1);
-  const Index summed = p.transposed ? g.multiplier : 1;
-  const Index taps = g.window[0] * g.window[1] * g.window[2];
-  const Index x_row = p.in[2] * channels * size, x_plane = p.in[1] * x_row, x_image = p.in[0] * x_plane;
-  const Index y_row = p.out[2] * channels * size, y_plane = p.out[1] * y_row, y_image = p.out[0] * y_plane;
-  const Index w_row = g.window[2] * channels * sum_size, w_plane = g.window[1] * w_row;
-  const Index x_bytes = images_read * x_image, y_bytes = images * y_image;
-  std::unique_ptr<char[]> wide_w, wide_bias;
-  if (!widen(kernels, w, g.stack * g.multiplier * taps * channels, wide_w)) return false;
-  if (!widen(kernels, bias, g.stack * g.multiplier * channels, wide_bias)) return false;
+ private:
+  bool find_shapes(const TileKernels& tiles);
+  Plan plan(Index cut) const;
 
+  const Problem p;
+  const Kernels kernels;
+  const char *const x, *const w, *const bias;
+  const Activation activation;
+  char* const y;
+  const Index size, sum_size, channels;
+  const std::vector<Phase> depths, heights, columns;
+  // What is written and how much is summed for it: transposed, each image is a sum over the multiplier.
+  const Index images, summed;
+  const Index taps;
+  const Index x_row, x_plane, x_image;  // bytes
+  const Index y_row, y_plane, y_image;
+  const Index w_row, w_plane;
   // The shapes for each phase of the last axis, and whether the input is staged for them.
-  std::vector<const TileShape*> shapes(columns.size(), kernels.general);
-  bool staged = kernels.stage && channels >= kernels.lanes && (g.window[2] >= 5 || taps >= kStagedTaps);
-  auto find_shapes = [&](const TileKernels& tiles) {
-    bool all = true;
-    for (std::size_t i = 0; i < columns.size(); ++i) {
-      const TileShape* found = columns[i].taps ? shapes_for(tiles, columns[i], p.in[2]) : kernels.general;
-      shapes[i] = found ? found : kernels.general;
-      all &= found != nullptr;
-    }
-    return all;
-  };
+  std::vector<const TileShape*> shapes;
+  bool staged;
+  // How the images are cut is the same for all of them, and for all channels.
+  Index rows, block_columns, block_channels;
+  Index row_blocks, column_blocks, channel_blocks, cuts;
+  bool stream;
+};
+
+Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype dtype, const void* x_, const void* w_,
+                         const void* bias_, Activation activation_, void* y_, int threads)
+    : p(problem),
+      kernels(kernels_),
+      x(static_cast<const char*>(x_)),
+      w(static_cast<const char*>(w_)),
+      bias(static_cast<const char*>(bias_)),
+      activation(activation_),
+      y(static_cast<char*>(y_)),
+      size(size_of(dtype)),
+      sum_size(sum_size_of(dtype)),
+      channels(p.g.channels),
+      depths(phases(p, 0)),
+      heights(phases(p, 1)),
+      columns(phases(p, 2)),
+      images(p.g.stack * p.g.batch * (p.transposed ? 1 : p.g.multiplier)),
+      summed(p.transposed ? p.g.multiplier : 1),
+      taps(p.g.window[0] * p.g.window[1] * p.g.window[2]),
+      x_row(p.in[2] * channels * size),
+      x_plane(p.in[1] * x_row),
+      x_image(p.in[0] * x_plane),
+      y_row(p.out[2] * channels * size),
+      y_plane(p.out[1] * y_row),
+      y_image(p.out[0] * y_plane),
+      w_row(p.g.window[2] * channels * sum_size),
+      w_plane(p.g.window[1] * w_row),
+      shapes(columns.size(), kernels.general) {
+  const Geometry& g = p.g;
+  staged = kernels.stage && channels >= kernels.lanes && (g.window[2] >= 5 || taps >= kStagedTaps);
   staged = staged && find_shapes(kernels.staged);
   if (!staged && channels >= kernels.lanes) find_shapes(kernels.direct);
 
-  // Blocks: an image's rows, a few at a time; if there is one row only, columns; and channels if that is not enough.
   const Index vectors = ceil_div(channels, kernels.lanes);
   const Index work = g.stack * g.multiplier * g.batch * g.out[0] * g.out[1] * g.out[2] * vectors * taps;
-  const Index wanted = std::min<Index>(std::max<Index>(work / kBlockWork, 1), 4 * pool.threads());
+  const Index wanted = std::min<Index>(std::max<Index>(work / kBlockWork, 1), 4 * threads);
   const Index planes = images * p.out[0];
-  Index rows = std::min<Index>(p.out[1], 14 * static_cast<Index>(heights.size()));
+  rows = std::min<Index>(p.out[1], 14 * static_cast<Index>(heights.size()));
   auto halve = [&](Index least) {
     while (rows > least && planes * ceil_div(p.out[1], rows) < wanted) rows = ceil_div(rows, 2);
   };
   // Rows at the edge of a block are staged twice: fewer channels are better then.
   if (!staged || vectors <= 4) halve(7 * static_cast<Index>(heights.size()));
-  Index block_columns = p.out[2];
+  block_columns = p.out[2];
   if (p.out[1] == 1 && columns.size() == 1) {
     while (block_columns > 112 && planes * ceil_div(p.out[2], block_columns) < wanted) {
       block_columns = ceil_div(block_columns, 2);
@@ -401,187 +434,228 @@ bool correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
     block_columns = ceil_div(block_columns, 14) * 14;
     if (staged) block_columns = std::min<Index>(block_columns, 1120);  // what is staged of a long row has a bound too
   }
-  const Index column_blocks = ceil_div(p.out[2], block_columns);
-  Index block_channels = channels;
+  column_blocks = ceil_div(p.out[2], block_columns);
+  block_channels = channels;
   if (vectors > 4 && planes * ceil_div(p.out[1], rows) * column_blocks < wanted) block_channels = 4 * kernels.lanes;
   // The last block takes the rest, so that each has whole vectors.
-  const Index channel_blocks = std::max<Index>(channels / block_channels, 1);
+  channel_blocks = std::max<Index>(channels / block_channels, 1);
   if (channel_blocks == 1) halve(2);
-  const Index row_blocks = ceil_div(p.out[1], rows);
+  row_blocks = ceil_div(p.out[1], rows);
+  cuts = column_blocks * row_blocks * p.out[0];
 
-  const bool stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) &&
-                      x_bytes + y_bytes > last_level_cache() / 2 &&
-                      channels * size % (kernels.lanes * size) == 0 &&
-                      reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
-  advise(y, y_bytes);
+  const Index y_bytes = images * y_image, x_bytes = g.stack * g.batch * (p.transposed ? g.multiplier : 1) * x_image;
+  stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) && x_bytes + y_bytes > last_level_cache() / 2 &&
+           channels % kernels.lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
+}
 
-  // How the images are cut is the same for all of them, and for all channels.
-  const Index cuts = column_blocks * row_blocks * p.out[0];
-  auto plan = [&](Index cut) {
-    Plan plan;
-    plan.cut = cut;
-    const Index column_begin = cut % column_blocks * block_columns;
-    const Index row_begin = cut / column_blocks % row_blocks * rows, row_end = std::min(row_begin + rows, p.out[1]);
-    const Index depth = cut / column_blocks / row_blocks;
-    const Phase& plane = depths[depth % depths.size()];
-    plan.y = depth * y_plane;
-    for (Index a = 0; a < plane.taps; ++a) {
-      const Index position = plane.column + depth / static_cast<Index>(depths.size()) * plane.stride + a * plane.step;
-      if (position >= 0 && position < p.in[0]) plan.planes.push_back({position, plane.tap + a * plane.tap_step});
-    }
-    // The outputs of a phase that fall into the block begin with this one.
-    auto first_of = [](const Phase& phase, Index row) { return std::max<Index>(ceil_div(row - phase.first, phase.pitch), 0); };
-    auto count_of = [&](const Phase& phase) { return std::min(column_begin + block_columns, phase.count) - column_begin; };
-    Reach rows_read(p.in[1]), columns_read(p.in[2]);
-    for (const Phase& phase : heights) {
-      rows_read.add(phase, first_of(phase, row_begin), std::min(first_of(phase, row_end), phase.count));
-    }
-    for (const Phase& phase : columns) columns_read.add(phase, column_begin, column_begin + count_of(phase));
-    plan.first_row = rows_read.first;
-    plan.rows = rows_read.count();
-    plan.first_column = staged ? columns_read.first : 0;
-    plan.columns = staged ? columns_read.count() : p.in[2];
-    plan.chunk = block_channels;
-    Index read_row = x_row, read_plane = x_plane, read_image = g.batch * x_image;
-    if (staged) {
-      // So many channels at a time that what is staged stays in a near cache.
-      const Index positions = summed * static_cast<Index>(plan.planes.size()) * plan.rows * plan.columns;
-      const Index fitting = kStagedBytes / std::max<Index>(positions * kernels.lanes * sum_size, 1);
-      const Index chunks = ceil_div(ceil_div(block_channels, kernels.lanes), std::clamp<Index>(fitting, 1, 4));
-      plan.chunk = std::min(ceil_div(ceil_div(block_channels, chunks), kernels.lanes) * kernels.lanes, block_channels);
-      read_row = plan.columns * plan.chunk * sum_size;
-      read_plane = plan.rows * read_row;
-      read_image = static_cast<Index>(plan.planes.size()) * read_plane;
-      plan.staged = summed * read_image;
-    }
-    // Tiles of all phases of the last axis have one height.
-    for (const Phase& phase : heights) {
-      const Index begin = first_of(phase, row_begin), end = std::min(first_of(phase, row_end), phase.count);
-      if (begin >= end) continue;
-      double best = 0;
-      int height = 0;
-      for (const TileShape* shape = shapes[0]; shape->kernel; ++shape) {
-        double total = 0;
-        bool possible = true;
-        for (std::size_t i = 0; i < columns.size(); ++i) {
-          double cost = 0;
-          if (count_of(columns[i]) <= 0) continue;
-          possible &= choose_tile(shapes[i], count_of(columns[i]), end - begin, shape->height, cost) != nullptr;
-          total += cost;
-        }
-        if (possible && (!height || total < best)) height = shape->height, best = total;
-      }
-      const std::size_t first_run = plan.runs.size();
+// Takes for each phase of the last axis the shapes that there are for it, else the general ones; false if any was missing.
+bool Correlation::find_shapes(const TileKernels& tiles) {
+  bool all = true;
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    const TileShape* found = columns[i].taps ? shapes_for(tiles, columns[i], p.in[2]) : kernels.general;
+    shapes[i] = found ? found : kernels.general;
+    all &= found != nullptr;
+  }
+  return all;
+}
+
+Plan Correlation::plan(Index cut) const {
+  const Geometry& g = p.g;
+  Plan plan;
+  plan.cut = cut;
+  const Index column_begin = cut % column_blocks * block_columns;
+  const Index row_begin = cut / column_blocks % row_blocks * rows, row_end = std::min(row_begin + rows, p.out[1]);
+  const Index depth = cut / column_blocks / row_blocks;
+  const Phase& plane = depths[depth % depths.size()];
+  plan.y = depth * y_plane;
+  for (Index a = 0; a < plane.taps; ++a) {
+    const Index position = plane.column + depth / static_cast<Index>(depths.size()) * plane.stride + a * plane.step;
+    if (position >= 0 && position < p.in[0]) plan.planes.push_back({position, plane.tap + a * plane.tap_step});
+  }
+  // The outputs of a phase that fall into the block begin with this one.
+  auto first_of = [](const Phase& phase, Index row) { return std::max<Index>(ceil_div(row - phase.first, phase.pitch), 0); };
+  auto count_of = [&](const Phase& phase) { return std::min(column_begin + block_columns, phase.count) - column_begin; };
+  Reach rows_read(p.in[1]), columns_read(p.in[2]);
+  for (const Phase& phase : heights) {
+    rows_read.add(phase, first_of(phase, row_begin), std::min(first_of(phase, row_end), phase.count));
+  }
+  for (const Phase& phase : columns) columns_read.add(phase, column_begin, column_begin + count_of(phase));
+  plan.first_row = rows_read.first;
+  plan.rows = rows_read.count();
+  plan.first_column = staged ? columns_read.first : 0;
+  plan.columns = staged ? columns_read.count() : p.in[2];
+  plan.chunk = block_channels;
+  Index read_row = x_row, read_plane = x_plane, read_image = g.batch * x_image;
+  if (staged) {
+    // So many channels at a time that what is staged stays in a near cache.
+    const Index positions = summed * static_cast<Index>(plan.planes.size()) * plan.rows * plan.columns;
+    const Index fitting = kStagedBytes / std::max<Index>(positions * kernels.lanes * sum_size, 1);
+    const Index chunks = ceil_div(ceil_div(block_channels, kernels.lanes), std::clamp<Index>(fitting, 1, 4));
+    plan.chunk = std::min(ceil_div(ceil_div(block_channels, chunks), kernels.lanes) * kernels.lanes, block_channels);
+    read_row = plan.columns * plan.chunk * sum_size;
+    read_plane = plan.rows * read_row;
+    read_image = static_cast<Index>(plan.planes.size()) * read_plane;
+    plan.staged = summed * read_image;
+  }
+  // Tiles of all phases of the last axis have one height.
+  for (const Phase& phase : heights) {
+    const Index begin = first_of(phase, row_begin), end = std::min(first_of(phase, row_end), phase.count);
+    if (begin >= end) continue;
+    double best = 0;
+    int height = 0;
+    for (const TileShape* shape = shapes[0]; shape->kernel; ++shape) {
+      double total = 0;
+      bool possible = true;
       for (std::size_t i = 0; i < columns.size(); ++i) {
-        const TileShape* shape = choose_tile(shapes[i], count_of(columns[i]), end - begin, height, best);
-        plan.runs.push_back({shape, column_begin, column_begin + count_of(columns[i]), 0});
+        double cost = 0;
+        if (count_of(columns[i]) <= 0) continue;
+        possible &= choose_tile(shapes[i], count_of(columns[i]), end - begin, shape->height, cost) != nullptr;
+        total += cost;
       }
-      for (Index next = begin; next < end; next += height) {
-        const Index row = std::max(std::min(next, end - height), begin);
-        const std::size_t first_tap_row = plan.tap_rows.size();
-        for (Index m = 0; m < summed; ++m) {
-          for (std::size_t a = 0; a < plan.planes.size(); ++a) {
-            const Index plane_read = staged ? static_cast<Index>(a) * read_plane - plan.first_row * read_row
-                                            : plan.planes[a].position * read_plane;
-            const Index plane_of_taps = (m * g.window[0] + plan.planes[a].tap) * w_plane;
-            for (Index b = 0; b < phase.taps; ++b) {
-              TapRow entry{plane_of_taps + (phase.tap + b * phase.tap_step) * w_row, {}};
-              bool any = false;
-              for (int h = 0; h < height; ++h) {
-                const Index read = phase.column + (row + h) * phase.stride + b * phase.step;
-                const bool inside = read >= 0 && read < p.in[1];
-                entry.x[h] = inside ? m * read_image + plane_read + read * read_row : kOutside;
-                any |= inside;
-              }
-              if (any) plan.tap_rows.push_back(entry);
-            }
-          }
-        }
-        plan.bands.push_back({&phase, row, height, first_run, first_tap_row, plan.tap_rows.size() - first_tap_row});
-      }
+      if (possible && (!height || total < best)) height = shape->height, best = total;
     }
-    return plan;
-  };
-  std::vector<Plan> plans(std::max(pool.threads(), 1));  // each thread's latest
-
-  auto block = [&](Index index, Index thread) {
-    const Index channel_block = index % channel_blocks, cut = index / channel_blocks % cuts, image = index / channel_blocks / cuts;
-    if (plans[thread].cut != cut) plans[thread] = plan(cut);
-    Plan& now = plans[thread];
-    // The kernel of an image of y, and the image that is read for it; of several, each of which is summed, the first.
-    const Index stack = image / g.batch / (p.transposed ? 1 : g.multiplier);
-    const Index kernel = p.transposed ? stack * g.multiplier : image / g.batch;
-    const char* x_image_read = static_cast<const char*>(x) + (stack * g.batch * summed + image % g.batch) * x_image;
-    char* y_base = static_cast<char*>(y) + image * y_image + now.y;
-
-    Tile tile{};
-    tile.columns = now.columns;
-    tile.w = const_cast<char*>(static_cast<const char*>(w)) + kernel * taps * channels * sum_size;
-    if (bias) tile.bias = static_cast<const char*>(bias) + kernel * channels * sum_size;
-    tile.activation = activation;
-    tile.stream = stream;
-    const Index block_begin = channel_block * block_channels;
-    const Index block_end = channel_block + 1 == channel_blocks ? channels : block_begin + block_channels;
-    const Index chunk = staged ? now.chunk : block_end - block_begin;
-    for (Index c = block_begin; c < block_end; c += chunk) {
-      // The last chunk is moved back over its neighbour.
-      tile.begin = std::max(std::min(c, block_end - chunk), block_begin);
-      tile.end = std::min(tile.begin + chunk, block_end);
-      tile.x = x_image_read;
-      tile.pitch = channels;
-      if (staged) {
-        char* to = staging(now.staged);
-        tile.x = to - tile.begin * sum_size;
-        tile.pitch = chunk;
-        for (Index m = 0; m < summed; ++m) {
-          for (const Plan::Plane& plane : now.planes) {
-            const char* from = x_image_read + m * g.batch * x_image + plane.position * x_plane + now.first_row * x_row +
-                               (now.first_column * channels + tile.begin) * size;
-            for (Index row = 0; row < now.rows; ++row, from += x_row, to += now.columns * chunk * sum_size) {
-              kernels.stage(from, channels * size, to, now.columns, chunk);
+    const std::size_t first_run = plan.runs.size();
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+      const TileShape* shape = choose_tile(shapes[i], count_of(columns[i]), end - begin, height, best);
+      plan.runs.push_back({shape, column_begin, column_begin + count_of(columns[i]), 0});
+    }
+    for (Index next = begin; next < end; next += height) {
+      const Index row = std::max(std::min(next, end - height), begin);
+      const std::size_t first_tap_row = plan.tap_rows.size();
+      for (Index m = 0; m < summed; ++m) {
+        for (std::size_t a = 0; a < plan.planes.size(); ++a) {
+          const Index plane_read = staged ? static_cast<Index>(a) * read_plane - plan.first_row * read_row
+                                          : plan.planes[a].position * read_plane;
+          const Index plane_of_taps = (m * g.window[0] + plan.planes[a].tap) * w_plane;
+          for (Index b = 0; b < phase.taps; ++b) {
+            TapRow entry{plane_of_taps + (phase.tap + b * phase.tap_step) * w_row, {}};
+            bool any = false;
+            for (int h = 0; h < height; ++h) {
+              const Index read = phase.column + (row + h) * phase.stride + b * phase.step;
+              const bool inside = read >= 0 && read < p.in[1];
+              entry.x[h] = inside ? m * read_image + plane_read + read * read_row : kOutside;
+              any |= inside;
             }
+            if (any) plan.tap_rows.push_back(entry);
           }
         }
       }
-      for (const Plan::Band& band : now.bands) {
-        const Phase& down = *band.phase;
-        tile.rows = now.tap_rows.data() + band.first_tap_row;
-        Plan::Run* const runs = now.runs.data() + band.first_run;
-        for (std::size_t i = 0; i < columns.size(); ++i) runs[i].next = runs[i].begin;
-        // The phases in turn, tile by tile: their outputs lie between each other.
-        for (bool left = true; left;) {
-          left = false;
-          for (std::size_t i = 0; i < columns.size(); ++i) {
-            Plan::Run& run = runs[i];
-            if (run.next >= run.end) continue;
-            left = true;
-            const Phase& across = columns[i];
-            // The last tile is moved back over its neighbour rather than cut.
-            const Index j = std::max(std::min(run.next, run.end - run.shape->width), run.begin);
-            run.next += run.shape->width;
-            tile.count = across.taps ? static_cast<Index>(band.tap_rows) : 0;
-            tile.square = down.stride == across.stride && down.step == 1 && summed * static_cast<Index>(now.planes.size()) == 1;
-            tile.taps = across.taps;
-            tile.step = across.step;
-            tile.stride = across.stride;
-            tile.tap_offset = across.tap * channels;
-            tile.tap_pitch = across.tap_step * channels;
-            tile.y_pitch = across.pitch * channels;
-            tile.column = across.column + j * across.stride - now.first_column;
-            for (int h = 0; h < band.height; ++h) {
-              tile.y[h] = y_base + (down.first + (band.row + h) * down.pitch) * y_row +
-                          (across.first + j * across.pitch) * channels * size;
-            }
-            run.shape->kernel(tile);
+      plan.bands.push_back({&phase, row, height, first_run, first_tap_row, plan.tap_rows.size() - first_tap_row});
+    }
+  }
+  return plan;
+}
+
+void Correlation::block(Index index, Plan& now) const {
+  const Geometry& g = p.g;
+  const Index channel_block = index % channel_blocks, cut = index / channel_blocks % cuts, image = index / channel_blocks / cuts;
+  if (now.cut != cut) now = plan(cut);
+  // The kernel of an image of y, and the image that is read for it; of several, each of which is summed, the first.
+  const Index stack = image / g.batch / (p.transposed ? 1 : g.multiplier);
+  const Index kernel = p.transposed ? stack * g.multiplier : image / g.batch;
+  const char* x_image_read = x + (stack * g.batch * summed + image % g.batch) * x_image;
+  char* y_base = y + image * y_image + now.y;
+
+  Tile tile{};
+  tile.columns = now.columns;
+  tile.w = const_cast<char*>(w) + kernel * taps * channels * sum_size;
+  if (bias) tile.bias = bias + kernel * channels * sum_size;
+  tile.activation = activation;
+  tile.stream = stream;
+  const Index block_begin = channel_block * block_channels;
+  const Index block_end = channel_block + 1 == channel_blocks ? channels : block_begin + block_channels;
+  const Index chunk = staged ? now.chunk : block_end - block_begin;
+  for (Index c = block_begin; c < block_end; c += chunk) {
+    // The last chunk is moved back over its neighbour.
+    tile.begin = std::max(std::min(c, block_end - chunk), block_begin);
+    tile.end = std::min(tile.begin + chunk, block_end);
+    tile.x = x_image_read;
+    tile.pitch = channels;
+    if (staged) {
+      static thread_local Scratch scratch;
+      char* to = scratch.get(now.staged);
+      if (!to) std::abort();  // no other thread could take this block, and it is 256 KiB
+      tile.x = to - tile.begin * sum_size;
+      tile.pitch = chunk;
+      for (Index m = 0; m < summed; ++m) {
+        for (const Plan::Plane& plane : now.planes) {
+          const char* from = x_image_read + m * g.batch * x_image + plane.position * x_plane + now.first_row * x_row +
+                             (now.first_column * channels + tile.begin) * size;
+          for (Index row = 0; row < now.rows; ++row, from += x_row, to += now.columns * chunk * sum_size) {
+            kernels.stage(from, channels * size, to, now.columns, chunk);
           }
         }
       }
     }
+    for (const Plan::Band& band : now.bands) {
+      const Phase& down = *band.phase;
+      tile.rows = now.tap_rows.data() + band.first_tap_row;
+      Plan::Run* const runs = now.runs.data() + band.first_run;
+      for (std::size_t i = 0; i < columns.size(); ++i) runs[i].next = runs[i].begin;
+      // The phases in turn, tile by tile: their outputs lie between each other.
+      for (bool left = true; left;) {
+        left = false;
+        for (std::size_t i = 0; i < columns.size(); ++i) {
+          Plan::Run& run = runs[i];
+          if (run.next >= run.end) continue;
+          left = true;
+          const Phase& across = columns[i];
+          // The last tile is moved back over its neighbour rather than cut.
+          const Index j = std::max(std::min(run.next, run.end - run.shape->width), run.begin);
+          run.next += run.shape->width;
+          tile.count = across.taps ? static_cast<Index>(band.tap_rows) : 0;
+          tile.square = down.stride == across.stride && down.step == 1 && summed * static_cast<Index>(now.planes.size()) == 1;
+          tile.taps = across.taps;
+          tile.step = across.step;
+          tile.stride = across.stride;
+          tile.tap_offset = across.tap * channels;
+          tile.tap_pitch = across.tap_step * channels;
+          tile.y_pitch = across.pitch * channels;
+          tile.column = across.column + j * across.stride - now.first_column;
+          for (int h = 0; h < band.height; ++h) {
+            tile.y[h] = y_base + (down.first + (band.row + h) * down.pitch) * y_row +
+                        (across.first + j * across.pitch) * channels * size;
+          }
+          run.shape->kernel(tile);
+        }
+      }
+    }
+  }
 #if defined(__x86_64__)
-    if (stream) __builtin_ia32_sfence();  // before others read what was stored past the caches
+  if (stream) __builtin_ia32_sfence();  // before others read what was stored past the caches
 #endif
-  };
-  parallel_for(pool, planes * row_blocks * column_blocks * channel_blocks, turn(), block);
+}
+
+// Replaces so many narrow elements by the same in the type of the sums, in `memory`; false if there is none.
+bool widen(const Kernels& kernels, const void*& array, Index count, Scratch& memory, Pool& pool) {
+  if (!kernels.widen || !array) return true;
+  const char* from = static_cast<const char*>(array);
+  char* to = memory.get(count * sizeof(float));
+  if (!to) return false;
+  constexpr Index kPart = Index{1} << 16;
+  parallel_for(pool, ceil_div(count, kPart), false, [&](Index part, Index) {
+    const Index begin = part * kPart;
+    kernels.widen(from + begin * kNarrow, to + begin * sizeof(float), std::min(kPart, count - begin));
+  });
+  array = to;
+  return true;
+}
+
+bool correlate(const Problem& p, Dtype dtype, const void* x, const void* w, const void* bias, Activation activation,
+               void* y, Pool& pool) {
+  const Geometry& g = p.g;
+  const Index outputs = g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] * g.channels;
+  if (outputs == 0) return true;
+  const Kernels kernels = kernels_for(dtype, g.channels);
+  static thread_local Scratch wide_w, wide_bias;
+  const Index channels = g.stack * g.multiplier * g.channels;  // of all kernels
+  if (!widen(kernels, w, g.window[0] * g.window[1] * g.window[2] * channels, wide_w, pool)) return false;
+  if (!widen(kernels, bias, channels, wide_bias, pool)) return false;
+  advise(y, outputs * (p.transposed ? 1 : g.multiplier) * size_of(dtype));
+
+  const Correlation correlation(p, kernels, dtype, x, w, bias, activation, y, pool.threads());
+  std::vector<Plan> plans(std::max(pool.threads(), 1));  // each thread's latest
+  parallel_for(pool, correlation.blocks(), turn(), [&](Index index, Index thread) { correlation.block(index, plans[thread]); });
   return true;
 }
 
@@ -635,13 +709,10 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
   const Index chunks = std::max<Index>(std::min({wanted, units, most}), 1);
   const Index channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), ceil_div(wanted, chunks));
   const Index block_channels = channels / channel_blocks / kernels.lanes * kernels.lanes;
-  std::unique_ptr<char[]> scratch;
+  static thread_local Scratch scratch;
   const bool apart = chunks > 1 || kernels.narrow;
-  if (apart) {
-    scratch.reset(new (std::nothrow) char[kernels_in_all * chunks * dw_bytes]);
-    if (!scratch) return false;
-  }
-  char* sums = apart ? scratch.get() : static_cast<char*>(dw);
+  char* sums = apart ? scratch.get(kernels_in_all * chunks * dw_bytes) : static_cast<char*>(dw);
+  if (!sums) return false;
 
   auto block = [&](Index index, Index) {
     const Index channel_block = index % channel_blocks;
