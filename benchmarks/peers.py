@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks import environment, limits, work
 from benchmarks.contestants import CHAIN, CONTESTANTS, DEFAULT, MissingError, UnsupportedError, latency
-from benchmarks.timing import NOISY, calm, interleaved, ratio, spread
+from benchmarks.timing import NOISY, calm, ratio, spread
 from depthwise_jax.lowering import native
 from tests.cases import NETWORKS, Case
 
@@ -133,12 +133,12 @@ def _of(row: dict[str, Any], ours: str, theirs: str) -> float:
     return ratio(taken[ours], taken[theirs]) if ours in taken and theirs in taken else float("nan")
 
 
-def call_latency(rounds: int) -> dict[str, Any]:
+def call_latency(rounds: int, attempts: int) -> dict[str, Any]:
     """Microseconds that one more call in a compiled program takes, with the small sum that chains it to the last."""
     chains = latency(None)
     for chain in chains.values():
         chain()
-    samples = interleaved(chains, max(rounds, 9), seconds=5)
+    samples, _ = calm(chains, max(rounds, 9), 5, attempts)
     each = np.subtract(samples["long"], samples["short"]) / (7 * CHAIN)
     return {"us": float(f"{1e6 * np.median(each):.4g}"), "call": "forward, 1x7x7x64, window 3, float32"}
 
@@ -351,7 +351,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "isa": arguments.isa,
         "compiled_kernels": status.instruction_set or status.reason,
         "limits": limits.measure(arguments.threads),
-        "latency": call_latency(arguments.rounds),
+        "latency": call_latency(arguments.rounds, arguments.attempts),
         "rows": run.rows,
         "missing": run.missing,
         "unsupported": run.unsupported,

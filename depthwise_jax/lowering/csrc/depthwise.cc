@@ -298,7 +298,7 @@ struct Reach {
 // What a thread keeps for its next call: new memory would have to be made first.
 class Scratch {
  public:
-  // At least so many bytes that begin with a cache's line, or null. They stay until the next call of this.
+  // At least so many bytes (one or more) that begin with a cache's line, or null. They stay until the next call of this.
   char* get(Index bytes) {
     if (size_ >= bytes) return memory_.get();
     memory_.reset(static_cast<char*>(::operator new(bytes, kLine, std::nothrow)));
@@ -673,6 +673,7 @@ bool input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const voi
 // ---------------------------------------------------------------------------------------------------- Kernel gradient
 
 bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cotangent, void* dw, Pool& pool) {
+  if (g.stack == 0) return true;
   const Kernels kernels = kernels_for(dtype, g.channels);
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
   const Index taps = g.window[0] * g.window[1] * g.window[2];
