@@ -16,8 +16,8 @@ NOISY = 1.5
 # Functions that take so many times the fastest one's time are timed after the others: caches and an allocator that they
 # leave behind would cost the others, and the machine's noise is small beside such a ratio.
 _APART = 10
-# Between two functions: the threads of OpenMP spin for a while after their work, on processors that the next one needs.
-_SETTLE = 10e-3
+# Between two functions: OpenMP's threads spin for up to 10 ms after their work, on processors that the next one needs.
+_SETTLE = 20e-3
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
