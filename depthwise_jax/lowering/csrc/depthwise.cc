@@ -232,6 +232,12 @@ std::vector<Phase> phases(const Problem& p, int axis) {
   return result;
 }
 
+Index most_taps(const std::vector<Phase>& phases) {
+  Index most = 0;
+  for (const Phase& phase : phases) most = std::max(most, phase.taps);
+  return most;
+}
+
 // ---------------------------------------------------------------------------------------------------- Tiles
 
 // Relative time per output of a tile with so many sums in flight: fewer leave the multipliers idle.
@@ -298,9 +304,9 @@ struct Reach {
 // What a thread keeps for its next call: new memory would have to be made first.
 class Scratch {
  public:
-  // At least so many bytes (one or more) that begin with a cache's line, or null. They stay until the next call of this.
+  // At least so many bytes that begin with a cache's line, or null if there is no memory. They stay until the next call.
   char* get(Index bytes) {
-    if (size_ >= bytes) return memory_.get();
+    if (memory_ && size_ >= bytes) return memory_.get();
     memory_.reset(static_cast<char*>(::operator new(bytes, kLine, std::nothrow)));
     size_ = memory_ ? bytes : 0;
     return memory_.get();
@@ -341,8 +347,9 @@ struct Plan {
   Index chunk = 0, staged = 0;  // channels staged at a time, and bytes
 };
 
-// Narrow floats are converted once, ahead of the tiles, where each is read for so many taps.
-constexpr Index kStagedTaps = 25;
+// Narrow floats are converted once, ahead of the tiles, where an output has so many taps along the last axis, or the square
+// of it in all.
+constexpr Index kStagedTaps = 5;
 // What a thread stages at a time, unless one vector of channels is more.
 constexpr Index kStagedBytes = Index{256} << 10;
 
@@ -412,7 +419,9 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
       w_plane(p.g.window[1] * w_row),
       shapes(columns.size(), kernels.general) {
   const Geometry& g = p.g;
-  staged = kernels.stage && channels >= kernels.lanes && (g.window[2] >= 5 || taps >= kStagedTaps);
+  // Transposed, strides leave each output a part of the taps.
+  const Index across = most_taps(columns), each = most_taps(depths) * most_taps(heights) * across;
+  staged = kernels.stage && channels >= kernels.lanes && (across >= kStagedTaps || each >= kStagedTaps * kStagedTaps);
   staged = staged && find_shapes(kernels.staged);
   if (!staged && channels >= kernels.lanes) find_shapes(kernels.direct);
 
@@ -673,7 +682,6 @@ bool input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const voi
 // ---------------------------------------------------------------------------------------------------- Kernel gradient
 
 bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cotangent, void* dw, Pool& pool) {
-  if (g.stack == 0) return true;
   const Kernels kernels = kernels_for(dtype, g.channels);
   const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
   const Index taps = g.window[0] * g.window[1] * g.window[2];
