@@ -280,10 +280,7 @@ _NONSENSE: list[dict[str, Any]] = [
     *({name: "one"} for name in ("stride", "low", "dilation")),
     *({"missing": name} for name in ("stride", "low", "dilation")),
     *({f"{a}_dtype": dtype} for a in "xwy" for dtype in (jnp.bfloat16, jnp.int32, jnp.complex64, jnp.bool_)),
-    *(
-        {f"{a}_dtype": dtype for a in "xwy"}
-        for dtype in (jnp.int8, jnp.int32, jnp.complex64, jnp.float8_e5m2)
-    ),
+    *({f"{a}_dtype": dtype for a in "xwy"} for dtype in (jnp.int8, jnp.int32, jnp.complex64, jnp.float8_e5m2)),
     {"x_dtype": jnp.bfloat16, "y_dtype": jnp.bfloat16},
     {"x_dtype": jnp.bfloat16, "y_dtype": jnp.float16},
     {"unknown": np.int64(1), "missing": "low"},
