@@ -30,6 +30,8 @@ from tests.oracle import assert_close
 
 # Sizes at which all kernels have their turn: tiles and tails of channels, both heights of tiles, strides, phases.
 LARGER = (
+    # The first rows read nothing; here, so that no call before this has made memory for what is converted.
+    Case("k5-in-padding", (1, 4, 15, 64), (5, 5, 64, 1), {"padding": ((40, 0), (2, 2))}),
     Case("k3", (2, 9, 16, 40), (3, 3, 40, 1), {"padding": "same"}),
     Case("k3-s2", (1, 13, 19, 17), (3, 3, 17, 1), {"padding": "same", "strides": 2}),
     Case("k5-tail", (1, 8, 15, 100), (5, 5, 100, 1), {"padding": 2}),
@@ -41,7 +43,7 @@ LARGER = (
 
 def instruction_set() -> None:
     """Prints the instruction set, after the core cases in the three dtypes of networks were found right."""
-    for case in (*CORE, *LARGER, reduced(NETWORKS[-1])):
+    for case in (*LARGER, *CORE, reduced(NETWORKS[-1])):
         for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)):
             x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
             y, dx, dw = jax.jit(_maps(case.conv("native")))(x, w, g)
