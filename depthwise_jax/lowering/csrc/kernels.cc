@@ -95,6 +95,30 @@ struct Columns {
   inline bool outside(int i) const { return (i < Taps - 1 && i < first) || (i >= count - (Taps - 1) && i >= last); }
 };
 
+// Reads each row of input under a square window once, and calls f(vector, h, j, b, k) for each output (h, j) of the tile that
+// it reaches, through tap (b, k).
+template <class E, int Height, int Taps, int Stride, int Width, class F>
+__attribute__((always_inline)) inline void for_each_in_square(const Tile& t, const Columns<Taps, Stride, Width>& columns,
+                                                              const char* x, Index pitch, const F& f) {
+  UNROLL
+  for (int r = 0; r < (Height - 1) * Stride + Taps; ++r) {
+    const Index row_of_x = row_under<Stride, Height>(t, r);
+    if (row_of_x == kOutside) continue;
+    UNROLL
+    for (int i = 0; i < columns.count; ++i) {
+      if (columns.outside(i)) continue;
+      const typename E::V v = E::load(x + row_of_x + i * pitch);
+      UNROLL
+      for (int b = 0; b < Taps; ++b) {
+        UNROLL
+        for (int k = 0; k < Taps; ++k) {
+          if (inside(r - b, Stride, Height) && inside(i - k, Stride, Width)) f(v, (r - b) / Stride, (i - k) / Stride, b, k);
+        }
+      }
+    }
+  }
+}
+
 template <class E, int Taps, int Stride, int Width, int Height>
 void tile(const Tile& t) {
   using V = typename E::V;
@@ -140,25 +164,8 @@ void tile(const Tile& t) {
         V w[Taps][Taps];
         UNROLL
         for (int b = 0; b < Taps; ++b) load_taps(t.rows + b, w[b]);
-        UNROLL
-        for (int r = 0; r < (Height - 1) * Stride + Taps; ++r) {
-          const Index row_of_x = row_under<Stride, Height>(t, r);
-          if (row_of_x == kOutside) continue;
-          UNROLL
-          for (int i = 0; i < columns.count; ++i) {
-            if (columns.outside(i)) continue;
-            const V v = E::load(x + row_of_x + i * pitch);
-            UNROLL
-            for (int b = 0; b < Taps; ++b) {
-              UNROLL
-              for (int k = 0; k < Taps; ++k) {
-                if (inside(r - b, Stride, Height) && inside(i - k, Stride, Width)) {
-                  sum[(r - b) / Stride][(i - k) / Stride] += v * w[b][k];
-                }
-              }
-            }
-          }
-        }
+        auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[h][j] += v * w[b][k]; };
+        for_each_in_square<E, Height>(t, columns, x, pitch, add);
         store_tile<E>(t, c, sum);
         continue;
       }
@@ -343,25 +350,8 @@ void grad_tile(const Tile& t) {
         V sum[Taps][Taps];
         UNROLL
         for (int b = 0; b < Taps; ++b) load_sums(t.rows + b, sum[b]);
-        UNROLL
-        for (int r = 0; r < (Height - 1) * Stride + Taps; ++r) {
-          const Index row_of_x = row_under<Stride, Height>(t, r);
-          if (row_of_x == kOutside) continue;
-          UNROLL
-          for (int i = 0; i < columns.count; ++i) {
-            if (columns.outside(i)) continue;
-            const V v = E::load(x + row_of_x + i * pitch);
-            UNROLL
-            for (int b = 0; b < Taps; ++b) {
-              UNROLL
-              for (int k = 0; k < Taps; ++k) {
-                if (inside(r - b, Stride, Height) && inside(i - k, Stride, Width)) {
-                  sum[b][k] += v * g[(r - b) / Stride][(i - k) / Stride];
-                }
-              }
-            }
-          }
-        }
+        auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[b][k] += v * g[h][j]; };
+        for_each_in_square<E, Height>(t, columns, x, pitch, add);
         UNROLL
         for (int b = 0; b < Taps; ++b) store_sums(t.rows + b, sum[b]);
         continue;
