@@ -36,6 +36,9 @@ LARGER = (
     Case("k3-s2", (1, 13, 19, 17), (3, 3, 17, 1), {"padding": "same", "strides": 2}),
     Case("k5-tail", (1, 8, 15, 100), (5, 5, 100, 1), {"padding": 2}),
     Case("k7", (1, 8, 17, 24), (7, 7, 24, 1), {"padding": "same"}),
+    # Columns 4 KiB apart, which are packed first.
+    Case("k5-crowded", (1, 4, 7, 1024), (5, 5, 1024, 1), {"padding": "same"}),
+    Case("k7-s2-crowded", (1, 7, 5, 1024), (7, 7, 1024, 1), {"padding": "same", "strides": 2}),
     Case("k4-causal", (2, 300, 33), (4, 33, 1), {"padding": "causal"}),
     Case("dilated", (1, 11, 14, 20), (3, 2, 20, 2), {"padding": "same", "dilation_rate": (2, 3)}),
 )

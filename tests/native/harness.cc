@@ -345,6 +345,24 @@ Geometry draw_large_geometry(Random& random) {
   return g;
 }
 
+// Small maps under windows that reach over them, of so many channels that columns share few of the caches' sets: packed first.
+Geometry draw_crowded_geometry(Random& random) {
+  Geometry g{};
+  g.stack = g.batch = 1;
+  g.multiplier = random.pick({1, 1, 2});
+  g.channels = random.pick({256, 512, 1024, 2048});
+  g.window[0] = g.stride[0] = g.dilation[0] = g.in[0] = g.out[0] = 1;
+  for (int axis = 1; axis < 3; ++axis) {
+    g.window[axis] = random.pick({5, 7, 9, 13});
+    g.stride[axis] = random.pick({1, 1, 2});
+    g.dilation[axis] = 1;
+    g.in[axis] = random.between(1, 8);
+    g.low[axis] = g.window[axis] / 2;
+    g.out[axis] = (g.in[axis] - 1) / g.stride[axis] + 1;
+  }
+  return g;
+}
+
 std::string text(const Index* v) {
   return "(" + std::to_string(v[0]) + ", " + std::to_string(v[1]) + ", " + std::to_string(v[2]) + ")";
 }
@@ -352,8 +370,10 @@ std::string text(const Index* v) {
 class Iteration {
  public:
   Iteration(std::uint64_t seed, std::uint64_t index, Threads& pool) : random_(seed, index), pool_(pool) {
-    const bool large = random_.one_in(2000);
-    g_ = large ? draw_large_geometry(random_) : draw_geometry(random_, draw_budget(random_));
+    const bool large = random_.one_in(2000), crowded = random_.one_in(100);
+    g_ = large     ? draw_large_geometry(random_)
+         : crowded ? draw_crowded_geometry(random_)
+                   : draw_geometry(random_, draw_budget(random_));
     dtype_ = large ? Dtype::f32 : static_cast<Dtype>(random_.between(0, 3));
     integers_ = random_.one_in(2);
     specials_ = random_.one_in(8);

@@ -27,9 +27,7 @@ namespace {
 
 Index ceil_div(Index a, Index b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-constexpr Index kNarrow = 2;  // bytes
-
-Index size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : kNarrow; }
+Index size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }  // bytes
 Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 // ---------------------------------------------------------------------------------------------------- Threads
@@ -240,8 +238,8 @@ Index most_taps(const std::vector<Phase>& phases) {
 
 // ---------------------------------------------------------------------------------------------------- Tiles
 
-// Relative time per output of a tile with so many sums in flight: fewer leave the multipliers idle.
-double overhead(int sums) { return sums >= 14 ? 1.0 : sums >= 7 ? 1.1 : sums >= 4 ? 1.3 : sums >= 3 ? 1.5 : 3.0; }
+// Relative time per output of a tile with so many sums in flight: fewer leave the multipliers idle and read more for each.
+double overhead(int sums) { return sums >= 14 ? 1.0 : sums >= 7 ? 1.7 : sums >= 4 ? 2.0 : sums >= 3 ? 2.5 : 4.0; }
 
 // The shapes to choose from for a phase of the last axis, for at least as many channels as a vector has; null if none fits.
 const TileShape* shapes_for(const TileKernels& kernels, const Phase& phase, Index columns) {
@@ -347,13 +345,36 @@ struct Plan {
   Index chunk = 0, staged = 0;  // channels staged at a time, and bytes
 };
 
-// Narrow floats are converted once, ahead of the tiles, where an output has so many taps along the last axis, or the square
-// of it in all.
-constexpr Index kStagedTaps = 5;
 // What a thread stages at a time, unless one vector of channels is more.
 constexpr Index kStagedBytes = Index{256} << 10;
 
+// Whether columns that are so many bytes apart lie in so few of an L1 cache's sets, of 8 lines each, that those under a window
+// of so many taps push each other out many times.
+bool crowded(Index column, Index taps) {
+  constexpr Index kLine = 64, kSets = 64;
+  return column % kLine == 0 && taps >= 25 * (kSets / std::gcd(column / kLine, kSets));
+}
+
+// Whether the input is staged: converted, or only packed, once ahead of the tiles. `across` and `each` are the taps of an
+// output along the last axis, which has so many columns, and in all.
+bool is_staged(const Kernels& kernels, Index across, Index each, Index columns, Index column_bytes) {
+  if (!kernels.stage) return false;
+  const Index converted = kernels.staged_taps;
+  if (converted && (across >= converted || each >= converted * converted)) return true;
+  // Windows that reach over most of a row read it again for most tiles.
+  return across >= 5 && 2 * across > columns && crowded(column_bytes, each);
+}
+
 Kernels kernels_for(Dtype dtype, Index channels);
+
+// What a thread has made for one block and needs for the next.
+struct Latest {
+  Plan plan;
+  // The kernel, or the first of those that are summed, and its bias, in the type of the sums: of narrow floats each thread has
+  // converted its own, which is in its caches.
+  Index kernel = -1;
+  const char *w = nullptr, *bias = nullptr;
+};
 
 // A correlation cut into blocks, which any threads may compute: an image's rows, a few at a time; if there is one row only,
 // columns; and channels if that is not enough.
@@ -362,12 +383,13 @@ class Correlation {
   Correlation(const Problem& p, const Kernels& kernels, Dtype dtype, const void* x, const void* w, const void* bias,
               Activation activation, void* y, int threads);
   Index blocks() const { return images * cuts * channel_blocks; }
-  // `now` is the plan of the block that the thread computed before, or none.
-  void block(Index index, Plan& now) const;
+  // `latest` is of the block that the thread computed before, or empty. False if there is no memory, and nothing is done.
+  bool block(Index index, Latest& latest) const;
 
  private:
   bool find_shapes(const TileKernels& tiles);
   Plan plan(Index cut) const;
+  bool load_kernel(Index kernel, Latest& latest) const;
 
   const Problem p;
   const Kernels kernels;
@@ -421,8 +443,7 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
   const Geometry& g = p.g;
   // Transposed, strides leave each output a part of the taps.
   const Index across = most_taps(columns), each = most_taps(depths) * most_taps(heights) * across;
-  staged = kernels.stage && channels >= kernels.lanes && (across >= kStagedTaps || each >= kStagedTaps * kStagedTaps);
-  staged = staged && find_shapes(kernels.staged);
+  staged = channels >= kernels.lanes && is_staged(kernels, across, each, p.in[2], channels * size) && find_shapes(kernels.staged);
   if (!staged && channels >= kernels.lanes) find_shapes(kernels.direct);
 
   const Index vectors = ceil_div(channels, kernels.lanes);
@@ -555,20 +576,41 @@ Plan Correlation::plan(Index cut) const {
   return plan;
 }
 
-void Correlation::block(Index index, Plan& now) const {
+bool Correlation::load_kernel(Index kernel, Latest& latest) const {
+  if (latest.kernel == kernel) return true;
+  latest.w = w + kernel * taps * channels * size;
+  latest.bias = bias ? bias + kernel * channels * size : nullptr;
+  if (kernels.widen) {
+    static thread_local Scratch scratch;
+    const Index numbers = summed * taps * channels;
+    char* const to = scratch.get((numbers + channels) * sum_size);
+    if (!to) return false;
+    kernels.widen(latest.w, to, numbers);
+    latest.w = to;
+    if (bias) {
+      kernels.widen(latest.bias, to + numbers * sum_size, channels);
+      latest.bias = to + numbers * sum_size;
+    }
+  }
+  latest.kernel = kernel;
+  return true;
+}
+
+bool Correlation::block(Index index, Latest& latest) const {
   const Geometry& g = p.g;
   const Index channel_block = index % channel_blocks, cut = index / channel_blocks % cuts, image = index / channel_blocks / cuts;
-  if (now.cut != cut) now = plan(cut);
+  if (latest.plan.cut != cut) latest.plan = plan(cut);
+  Plan& now = latest.plan;
   // The kernel of an image of y, and the image that is read for it; of several, each of which is summed, the first.
   const Index stack = image / g.batch / (p.transposed ? 1 : g.multiplier);
-  const Index kernel = p.transposed ? stack * g.multiplier : image / g.batch;
+  if (!load_kernel(p.transposed ? stack * g.multiplier : image / g.batch, latest)) return false;
   const char* x_image_read = x + (stack * g.batch * summed + image % g.batch) * x_image;
   char* y_base = y + image * y_image + now.y;
 
   Tile tile{};
   tile.columns = now.columns;
-  tile.w = const_cast<char*>(w) + kernel * taps * channels * sum_size;
-  if (bias) tile.bias = bias + kernel * channels * sum_size;
+  tile.w = const_cast<char*>(latest.w);
+  tile.bias = latest.bias;
   tile.activation = activation;
   tile.stream = stream;
   const Index block_begin = channel_block * block_channels;
@@ -583,7 +625,7 @@ void Correlation::block(Index index, Plan& now) const {
     if (staged) {
       static thread_local Scratch scratch;
       char* to = scratch.get(now.staged);
-      if (!to) std::abort();  // no other thread could take this block, and it is 256 KiB
+      if (!to) return false;
       tile.x = to - tile.begin * sum_size;
       tile.pitch = chunk;
       for (Index m = 0; m < summed; ++m) {
@@ -633,20 +675,6 @@ void Correlation::block(Index index, Plan& now) const {
 #if defined(__x86_64__)
   if (stream) __builtin_ia32_sfence();  // before others read what was stored past the caches
 #endif
-}
-
-// Replaces so many narrow elements by the same in the type of the sums, in `memory`; false if there is none.
-bool widen(const Kernels& kernels, const void*& array, Index count, Scratch& memory, Pool& pool) {
-  if (!kernels.widen || !array) return true;
-  const char* from = static_cast<const char*>(array);
-  char* to = memory.get(count * sizeof(float));
-  if (!to) return false;
-  constexpr Index kPart = Index{1} << 16;
-  parallel_for(pool, ceil_div(count, kPart), false, [&](Index part, Index) {
-    const Index begin = part * kPart;
-    kernels.widen(from + begin * kNarrow, to + begin * sizeof(float), std::min(kPart, count - begin));
-  });
-  array = to;
   return true;
 }
 
@@ -656,16 +684,15 @@ bool correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
   const Index outputs = g.stack * g.batch * p.out[0] * p.out[1] * p.out[2] * g.channels;
   if (outputs == 0) return true;
   const Kernels kernels = kernels_for(dtype, g.channels);
-  static thread_local Scratch wide_w, wide_bias;
-  const Index channels = g.stack * g.multiplier * g.channels;  // of all kernels
-  if (!widen(kernels, w, g.window[0] * g.window[1] * g.window[2] * channels, wide_w, pool)) return false;
-  if (!widen(kernels, bias, channels, wide_bias, pool)) return false;
   advise(y, outputs * (p.transposed ? 1 : g.multiplier) * size_of(dtype));
 
   const Correlation correlation(p, kernels, dtype, x, w, bias, activation, y, pool.threads());
-  std::vector<Plan> plans(std::max(pool.threads(), 1));  // each thread's latest
-  parallel_for(pool, correlation.blocks(), turn(), [&](Index index, Index thread) { correlation.block(index, plans[thread]); });
-  return true;
+  std::vector<Latest> latest(std::max(pool.threads(), 1));  // of each thread
+  std::atomic<bool> enough{true};
+  parallel_for(pool, correlation.blocks(), turn(), [&](Index index, Index thread) {
+    if (!correlation.block(index, latest[thread])) enough = false;
+  });
+  return enough;
 }
 
 }  // namespace

@@ -481,7 +481,7 @@ struct Shapes {
 };
 constexpr TileShape kNone[] = {{}};
 
-// What is to be converted is staged for the windows that read each of it many times, of stride 1, and only for those.
+// What is staged is so for windows of stride 1 only; what is converted by the tiles, for windows of fewer taps.
 template <class E>
 const TileShape* tiles_for(Index taps, Index stride) {
   constexpr bool converts = E::loaded < static_cast<int>(sizeof(typename E::Sum)), staged = E::loaded > E::size;
@@ -493,16 +493,14 @@ const TileShape* tiles_for(Index taps, Index stride) {
       case 72: return Shapes<E, 7, 2>::tiles;
     }
   }
-  if constexpr (!converts) {
-    switch (taps * 10 + stride) {
-      case 51: return Shapes<E, 5, 1>::tiles;
-      case 71: return Shapes<E, 7, 1>::tiles;
-    }
+  if constexpr (!converts || E::staged_taps > 7) {
+    if (taps == 7 && stride == 1) return Shapes<E, 7, 1>::tiles;
   }
   switch (taps * 10 + stride) {
     case 21: return Shapes<E, 2, 1>::tiles;
     case 31: return Shapes<E, 3, 1>::tiles;
     case 41: return Shapes<E, 4, 1>::tiles;
+    case 51: return Shapes<E, 5, 1>::tiles;
     default: return kNone;
   }
 }
@@ -568,7 +566,7 @@ constexpr TileKernels kNoTiles = {none_for, kNone};
 // The general kernels alone.
 template <class E>
 constexpr Kernels general_of() {
-  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, none_for, general_grad<E>, nullptr, nullptr};
+  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, 0, Lists<E>::general, none_for, general_grad<E>, nullptr, nullptr};
   if constexpr (E::size < static_cast<int>(sizeof(typename E::Sum))) {
     kernels.widen = widen<E>;
     kernels.narrow = narrow<E>;
@@ -580,12 +578,13 @@ template <class E>
 constexpr Kernels kernels_of() {
   Kernels kernels = general_of<E>();
   kernels.grads = grads_for<E>;
+  kernels.stage = stage<E>;
   if constexpr (E::size == sizeof(typename E::Sum)) {
-    kernels.direct = {tiles_for<E>, Lists<E>::wide};
+    kernels.direct = kernels.staged = {tiles_for<E>, Lists<E>::wide};
   } else {
     kernels.direct = {tiles_for<E>, kNone};
     kernels.staged = {tiles_for<Staged<E>>, Lists<Staged<E>>::wide};
-    kernels.stage = stage<E>;
+    kernels.staged_taps = E::staged_taps;
   }
   return kernels;
 }

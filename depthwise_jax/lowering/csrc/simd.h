@@ -45,6 +45,8 @@ struct ElementBase {
   using Sum = SumType;
   static constexpr int lanes = kBytes / sizeof(Sum);
   static constexpr int size = sizeof(Stored), loaded = size;
+  // With so many taps side by side, or the square of it in all, narrow floats are better converted ahead of the tiles.
+  static constexpr int staged_taps = 8;
   using V = typename VectorOf<Sum, lanes>::type;
 
   static inline V load_some(const char* p, int n) {
@@ -82,6 +84,7 @@ using F64 = Full<double>;
 // for: all that is summed was narrow once, so that its lower half is zero, and rounding carries nothing into the upper half.
 struct BF16 : ElementBase<BF16, std::uint16_t, float> {
 #if defined(__AVX512F__)
+  static constexpr int staged_taps = 6;  // the permutations of 512 bits take turns with multiplications
   // The words of a vector, moved to the upper halves of 32 bits and back: one instruction each.
   static inline V load(const char* p) {
     const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
