@@ -708,26 +708,79 @@ bool input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const voi
 
 // ---------------------------------------------------------------------------------------------------- Kernel gradient
 
-bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cotangent, void* dw, Pool& pool) {
-  const Kernels kernels = kernels_for(dtype, g.channels);
-  const Index size = size_of(dtype), sum_size = sum_size_of(dtype), channels = g.channels;
-  const Index taps = g.window[0] * g.window[1] * g.window[2];
-  const Index x_row = g.in[2] * channels * size, x_plane = g.in[1] * x_row, x_image = g.in[0] * x_plane;
-  const Index g_row = g.out[2] * channels * size, w_row = g.window[2] * channels * sum_size;
-  const Index planes = g.batch * g.out[0], pixels = planes * g.out[1] * g.out[2];  // of the cotangent, for one kernel
-  const Index kernels_in_all = g.stack * g.multiplier, dw_bytes = taps * channels * sum_size;
+namespace {
 
+// The kernel gradient cut into blocks, which any threads may compute: some channels of some units of the cotangent. A unit is
+// a few rows, or a piece of them where there are few long ones. A chunk of units has its own partial sum; how many chunks
+// there are depends on the geometry alone, so that sums are taken in the same order by any number of threads.
+class KernelGrad {
+ public:
+  KernelGrad(const Geometry& g, const Kernels& kernels, Dtype dtype, const void* x, const void* cotangent, void* dw);
+  // False if there is no memory for the sums.
+  bool allocate(Scratch& scratch);
+  Index blocks() const { return kernels_in_all * chunks * channel_blocks; }
+  void block(Index index) const;
+  // Adds the partial sums up, in the type of the sums.
+  template <class A>
+  void finish(Pool& pool) const;
+
+ private:
+  // What a block adds to its sum, channels `begin` to `end`, for the units from `first` to `last`.
+  struct Block {
+    const char *x, *cotangent;  // for its kernel
+    char* sum;
+    Index begin, end, first, last;
+  };
+  void add_tiles(const Block& block) const;
+  void add_rows(const Block& block) const;
+  Index plane_under(Index plane, Index tap) const;
+  Index row_under(Index x_plane_read, Index row, Index tap) const;
+
+  const Geometry& g;
+  const Kernels kernels;
+  const char *const x, *const cotangent;
+  char* const dw;
+  const Index size, sum_size, channels;
+  const Index taps;
+  // Elements from tap to tap of a sum: those whose distance would be a power of two lie a little further apart, in other sets
+  // of the caches.
+  const Index sum_pitch;
+  const Index x_row, x_plane, x_image, g_row, w_row, sum_bytes;  // bytes
+  const Index planes;  // of the cotangent, for one kernel
+  const Index kernels_in_all;
+  const TileShape* shapes;  // null: general ones
+  Index height = 1;         // rows of a unit
+  Index heights, pieces, piece, units, chunks, channel_blocks, block_channels;
+  bool apart;  // from dw
+  char* sums = nullptr;
+};
+
+KernelGrad::KernelGrad(const Geometry& geometry, const Kernels& kernels_, Dtype dtype, const void* x_, const void* cotangent_,
+                       void* dw_)
+    : g(geometry),
+      kernels(kernels_),
+      x(static_cast<const char*>(x_)),
+      cotangent(static_cast<const char*>(cotangent_)),
+      dw(static_cast<char*>(dw_)),
+      size(size_of(dtype)),
+      sum_size(sum_size_of(dtype)),
+      channels(g.channels),
+      taps(g.window[0] * g.window[1] * g.window[2]),
+      sum_pitch(channels * sum_size % 1024 == 0 ? channels + kernels.lanes : channels),
+      x_row(g.in[2] * channels * size),
+      x_plane(g.in[1] * x_row),
+      x_image(g.in[0] * x_plane),
+      g_row(g.out[2] * channels * size),
+      w_row(g.window[2] * sum_pitch * sum_size),
+      sum_bytes(taps * sum_pitch * sum_size),
+      planes(g.batch * g.out[0]),
+      kernels_in_all(g.stack * g.multiplier),
+      shapes(kernels.grads(g.window[2], g.stride[2])) {
   // The kernels for certain taps test only those columns that reach beyond the first or the last output.
   const bool certain = channels >= kernels.lanes && g.dilation[2] == 1 && g.window[2] - 1 >= g.low[2] &&
                        (g.out[2] - 1) * g.stride[2] - g.low[2] < g.in[2];
-  const TileShape* shapes = kernels.grads(g.window[2], g.stride[2]);
-  const bool tiled = certain && shapes->kernel;
-
-  // Units of work: some rows, or pieces of them where there are few long ones. A chunk of units has its own partial sum;
-  // how many chunks there are depends on the geometry alone, so that sums are taken in the same order by any number of
-  // threads, and they are few beside what is summed. Channels are split if that is not enough.
-  Index height = 1;
-  if (tiled && g.out[1] > 1) {
+  if (!certain || !shapes->kernel) shapes = nullptr;
+  if (shapes && g.out[1] > 1) {
     // Of the heights that there are the first, unless another leaves less over at the end.
     height = shapes->height;
     auto covered = [&](Index rows) { return ceil_div(g.out[1], rows) * rows; };
@@ -735,147 +788,168 @@ bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cota
       if (shape->height > 1 && covered(shape->height) < covered(height)) height = shape->height;
     }
   }
-  const Index heights = ceil_div(g.out[1], height), groups = planes * heights;
-  const Index pieces = groups < 64 ? std::max<Index>(std::min(g.out[2] / 128, 64 / std::max<Index>(groups, 1)), 1) : 1;
-  const Index piece = ceil_div(g.out[2], pieces);
-  const Index units = groups * pieces;
+  heights = ceil_div(g.out[1], height);
+  const Index groups = planes * heights, pixels = planes * g.out[1] * g.out[2];
+  pieces = groups < 64 ? std::max<Index>(std::min(g.out[2] / 128, 64 / std::max<Index>(groups, 1)), 1) : 1;
+  piece = ceil_div(g.out[2], pieces);
+  units = groups * pieces;
+  // Chunks are few beside what is summed; channels are split if that is not enough for all threads.
   const Index vectors = ceil_div(channels, kernels.lanes);
   const Index wanted = std::min<Index>(std::max<Index>(pixels * vectors * taps / kBlockWork, 1), 32);
-  const Index most = std::min(pixels / 128, (Index{8} << 20) / std::max<Index>(dw_bytes * kernels_in_all, 1));
-  const Index chunks = std::max<Index>(std::min({wanted, units, most}), 1);
-  const Index channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), ceil_div(wanted, chunks));
-  const Index block_channels = channels / channel_blocks / kernels.lanes * kernels.lanes;
+  const Index most = std::min(pixels / 128, (Index{8} << 20) / std::max<Index>(sum_bytes * kernels_in_all, 1));
+  chunks = std::max<Index>(std::min({wanted, units, most}), 1);
+  channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), ceil_div(wanted, chunks));
+  block_channels = channels / channel_blocks / kernels.lanes * kernels.lanes;
+  apart = chunks > 1 || kernels.narrow || sum_pitch != channels;
+}
+
+bool KernelGrad::allocate(Scratch& scratch) {
+  sums = apart ? scratch.get(kernels_in_all * chunks * sum_bytes) : dw;
+  return sums;
+}
+
+// Where the plane of the input under a tap of axis 0 at a plane of the cotangent begins, and its row likewise.
+Index KernelGrad::plane_under(Index plane, Index tap) const {
+  const Index position = plane % g.out[0] * g.stride[0] + tap * g.dilation[0] - g.low[0];
+  return position < 0 || position >= g.in[0] ? kOutside : plane / g.out[0] * x_image + position * x_plane;
+}
+Index KernelGrad::row_under(Index x_plane_read, Index row, Index tap) const {
+  const Index position = row * g.stride[1] + tap * g.dilation[1] - g.low[1];
+  return x_plane_read == kOutside || position < 0 || position >= g.in[1] ? kOutside : x_plane_read + position * x_row;
+}
+
+void KernelGrad::block(Index index) const {
+  const Index channel_block = index % channel_blocks;
+  index /= channel_blocks;
+  const Index chunk = index % chunks, kernel = index / chunks;
+  Block block;
+  block.x = x + kernel / g.multiplier * g.batch * x_image;
+  block.cotangent = cotangent + kernel * planes * g.out[1] * g_row;
+  block.sum = sums + (kernel * chunks + chunk) * sum_bytes;
+  block.begin = channel_block * block_channels;
+  block.end = channel_block + 1 == channel_blocks ? channels : block.begin + block_channels;
+  block.first = chunk * units / chunks;
+  block.last = (chunk + 1) * units / chunks;
+  for (Index k = 0; k < taps; ++k) {
+    std::memset(block.sum + (k * sum_pitch + block.begin) * sum_size, 0, (block.end - block.begin) * sum_size);
+  }
+  if (shapes) {
+    add_tiles(block);
+  } else {
+    add_rows(block);
+  }
+}
+
+void KernelGrad::add_tiles(const Block& block) const {
+  Tile t{};
+  t.x = block.x;
+  t.w = block.sum;
+  t.columns = g.in[2];
+  t.tap_pitch = sum_pitch;
+  t.pitch = t.y_pitch = channels;
+  t.begin = block.begin;
+  t.end = block.end;
+  std::vector<TapRow> tap_rows;
+  for (Index unit = block.first; unit < block.last; ++unit) {
+    const Index group = unit / pieces, plane = group / heights, row = group % heights * height;
+    const Index count = std::min(height, g.out[1] - row);
+    t.square = g.stride[1] == g.stride[2] && g.dilation[1] == 1 && g.window[0] == 1 && count == height;
+    tap_rows.clear();
+    for (Index a = 0; a < g.window[0]; ++a) {
+      const Index x_read = plane_under(plane, a);
+      for (Index b = 0; b < g.window[1]; ++b) {
+        TapRow entry{(a * g.window[1] + b) * w_row, {}};
+        bool any = false;
+        for (Index h = 0; h < height; ++h) {
+          entry.x[h] = h < count ? row_under(x_read, row + h, b) : kOutside;
+          any |= entry.x[h] != kOutside;
+        }
+        if (any) tap_rows.push_back(entry);
+      }
+    }
+    t.rows = tap_rows.data();
+    t.count = static_cast<Index>(tap_rows.size());
+    const Index stop = std::min((unit % pieces + 1) * piece, g.out[2]);
+    for (Index column = unit % pieces * piece; column < stop;) {
+      const TileShape* shape = shapes;
+      while (shape->height != height || shape->width > stop - column) ++shape;
+      t.column = column * g.stride[2] - g.low[2];
+      for (Index h = 0; h < height; ++h) {  // the rows beyond the last read nothing of x
+        const Index g_read = (plane * g.out[1] + row + std::min(h, count - 1)) * g_row + column * channels * size;
+        t.y[h] = const_cast<char*>(block.cotangent + g_read);
+      }
+      shape->kernel(t);
+      column += shape->width;
+    }
+  }
+}
+
+void KernelGrad::add_rows(const Block& block) const {
+  // So many units at a time that they stay in the caches while each row of taps passes over them.
+  constexpr Index kUnits = 8;
+  GradRow list[kUnits];
+  Grad t{};
+  t.columns = g.in[2];
+  t.taps = g.window[2];
+  t.step = g.dilation[2];
+  t.stride = g.stride[2];
+  t.pitch = channels;
+  t.tap_pitch = sum_pitch;
+  t.begin = block.begin;
+  t.end = block.end;
+  t.rows = list;
+  for (Index from = block.first; from < block.last;) {
+    const Index part = from % pieces, count = pieces > 1 ? 1 : std::min(kUnits, block.last - from);
+    t.outputs = std::min(piece, g.out[2] - part * piece);
+    t.column = part * piece * g.stride[2] - g.low[2];
+    for (Index a = 0; a < g.window[0] && t.outputs > 0; ++a) {
+      for (Index b = 0; b < g.window[1]; ++b) {
+        t.count = 0;
+        for (Index unit = from; unit < from + count; ++unit) {
+          const Index row = unit / pieces;
+          const Index read = row_under(plane_under(row / g.out[1], a), row % g.out[1], b);
+          if (read == kOutside) continue;
+          list[t.count++] = {block.cotangent + row * g_row + part * piece * channels * size, block.x + read};
+        }
+        t.dw = block.sum + (a * g.window[1] + b) * w_row;
+        kernels.general_grad(t);
+      }
+    }
+    from += count;
+  }
+}
+
+template <class A>
+void KernelGrad::finish(Pool& pool) const {
+  if (!apart) return;
+  constexpr Index kPart = 16384;  // elements
+  const Index rows = kernels_in_all * taps, per = std::max<Index>(kPart / channels, 1);
+  parallel_for(pool, ceil_div(rows, per), false, [&](Index part, Index) {
+    for (Index row = part * per; row < std::min((part + 1) * per, rows); ++row) {
+      char* result = dw + row * channels * size;
+      A* partial = reinterpret_cast<A*>(sums + row / taps * chunks * sum_bytes) + row % taps * sum_pitch;
+      A* total = kernels.narrow ? partial : reinterpret_cast<A*>(result);
+      if (total != partial) std::memcpy(total, partial, channels * sizeof(A));
+      for (Index chunk = 1; chunk < chunks; ++chunk) {
+        const A* next = partial + chunk * taps * sum_pitch;
+        for (Index i = 0; i < channels; ++i) total[i] += next[i];
+      }
+      if (kernels.narrow) kernels.narrow(reinterpret_cast<const char*>(total), result, channels);
+    }
+  });
+}
+
+}  // namespace
+
+bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cotangent, void* dw, Pool& pool) {
   static thread_local Scratch scratch;
-  const bool apart = chunks > 1 || kernels.narrow;
-  char* sums = apart ? scratch.get(kernels_in_all * chunks * dw_bytes) : static_cast<char*>(dw);
-  if (!sums) return false;
-
-  auto block = [&](Index index, Index) {
-    const Index channel_block = index % channel_blocks;
-    index /= channel_blocks;
-    const Index chunk = index % chunks, kernel = index / chunks;
-    const Index begin = channel_block * block_channels;
-    const Index end = channel_block + 1 == channel_blocks ? channels : begin + block_channels;
-    char* sum = sums + (kernel * chunks + chunk) * dw_bytes;
-    for (Index k = 0; k < taps; ++k) std::memset(sum + (k * channels + begin) * sum_size, 0, (end - begin) * sum_size);
-
-    const char* x_base = static_cast<const char*>(x) + kernel / g.multiplier * g.batch * x_image;
-    const char* g_base = static_cast<const char*>(cotangent) + kernel * planes * g.out[1] * g_row;
-    // Where the plane of the input under a tap of axis 0 at a plane of the cotangent begins, and its row likewise.
-    auto plane_under = [&](Index at, Index tap) {
-      const Index position = at % g.out[0] * g.stride[0] + tap * g.dilation[0] - g.low[0];
-      return position < 0 || position >= g.in[0] ? kOutside : at / g.out[0] * x_image + position * x_plane;
-    };
-    auto row_under = [&](Index plane, Index at, Index tap) {
-      const Index position = at * g.stride[1] + tap * g.dilation[1] - g.low[1];
-      return plane == kOutside || position < 0 || position >= g.in[1] ? kOutside : plane + position * x_row;
-    };
-    const Index first = chunk * units / chunks, last = (chunk + 1) * units / chunks;
-
-    if (tiled) {
-      Tile t{};
-      t.x = x_base;
-      t.w = sum;
-      t.columns = g.in[2];
-      t.tap_pitch = t.pitch = t.y_pitch = channels;
-      t.begin = begin;
-      t.end = end;
-      std::vector<TapRow> tap_rows;
-      for (Index unit = first; unit < last; ++unit) {
-        const Index group = unit / pieces, plane = group / heights, row = group % heights * height;
-        const Index count = std::min(height, g.out[1] - row);
-        t.square = g.stride[1] == g.stride[2] && g.dilation[1] == 1 && g.window[0] == 1 && count == height;
-        tap_rows.clear();
-        for (Index a = 0; a < g.window[0]; ++a) {
-          const Index x_read = plane_under(plane, a);
-          for (Index b = 0; b < g.window[1]; ++b) {
-            TapRow entry{(a * g.window[1] + b) * w_row, {}};
-            bool any = false;
-            for (Index h = 0; h < height; ++h) {
-              entry.x[h] = h < count ? row_under(x_read, row + h, b) : kOutside;
-              any |= entry.x[h] != kOutside;
-            }
-            if (any) tap_rows.push_back(entry);
-          }
-        }
-        t.rows = tap_rows.data();
-        t.count = static_cast<Index>(tap_rows.size());
-        const Index stop = std::min((unit % pieces + 1) * piece, g.out[2]);
-        for (Index column = unit % pieces * piece; column < stop;) {
-          const TileShape* shape = shapes;
-          while (shape->height != height || shape->width > stop - column) ++shape;
-          t.column = column * g.stride[2] - g.low[2];
-          for (Index h = 0; h < height; ++h) {  // the rows beyond the last read nothing of x
-            t.y[h] = const_cast<char*>(g_base + (plane * g.out[1] + row + std::min(h, count - 1)) * g_row + column * channels * size);
-          }
-          shape->kernel(t);
-          column += shape->width;
-        }
-      }
-      return;
-    }
-
-    // So many units at a time that they stay in the caches while each row of taps passes over them.
-    constexpr Index kUnits = 8;
-    GradRow list[kUnits];
-    Grad t{};
-    t.columns = g.in[2];
-    t.taps = g.window[2];
-    t.step = g.dilation[2];
-    t.stride = g.stride[2];
-    t.pitch = channels;
-    t.begin = begin;
-    t.end = end;
-    t.rows = list;
-    for (Index from = first; from < last;) {
-      const Index part = from % pieces, count = pieces > 1 ? 1 : std::min(kUnits, last - from);
-      t.outputs = std::min(piece, g.out[2] - part * piece);
-      t.column = part * piece * g.stride[2] - g.low[2];
-      for (Index a = 0; a < g.window[0] && t.outputs > 0; ++a) {
-        for (Index b = 0; b < g.window[1]; ++b) {
-          t.count = 0;
-          for (Index unit = from; unit < from + count; ++unit) {
-            const Index row = unit / pieces;
-            const Index read = row_under(plane_under(row / g.out[1], a), row % g.out[1], b);
-            if (read == kOutside) continue;
-            list[t.count++] = {g_base + row * g_row + part * piece * channels * size, x_base + read};
-          }
-          t.dw = sum + (a * g.window[1] + b) * w_row;
-          kernels.general_grad(t);
-        }
-      }
-      from += count;
-    }
-  };
-  parallel_for(pool, kernels_in_all * chunks * channel_blocks, turn(), block);
-
-  if (apart) {
-    const Index numbers = taps * channels;
-    for (Index kernel = 0; kernel < kernels_in_all; ++kernel) {
-      auto add = [&](auto zero) {
-        using A = decltype(zero);
-        char* result = static_cast<char*>(dw) + kernel * numbers * size;
-        A* partial = reinterpret_cast<A*>(sums + kernel * chunks * dw_bytes);
-        A* total = kernels.narrow ? partial : reinterpret_cast<A*>(result);
-        constexpr Index kPart = 16384;
-        parallel_for(pool, ceil_div(numbers, kPart), false, [&](Index part, Index) {
-          const Index begin = part * kPart, stop = std::min(begin + kPart, numbers);
-          if (total != partial) std::memcpy(total + begin, partial + begin, (stop - begin) * sizeof(A));
-          for (Index chunk = 1; chunk < chunks; ++chunk) {
-            const A* next = partial + chunk * numbers;
-            for (Index i = begin; i < stop; ++i) total[i] += next[i];
-          }
-          if (kernels.narrow) {
-            kernels.narrow(reinterpret_cast<const char*>(total + begin), result + begin * size, stop - begin);
-          }
-        });
-      };
-      if (dtype == Dtype::f64) {
-        add(double{});
-      } else {
-        add(float{});
-      }
-    }
+  KernelGrad grad(g, kernels_for(dtype, g.channels), dtype, x, cotangent, dw);
+  if (!grad.allocate(scratch)) return false;
+  parallel_for(pool, grad.blocks(), turn(), [&](Index index, Index) { grad.block(index); });
+  if (dtype == Dtype::f64) {
+    grad.finish<double>(pool);
+  } else {
+    grad.finish<float>(pool);
   }
   return true;
 }

@@ -387,10 +387,10 @@ inline void general_grad_taps(const Grad& t, Index c, Index skip, int lanes, boo
   const Index pitch = t.pitch * E::size;
   auto load = [&](const char* p) __attribute__((always_inline)) { return some ? E::load_some(p, lanes) : E::load(p); };
   V sum[Some];
-  char* dw = t.dw + (tap * t.pitch + c) * sizeof(A);
+  char* dw = t.dw + (tap * t.tap_pitch + c) * sizeof(A);
   UNROLL
   for (int k = 0; k < Some; ++k) {
-    char* p = dw + k * t.pitch * sizeof(A);
+    char* p = dw + k * t.tap_pitch * sizeof(A);
     sum[k] = some ? Full<A>::load_some(p, lanes) : load_vector<A, E::lanes>(p);
   }
   // Tap k reads inside the input for outputs from[k] <= o < to[k]; all taps do for low <= o < high.
@@ -424,7 +424,7 @@ inline void general_grad_taps(const Grad& t, Index c, Index skip, int lanes, boo
   }
   UNROLL
   for (int k = 0; k < Some; ++k) {
-    char* p = dw + k * t.pitch * sizeof(A);
+    char* p = dw + k * t.tap_pitch * sizeof(A);
     if (some) {
       Full<A>::store_some(p, sum[k], lanes);
     } else {

@@ -53,7 +53,7 @@ struct Grad {
   Index count;
   Index column, columns, outputs;
   Index taps, step, stride;
-  Index pitch;
+  Index pitch, tap_pitch;
   char* dw;
   Index begin, end;
 };
