@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -17,7 +18,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include "kernels.h"
@@ -265,12 +265,17 @@ const TileShape* choose_tile(const TileShape* shapes, Index count, Index rows, i
   return best;
 }
 
+// Bytes of the last cache that this processor's cores share. (sysconf adds up those of the whole socket on some.)
 Index last_level_cache() {
-#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
-  static const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return Index{32} << 20;
+  static const Index size = [] {
+    long kilobytes = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+      std::fclose(file);
+    }
+    return Index{kilobytes > 0 ? kilobytes : 32 << 10} << 10;
+  }();
+  return size;
 }
 
 // A result beyond the allocator's threshold is new memory at every call: larger pages make its first touch cheap.
@@ -285,6 +290,9 @@ void advise(void* p, Index bytes) {
   (void)p, (void)bytes;
 #endif
 }
+
+// Whether to fetch ahead of the tiles, of so much to read that the last cache cannot have kept it beside all else.
+bool is_ahead(Index bytes) { return bytes > last_level_cache() * 2 / 5; }
 
 // The rows or columns that outputs of several phases read, of so many that there are.
 struct Reach {
@@ -346,7 +354,7 @@ struct Plan {
 };
 
 // What a thread stages at a time, unless one vector of channels is more.
-constexpr Index kStagedBytes = Index{256} << 10;
+constexpr Index kStagedBytes = Index{128} << 10;
 
 // Whether columns that are so many bytes apart lie in so few of an L1 cache's sets, of 8 lines each, that those under a window
 // of so many taps push each other out many times.
@@ -410,7 +418,7 @@ class Correlation {
   // How the images are cut is the same for all of them, and for all channels.
   Index rows, block_columns, block_channels;
   Index row_blocks, column_blocks, channel_blocks, cuts;
-  bool stream;
+  bool stream, ahead;
 };
 
 Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype dtype, const void* x_, const void* w_,
@@ -476,6 +484,7 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
   const Index y_bytes = images * y_image, x_bytes = g.stack * g.batch * (p.transposed ? g.multiplier : 1) * x_image;
   stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) && x_bytes + y_bytes > last_level_cache() / 2 &&
            channels % kernels.lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
+  ahead = is_ahead(x_bytes);
 }
 
 // Takes for each phase of the last axis the shapes that there are for it, else the general ones; false if any was missing.
@@ -613,6 +622,7 @@ bool Correlation::block(Index index, Latest& latest) const {
   tile.bias = latest.bias;
   tile.activation = activation;
   tile.stream = stream;
+  tile.ahead = ahead;
   const Index block_begin = channel_block * block_channels;
   const Index block_end = channel_block + 1 == channel_blocks ? channels : block_begin + block_channels;
   const Index chunk = staged ? now.chunk : block_end - block_begin;
@@ -845,6 +855,7 @@ void KernelGrad::add_tiles(const Block& block) const {
   t.x = block.x;
   t.w = block.sum;
   t.columns = g.in[2];
+  t.ahead = is_ahead(g.stack * g.batch * x_image + kernels_in_all * planes * g.out[1] * g_row);
   t.tap_pitch = sum_pitch;
   t.pitch = t.y_pitch = channels;
   t.begin = block.begin;

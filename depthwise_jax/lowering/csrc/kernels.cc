@@ -96,8 +96,8 @@ struct Columns {
 };
 
 // Reads each row of input under a square window once, and calls f(vector, h, j, b, k) for each output (h, j) of the tile that
-// it reaches, through tap (b, k).
-template <class E, int Height, int Taps, int Stride, int Width, class F>
+// it reaches, through tap (b, k). Ahead: fetches what the next tile to the right reads of those rows into a near cache.
+template <class E, int Height, bool Ahead, int Taps, int Stride, int Width, class F>
 __attribute__((always_inline)) inline void for_each_in_square(const Tile& t, const Columns<Taps, Stride, Width>& columns,
                                                               const char* x, Index pitch, const F& f) {
   UNROLL
@@ -107,7 +107,9 @@ __attribute__((always_inline)) inline void for_each_in_square(const Tile& t, con
     UNROLL
     for (int i = 0; i < columns.count; ++i) {
       if (columns.outside(i)) continue;
-      const typename E::V v = E::load(x + row_of_x + i * pitch);
+      const char* const read = x + row_of_x + i * pitch;
+      const typename E::V v = E::load(read);
+      if (Ahead && i >= Taps - Stride) __builtin_prefetch(read + Width * Stride * pitch, 0, 2);
       UNROLL
       for (int b = 0; b < Taps; ++b) {
         UNROLL
@@ -165,7 +167,11 @@ void tile(const Tile& t) {
         UNROLL
         for (int b = 0; b < Taps; ++b) load_taps(t.rows + b, w[b]);
         auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[h][j] += v * w[b][k]; };
-        for_each_in_square<E, Height>(t, columns, x, pitch, add);
+        if (Stride == 2 && t.ahead) {  // at stride 1 it gains nothing
+          for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
+        } else {
+          for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
+        }
         store_tile<E>(t, c, sum);
         continue;
       }
@@ -351,7 +357,11 @@ void grad_tile(const Tile& t) {
         UNROLL
         for (int b = 0; b < Taps; ++b) load_sums(t.rows + b, sum[b]);
         auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[b][k] += v * g[h][j]; };
-        for_each_in_square<E, Height>(t, columns, x, pitch, add);
+        if (t.ahead) {
+          for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
+        } else {
+          for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
+        }
         UNROLL
         for (int b = 0; b < Taps; ++b) store_sums(t.rows + b, sum[b]);
         continue;

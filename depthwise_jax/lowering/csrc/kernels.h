@@ -36,6 +36,7 @@ struct Tile {
   const char* bias;          // null: none
   Activation activation;
   bool stream;               // store past the caches; addresses are aligned to the vectors
+  bool ahead;                // fetch what the next tile reads
 };
 using TileKernel = void (*)(const Tile&);
 
