@@ -367,8 +367,8 @@ bool crowded(Index column, Index taps) {
 // output along the last axis, which has so many columns, and in all.
 bool is_staged(const Kernels& kernels, Index across, Index each, Index columns, Index column_bytes) {
   if (!kernels.stage) return false;
-  const Index converted = kernels.staged_taps;
-  if (converted && (across >= converted || each >= converted * converted)) return true;
+  // Narrow floats under windows that have no tiles of their own.
+  if (kernels.widen && (across >= 8 || each >= 64)) return true;
   // Windows that reach over most of a row read it again for most tiles.
   return across >= 5 && 2 * across > columns && crowded(column_bytes, each);
 }
@@ -482,8 +482,9 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
   cuts = column_blocks * row_blocks * p.out[0];
 
   const Index y_bytes = images * y_image, x_bytes = g.stack * g.batch * (p.transposed ? g.multiplier : 1) * x_image;
+  // Past the caches whole vectors, and of narrow floats none, which are half a line.
   stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) && x_bytes + y_bytes > last_level_cache() / 2 &&
-           channels % kernels.lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
+           !kernels.widen && channels % kernels.lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
   ahead = is_ahead(x_bytes);
 }
 

@@ -30,6 +30,14 @@ inline typename E::V clamp(typename E::V v, Activation activation) {
   return v;
 }
 
+template <class E>
+inline void store_or_stream(const Tile& t, char* y, typename E::V v) {
+  if constexpr (E::size == sizeof(typename E::Sum)) {
+    if (t.stream) return E::stream(y, v);
+  }
+  E::store(y, v);
+}
+
 // Stores a tile of sums.
 template <class E, int Height, int Width>
 inline void store_tile(const Tile& t, Index c, typename E::V (&sum)[Height][Width]) {
@@ -44,13 +52,8 @@ inline void store_tile(const Tile& t, Index c, typename E::V (&sum)[Height][Widt
   UNROLL
   for (int h = 0; h < Height; ++h) {
     char* y = t.y[h] + c * E::size;
-    if (t.stream) {
-      UNROLL
-      for (int j = 0; j < Width; ++j) E::stream(y + j * y_pitch, sum[h][j]);
-    } else {
-      UNROLL
-      for (int j = 0; j < Width; ++j) E::store(y + j * y_pitch, sum[h][j]);
-    }
+    UNROLL
+    for (int j = 0; j < Width; ++j) store_or_stream<E>(t, y + j * y_pitch, sum[h][j]);
   }
 }
 
@@ -303,10 +306,8 @@ void general_tile(const Tile& t) {
       const V v = clamp<E>(sum[j], t.activation);
       if (some) {
         E::store_some(y, v, lanes);
-      } else if (t.stream) {
-        E::stream(y, v);
       } else {
-        E::store(y, v);
+        store_or_stream<E>(t, y, v);
       }
     }
   }
@@ -491,26 +492,24 @@ struct Shapes {
 };
 constexpr TileShape kNone[] = {{}};
 
-// What is staged is so for windows of stride 1 only; what is converted by the tiles, for windows of fewer taps.
+// What was converted is so for windows of many taps and of stride 1 only.
 template <class E>
 const TileShape* tiles_for(Index taps, Index stride) {
-  constexpr bool converts = E::loaded < static_cast<int>(sizeof(typename E::Sum)), staged = E::loaded > E::size;
-  if constexpr (!staged) {
+  constexpr bool converted = E::loaded > E::size;
+  if constexpr (!converted) {
     switch (taps * 10 + stride) {
       case 11: return Shapes<E, 1, 1>::tiles;
+      case 21: return Shapes<E, 2, 1>::tiles;
+      case 31: return Shapes<E, 3, 1>::tiles;
       case 32: return Shapes<E, 3, 2>::tiles;
+      case 41: return Shapes<E, 4, 1>::tiles;
       case 52: return Shapes<E, 5, 2>::tiles;
       case 72: return Shapes<E, 7, 2>::tiles;
     }
   }
-  if constexpr (!converts || E::staged_taps > 7) {
-    if (taps == 7 && stride == 1) return Shapes<E, 7, 1>::tiles;
-  }
   switch (taps * 10 + stride) {
-    case 21: return Shapes<E, 2, 1>::tiles;
-    case 31: return Shapes<E, 3, 1>::tiles;
-    case 41: return Shapes<E, 4, 1>::tiles;
     case 51: return Shapes<E, 5, 1>::tiles;
+    case 71: return Shapes<E, 7, 1>::tiles;
     default: return kNone;
   }
 }
@@ -576,7 +575,7 @@ constexpr TileKernels kNoTiles = {none_for, kNone};
 // The general kernels alone.
 template <class E>
 constexpr Kernels general_of() {
-  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, 0, Lists<E>::general, none_for, general_grad<E>, nullptr, nullptr};
+  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, none_for, general_grad<E>, nullptr, nullptr};
   if constexpr (E::size < static_cast<int>(sizeof(typename E::Sum))) {
     kernels.widen = widen<E>;
     kernels.narrow = narrow<E>;
@@ -594,7 +593,6 @@ constexpr Kernels kernels_of() {
   } else {
     kernels.direct = {tiles_for<E>, kNone};
     kernels.staged = {tiles_for<Staged<E>>, Lists<Staged<E>>::wide};
-    kernels.staged_taps = E::staged_taps;
   }
   return kernels;
 }

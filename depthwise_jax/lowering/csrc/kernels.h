@@ -75,7 +75,6 @@ struct Kernels {
   TileKernels staged;
   // Packs `columns` columns, `pitch` bytes apart, of so many channels (at least `lanes`), and converts them.
   void (*stage)(const char* from, Index pitch, char* to, Index columns, Index channels);
-  int staged_taps;  // what simd.h says; 0 where nothing is to convert
   const TileShape* general;  // any taps, step and stride, any number of channels
   // As `certain` for the kernel gradient, which is added to what stands in `w`; the cotangent is in `y`.
   const TileShape* (*grads)(Index taps, Index stride);

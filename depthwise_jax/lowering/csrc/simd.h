@@ -45,8 +45,6 @@ struct ElementBase {
   using Sum = SumType;
   static constexpr int lanes = kBytes / sizeof(Sum);
   static constexpr int size = sizeof(Stored), loaded = size;
-  // With so many taps side by side, or the square of it in all, narrow floats are better converted ahead of the tiles.
-  static constexpr int staged_taps = 8;
   using V = typename VectorOf<Sum, lanes>::type;
 
   static inline V load_some(const char* p, int n) {
@@ -84,13 +82,10 @@ using F64 = Full<double>;
 // for: all that is summed was narrow once, so that its lower half is zero, and rounding carries nothing into the upper half.
 struct BF16 : ElementBase<BF16, std::uint16_t, float> {
 #if defined(__AVX512F__)
-  static constexpr int staged_taps = 6;  // the permutations of 512 bits take turns with multiplications
-  // The words of a vector, moved to the upper halves of 32 bits and back: one instruction each.
+  // A permutation of words would do it at once, but takes turns with the multiplications on some processors.
   static inline V load(const char* p) {
-    const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i from = _mm512_setr_epi32(0x00000, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000, 0x80000,
-                                           0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000);
-    return reinterpret_cast<V>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, words));
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return reinterpret_cast<V>(_mm512_slli_epi32(words, 16));
   }
   static inline __m256i narrow(V v) {
     const __m512i bits = reinterpret_cast<__m512i>(v);
@@ -102,7 +97,6 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
     return _mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(0xffff, from, rounded));
   }
   static inline void store(char* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
-  static inline void stream(char* p, V v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 #elif defined(__AVX2__)
   static inline V load(const char* p) {
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -116,7 +110,6 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
   static inline void store(char* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
-  static inline void stream(char* p, V v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
 #else
   using U16 = VectorOf<std::uint16_t, lanes>::type;
   using U32 = VectorOf<std::uint32_t, lanes>::type;
@@ -128,7 +121,6 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
     return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, U16);
   }
   static inline void store(char* p, V v) { store_vector<std::uint16_t, lanes>(p, narrow(v)); }
-  static inline void stream(char* p, V v) { store(p, v); }
 #endif
 };
 
@@ -141,7 +133,6 @@ struct F16 : ElementBase<F16, std::uint16_t, float> {
     return _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static inline void store(char* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
-  static inline void stream(char* p, V v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 #elif defined(__AVX2__)
   static inline V load(const char* p) {
     return reinterpret_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -150,7 +141,6 @@ struct F16 : ElementBase<F16, std::uint16_t, float> {
     return _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static inline void store(char* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
-  static inline void stream(char* p, V v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
 #elif defined(__aarch64__)
   static inline V load(const char* p) {
     return reinterpret_cast<V>(vcvt_f32_f16(vreinterpret_f16_u16(load_vector<std::uint16_t, lanes>(p))));
@@ -158,7 +148,6 @@ struct F16 : ElementBase<F16, std::uint16_t, float> {
   static inline void store(char* p, V v) {
     store_vector<std::uint16_t, lanes>(p, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v))));
   }
-  static inline void stream(char* p, V v) { store(p, v); }
 #else
   // IEEE 754 binary16 without an instruction for it.
   static inline float widen(std::uint16_t h) {
@@ -208,7 +197,6 @@ struct F16 : ElementBase<F16, std::uint16_t, float> {
       std::memcpy(p + 2 * i, &h, 2);
     }
   }
-  static inline void stream(char* p, V v) { store(p, v); }
 #endif
 };
 
