@@ -31,7 +31,7 @@ from tests.oracle import assert_close
 # Sizes at which all kernels have their turn: tiles and tails of channels, both heights of tiles, strides, phases.
 LARGER = (
     # The first rows read nothing; here, so that no call before this has made memory for what is converted.
-    Case("k5-in-padding", (1, 4, 15, 64), (5, 5, 64, 1), {"padding": ((40, 0), (2, 2))}),
+    Case("k9-in-padding", (1, 4, 15, 64), (9, 9, 64, 1), {"padding": ((40, 0), (4, 4))}),
     Case("k3", (2, 9, 16, 40), (3, 3, 40, 1), {"padding": "same"}),
     Case("k3-s2", (1, 13, 19, 17), (3, 3, 17, 1), {"padding": "same", "strides": 2}),
     Case("k5-tail", (1, 8, 15, 100), (5, 5, 100, 1), {"padding": 2}),
