@@ -654,7 +654,7 @@ bool Correlation::block(Index index, Latest& latest) const {
       tile.rows = now.tap_rows.data() + band.first_tap_row;
       Plan::Run* const runs = now.runs.data() + band.first_run;
       for (std::size_t i = 0; i < columns.size(); ++i) runs[i].next = runs[i].begin;
-      // The phases in turn, tile by tile: their outputs lie between each other.
+      // Several phases in turn, tile by tile: their outputs lie between each other.
       for (bool left = true; left;) {
         left = false;
         for (std::size_t i = 0; i < columns.size(); ++i) {
@@ -662,9 +662,11 @@ bool Correlation::block(Index index, Latest& latest) const {
           if (run.next >= run.end) continue;
           left = true;
           const Phase& across = columns[i];
+          const Index width = run.shape->width;
           // The last tile is moved back over its neighbour rather than cut.
-          const Index j = std::max(std::min(run.next, run.end - run.shape->width), run.begin);
-          run.next += run.shape->width;
+          const Index j = std::max(std::min(run.next, run.end - width), run.begin);
+          tile.tiles = columns.size() == 1 ? std::max<Index>((run.end - j) / width, 1) : 1;
+          run.next = j + tile.tiles * width;
           tile.count = across.taps ? static_cast<Index>(band.tap_rows) : 0;
           tile.square = down.stride == across.stride && down.step == 1 && summed * static_cast<Index>(now.planes.size()) == 1;
           tile.taps = across.taps;
@@ -853,6 +855,7 @@ void KernelGrad::block(Index index) const {
 
 void KernelGrad::add_tiles(const Block& block) const {
   Tile t{};
+  t.tiles = 1;
   t.x = block.x;
   t.w = block.sum;
   t.columns = g.in[2];

@@ -38,9 +38,9 @@ inline void store_or_stream(const Tile& t, char* y, typename E::V v) {
   E::store(y, v);
 }
 
-// Stores a tile of sums.
+// Stores a tile of sums, `y_offset` bytes from the first tile's.
 template <class E, int Height, int Width>
-inline void store_tile(const Tile& t, Index c, typename E::V (&sum)[Height][Width]) {
+inline void store_tile(const Tile& t, Index y_offset, typename E::V (&sum)[Height][Width]) {
   if (t.activation != Activation::identity) {
     UNROLL
     for (int h = 0; h < Height; ++h) {
@@ -51,7 +51,7 @@ inline void store_tile(const Tile& t, Index c, typename E::V (&sum)[Height][Widt
   const Index y_pitch = t.y_pitch * E::size;
   UNROLL
   for (int h = 0; h < Height; ++h) {
-    char* y = t.y[h] + c * E::size;
+    char* y = t.y[h] + y_offset;
     UNROLL
     for (int j = 0; j < Width; ++j) store_or_stream<E>(t, y + j * y_pitch, sum[h][j]);
   }
@@ -64,6 +64,16 @@ struct Constant {
 
 // The first channel of the vector at c: vectors that would pass the end are moved back over their neighbours.
 inline Index vector_start(Index c, Index end, int lanes) { return c + lanes > end ? end - lanes : c; }
+
+// Calls f(column, y_offset, c) for each of the tiles, which begins at that column and writes so many bytes beyond the first
+// one, and each vector of channels.
+template <class E, class F>
+__attribute__((always_inline)) inline void for_each_vector(const Tile& t, int width, Index stride, const F& f) {
+  for (Index n = 0; n < t.tiles; ++n) {
+    const Index column = t.column + n * width * stride, y_offset = n * width * t.y_pitch * E::size;
+    for (Index next = t.begin; next < t.end; next += E::lanes) f(column, y_offset, vector_start(next, t.end, E::lanes));
+  }
+}
 
 // Whether what lies so far from a tap of the first output is under the same tap of another of `count`.
 constexpr bool inside(int distance, int stride, int count) {
@@ -93,8 +103,8 @@ template <int Taps, int Stride, int Width>
 struct Columns {
   static constexpr int count = (Width - 1) * Stride + Taps;
   Index first, last;
-  explicit Columns(const Tile& t)
-      : first(t.column < 0 ? -t.column : 0), last(t.columns - t.column < count ? t.columns - t.column : count) {}
+  Columns(Index column, Index columns)
+      : first(column < 0 ? -column : 0), last(columns - column < count ? columns - column : count) {}
   inline bool outside(int i) const { return (i < Taps - 1 && i < first) || (i >= count - (Taps - 1) && i >= last); }
 };
 
@@ -124,14 +134,53 @@ __attribute__((always_inline)) inline void for_each_in_square(const Tile& t, con
   }
 }
 
+// A tile under a square window, all of whose taps are in registers.
 template <class E, int Taps, int Stride, int Width, int Height>
-void tile(const Tile& t) {
+void square_tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
-  const Columns<Taps, Stride, Width> columns(t);
   const Index pitch = t.pitch * E::loaded, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
-  for (Index next = t.begin; next < t.end; next += E::lanes) {
-    const Index c = vector_start(next, t.end, E::lanes);
+  V w[Taps][Taps], start = V{};
+  Index loaded = -1;  // the channels of the taps: of a single vector they stay for all tiles
+  for_each_vector<E>(t, Width, Stride, [&](Index column, Index y_offset, Index c) __attribute__((always_inline)) {
+    if (c != loaded) {
+      const char* const taps = t.w + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
+      UNROLL
+      for (int b = 0; b < Taps; ++b) {
+        UNROLL
+        for (int k = 0; k < Taps; ++k) w[b][k] = load_vector<A, E::lanes>(taps + t.rows[b].taps + k * tap_pitch);
+      }
+      if (t.bias) start = load_vector<A, E::lanes>(t.bias + c * sizeof(A));
+      loaded = c;
+    }
+    V sum[Height][Width];
+    UNROLL
+    for (int h = 0; h < Height; ++h) {
+      UNROLL
+      for (int j = 0; j < Width; ++j) sum[h][j] = start;
+    }
+    const Columns<Taps, Stride, Width> columns(column, t.columns);
+    const char* const x = t.x + column * pitch + c * E::loaded;
+    auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[h][j] += v * w[b][k]; };
+    if (Stride == 2 && t.ahead) {  // at stride 1 it gains nothing
+      for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
+    } else {
+      for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
+    }
+    store_tile<E>(t, y_offset + c * E::size, sum);
+  });
+}
+
+template <class E, int Taps, int Stride, int Width, int Height>
+void tile(const Tile& t) {
+  if constexpr (kSquare<Taps, Height>) {
+    if (t.square && t.count == Taps) return square_tile<E, Taps, Stride, Width, Height>(t);
+  }
+  using V = typename E::V;
+  using A = typename E::Sum;
+  const Index pitch = t.pitch * E::loaded, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
+  for_each_vector<E>(t, Width, Stride, [&](Index column, Index y_offset, Index c) __attribute__((always_inline)) {
+    const Columns<Taps, Stride, Width> columns(column, t.columns);
     V sum[Height][Width];
     V start = V{};
     if (t.bias) start = load_vector<A, E::lanes>(t.bias + c * sizeof(A));
@@ -140,7 +189,7 @@ void tile(const Tile& t) {
       UNROLL
       for (int j = 0; j < Width; ++j) sum[h][j] = start;
     }
-    const char* const x = t.x + t.column * pitch + c * E::loaded;
+    const char* const x = t.x + column * pitch + c * E::loaded;
     const char* const taps = t.w + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
     auto load_taps = [&](const TapRow* row, V (&w)[Taps]) __attribute__((always_inline)) {
       UNROLL
@@ -163,22 +212,6 @@ void tile(const Tile& t) {
       int h;
       const V* w;
     };
-    if constexpr (kSquare<Taps, Height>) {
-      if (t.square && t.count == Taps) {
-        // All taps in registers: each row of input is read once for all rows of the tile.
-        V w[Taps][Taps];
-        UNROLL
-        for (int b = 0; b < Taps; ++b) load_taps(t.rows + b, w[b]);
-        auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[h][j] += v * w[b][k]; };
-        if (Stride == 2 && t.ahead) {  // at stride 1 it gains nothing
-          for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
-        } else {
-          for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
-        }
-        store_tile<E>(t, c, sum);
-        continue;
-      }
-    }
     if constexpr (Height == 2 && kMerge) {
       // What a row of taps reads for the second row of the tile, the next one mostly reads for the first: once for both.
       V w[2][Taps] = {};  // a row of taps, and the one before
@@ -207,8 +240,8 @@ void tile(const Tile& t) {
         }
       }
     }
-    store_tile<E>(t, c, sum);
-  }
+    store_tile<E>(t, y_offset + c * E::size, sum);
+  });
 }
 
 // Many taps side by side at stride one: eight at a time, then what is left, into the same sums. Any column may be outside.
@@ -217,8 +250,7 @@ void wide_tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
   const Index pitch = t.pitch * E::loaded, tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
-  for (Index next = t.begin; next < t.end; next += E::lanes) {
-    const Index c = vector_start(next, t.end, E::lanes);
+  for_each_vector<E>(t, Width, 1, [&](Index first_column, Index y_offset, Index c) __attribute__((always_inline)) {
     V sum[1][Width];
     V start = V{};
     if (t.bias) start = load_vector<A, E::lanes>(t.bias + c * sizeof(A));
@@ -226,7 +258,7 @@ void wide_tile(const Tile& t) {
     for (int j = 0; j < Width; ++j) sum[0][j] = start;
     auto add = [&](const TapRow& row, Index tap, auto taps) __attribute__((always_inline)) {
       constexpr int kTaps = decltype(taps)::value, kColumns = Width - 1 + kTaps;
-      const Index column = t.column + tap;
+      const Index column = first_column + tap;
       const Index first = column < 0 ? -column : 0;
       const Index last = t.columns - column < kColumns ? t.columns - column : kColumns;
       if (first >= last) return;
@@ -253,8 +285,8 @@ void wide_tile(const Tile& t) {
       if (tap + 2 <= t.taps) add(t.rows[r], tap, Constant<2>{}), tap += 2;
       if (tap < t.taps) add(t.rows[r], tap, Constant<1>{});
     }
-    store_tile<E>(t, c, sum);
-  }
+    store_tile<E>(t, y_offset + c * E::size, sum);
+  });
 }
 
 // Any taps, step and stride, and any number of channels: each tap takes the tile's row of input at its own offset.
@@ -263,10 +295,10 @@ void general_tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
   const Index pitch = t.pitch * E::size;
-  for (Index next = t.begin; next < t.end; next += E::lanes) {
-    const bool some = t.end - t.begin < E::lanes;
-    const int lanes = some ? static_cast<int>(t.end - t.begin) : E::lanes;
-    const Index c = some ? next : vector_start(next, t.end, E::lanes);
+  const bool some = t.end - t.begin < E::lanes;
+  const int lanes = some ? static_cast<int>(t.end - t.begin) : E::lanes;
+  for_each_vector<E>(t, Width, t.stride, [&](Index first_column, Index y_offset, Index vector) __attribute__((always_inline)) {
+    const Index c = some ? t.begin : vector;
     auto sums_at = [&](const char* p) __attribute__((always_inline)) {
       return some ? Full<A>::load_some(p, lanes) : load_vector<A, E::lanes>(p);
     };
@@ -281,7 +313,7 @@ void general_tile(const Tile& t) {
       const char* row = t.x + t.rows[r].x[0] + c * E::size;
       const char* taps = t.w + t.rows[r].taps + (t.tap_offset + c) * static_cast<Index>(sizeof(A));
       for (Index k = 0; k < t.taps; ++k) {
-        const Index column = t.column + k * t.step;
+        const Index column = first_column + k * t.step;
         const V w = sums_at(taps + k * t.tap_pitch * static_cast<Index>(sizeof(A)));
         const char* x = row + column * pitch;
         if (!some && column >= 0 && column + (Width - 1) * t.stride < t.columns) {
@@ -302,7 +334,7 @@ void general_tile(const Tile& t) {
     }
     UNROLL
     for (int j = 0; j < Width; ++j) {
-      char* y = t.y[0] + (j * t.y_pitch + c) * E::size;
+      char* y = t.y[0] + y_offset + (j * t.y_pitch + c) * E::size;
       const V v = clamp<E>(sum[j], t.activation);
       if (some) {
         E::store_some(y, v, lanes);
@@ -310,7 +342,7 @@ void general_tile(const Tile& t) {
         store_or_stream<E>(t, y, v);
       }
     }
-  }
+  });
 }
 
 // Stores the lanes from `skip` on: those before were moved back over, and are in the vector before.
@@ -331,7 +363,7 @@ template <class E, int Taps, int Stride, int Width, int Height>
 void grad_tile(const Tile& t) {
   using V = typename E::V;
   using A = typename E::Sum;
-  const Columns<Taps, Stride, Width> columns(t);
+  const Columns<Taps, Stride, Width> columns(t.column, t.columns);
   const Index pitch = t.pitch * E::size, y_pitch = t.y_pitch * E::size;
   const Index tap_pitch = t.tap_pitch * static_cast<Index>(sizeof(A));
   for (Index next = t.begin; next < t.end; next += E::lanes) {

@@ -17,11 +17,12 @@ struct TapRow {
 };
 constexpr Index kOutside = std::numeric_limits<Index>::min();
 
-// A tile of outputs: some consecutive ones along the last spatial axis, in some rows. Output j reads column
-// `column` + j*stride + t*step through tap t, if 0 <= that < columns.
+// Tiles of outputs side by side, each of some consecutive ones along the last spatial axis, in some rows. Output j of the
+// first reads column `column` + j*stride + t*step through tap t, if 0 <= that < columns.
 struct Tile {
   const TapRow* rows;
   Index count;
+  Index tiles;  // one for the kernel gradient
   bool square;  // row b of the taps reads b rows below the first for the tile's first row, and `stride` more for each next
   const char* x;
   char* w;
@@ -30,7 +31,7 @@ struct Tile {
   Index tap_offset;          // elements from the beginning of a row of taps to the first
   Index tap_pitch;           // elements from tap to tap
   Index pitch;               // elements from column to column of the input: the channels
-  char* y[kMostRows];        // the first output of each row; the cotangent for the kernel gradient
+  char* y[kMostRows];        // the first output of each row; for the kernel gradient the cotangent
   Index y_pitch;             // elements from output to output
   Index begin, end;          // channels
   const char* bias;          // null: none
