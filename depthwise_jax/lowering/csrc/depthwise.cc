@@ -292,7 +292,7 @@ void advise(void* p, Index bytes) {
 }
 
 // Whether to fetch ahead of the tiles, of so much to read that the last cache cannot have kept it beside all else.
-bool is_ahead(Index bytes) { return bytes > last_level_cache() * 2 / 5; }
+bool is_ahead(Index bytes) { return bytes > last_level_cache() / 3; }
 
 // The rows or columns that outputs of several phases read, of so many that there are.
 struct Reach {

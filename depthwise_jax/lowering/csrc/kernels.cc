@@ -507,9 +507,7 @@ constexpr int kTall = 4;
 
 template <class E, int Taps, int Stride>
 struct Shapes {
-  static constexpr bool full = E::size == sizeof(typename E::Sum), few = Taps < 5;
-  // Rows at stride 2 that are all read once lie further apart than the columns of a wide tile.
-  static constexpr bool upright = few && full && (Stride == 1 || !kSquare<Taps, kTall>);
+  static constexpr bool full = E::size == sizeof(typename E::Sum), few = Taps < 5, upright = few && full;
   static constexpr TileShape tiles[] = {upright ? TALL(tile) : WIDE(tile), upright ? WIDE(tile) : TALL(tile),
                                         NARROW(tile, kTall), SHAPE(tile, 2, 2), ROWS(tile), {}};
   // Tiles may not overlap here, so the list goes down to the width 1 in each height, and in single rows. Four rows at stride
