@@ -138,6 +138,12 @@ def library() -> bytes:
     return path.read_bytes()
 
 
+@needs_kernels
+def test_the_library_is_small() -> None:
+    # What bounds the number of kernels that are compiled: several for each window, for each instruction set.
+    assert len(library()) < 3_000_000
+
+
 @pytest.mark.skipif(TURNED_OFF, reason="turned off by DEPTHWISE_JAX_ISA=none")
 def test_without_a_library_plain_xla_serves(tmp_path: Path) -> None:
     assert "not built" in checked("without", tmp_path)

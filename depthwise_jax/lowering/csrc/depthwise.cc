@@ -291,9 +291,6 @@ void advise(void* p, Index bytes) {
 #endif
 }
 
-// Whether to fetch ahead of the tiles, of so much to read that the last cache cannot have kept it beside all else.
-bool is_ahead(Index bytes) { return bytes > last_level_cache() / 3; }
-
 // The rows or columns that outputs of several phases read, of so many that there are.
 struct Reach {
   Index first, end = 0;
@@ -485,7 +482,8 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
   // Past the caches whole vectors, and of narrow floats none, which are half a line.
   stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) && x_bytes + y_bytes > last_level_cache() / 2 &&
            !kernels.widen && channels % kernels.lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
-  ahead = is_ahead(x_bytes);
+  // Of so much to read, the last cache cannot have kept all.
+  ahead = x_bytes > last_level_cache() / 3;
 }
 
 // Takes for each phase of the last axis the shapes that there are for it, else the general ones; false if any was missing.
@@ -859,7 +857,6 @@ void KernelGrad::add_tiles(const Block& block) const {
   t.x = block.x;
   t.w = block.sum;
   t.columns = g.in[2];
-  t.ahead = is_ahead(g.stack * g.batch * x_image + kernels_in_all * planes * g.out[1] * g_row);
   t.tap_pitch = sum_pitch;
   t.pitch = t.y_pitch = channels;
   t.begin = block.begin;

@@ -390,11 +390,13 @@ void grad_tile(const Tile& t) {
         UNROLL
         for (int b = 0; b < Taps; ++b) load_sums(t.rows + b, sum[b]);
         auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[b][k] += v * g[h][j]; };
-        if (t.ahead) {
-          for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
-        } else {
-          for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
+        // Of two arrays to read, the caches mostly do not hold both: what the next tile reads of them is fetched ahead.
+        UNROLL
+        for (int h = 0; h < Height; ++h) {
+          UNROLL
+          for (int j = 0; j < Width; ++j) __builtin_prefetch(t.y[h] + (Width + j) * y_pitch + c * E::size, 0, 2);
         }
+        for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
         UNROLL
         for (int b = 0; b < Taps; ++b) store_sums(t.rows + b, sum[b]);
         continue;

@@ -37,7 +37,7 @@ struct Tile {
   const char* bias;          // null: none
   Activation activation;
   bool stream;               // store past the caches; addresses are aligned to the vectors
-  bool ahead;                // fetch what the next tile reads
+  bool ahead;                // fetch what the next tile reads; the kernel gradient always does
 };
 using TileKernel = void (*)(const Tile&);
 
