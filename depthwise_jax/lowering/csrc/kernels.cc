@@ -281,9 +281,15 @@ void wide_tile(const Tile& t) {
       if (t.rows[r].x[0] == kOutside) continue;
       Index tap = 0;
       for (; tap + 8 <= t.taps; tap += 8) add(t.rows[r], tap, Constant<8>{});
-      if (tap + 4 <= t.taps) add(t.rows[r], tap, Constant<4>{}), tap += 4;
-      if (tap + 2 <= t.taps) add(t.rows[r], tap, Constant<2>{}), tap += 2;
-      if (tap < t.taps) add(t.rows[r], tap, Constant<1>{});
+      switch (t.taps - tap) {
+        case 1: add(t.rows[r], tap, Constant<1>{}); break;
+        case 2: add(t.rows[r], tap, Constant<2>{}); break;
+        case 3: add(t.rows[r], tap, Constant<3>{}); break;
+        case 4: add(t.rows[r], tap, Constant<4>{}); break;
+        case 5: add(t.rows[r], tap, Constant<5>{}); break;
+        case 6: add(t.rows[r], tap, Constant<6>{}); break;
+        case 7: add(t.rows[r], tap, Constant<7>{}); break;
+      }
     }
     store_tile<E>(t, y_offset + c * E::size, sum);
   });
