@@ -208,6 +208,14 @@ void tile(const Tile& t) {
         }
       }
     };
+    // Fetches what the next tile to the right reads of a row; those above the last were read for the tiles above.
+    auto fetch = [&](const TapRow* row) __attribute__((always_inline)) {
+      if (Stride == 1 || !t.ahead || row->x[Height - 1] == kOutside) return;
+      UNROLL
+      for (int i = Taps - Stride; i < columns.count; ++i) {
+        __builtin_prefetch(x + row->x[Height - 1] + (i + Width * Stride) * pitch, 0, 2);
+      }
+    };
     struct To {
       int h;
       const V* w;
@@ -218,6 +226,7 @@ void tile(const Tile& t) {
       Index second = kOutside;
       const TapRow* row = t.rows;
       for (Index r = 0; r < t.count; ++r, ++row) {
+        fetch(row);
         UNROLL
         for (int k = 0; k < Taps; ++k) w[1][k] = w[0][k];
         load_taps(row, w[0]);
@@ -232,6 +241,7 @@ void tile(const Tile& t) {
       if (second != kOutside) add(second, To{1, w[0]});
     } else {
       for (const TapRow *row = t.rows, *end = row + t.count; row != end; ++row) {
+        fetch(row);
         V w[Taps];
         load_taps(row, w);
         UNROLL
