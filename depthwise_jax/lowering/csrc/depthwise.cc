@@ -853,7 +853,6 @@ void KernelGrad::block(Index index) const {
 
 void KernelGrad::add_tiles(const Block& block) const {
   Tile t{};
-  t.tiles = 1;
   t.x = block.x;
   t.w = block.sum;
   t.columns = g.in[2];

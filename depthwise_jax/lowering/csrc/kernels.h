@@ -22,7 +22,7 @@ constexpr Index kOutside = std::numeric_limits<Index>::min();
 struct Tile {
   const TapRow* rows;
   Index count;
-  Index tiles;  // one for the kernel gradient
+  Index tiles;  // the kernel gradient takes one at a time
   bool square;  // row b of the taps reads b rows below the first for the tile's first row, and `stride` more for each next
   const char* x;
   char* w;
