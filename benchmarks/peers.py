@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1.0, help="for a contestant's samples of one map; see timing")
-    parser.add_argument("--attempts", type=int, default=4, help="at a row, while a contestant's samples are noisy")
+    parser.add_argument("--attempts", type=int, default=6, help="at a row, while a contestant's samples are noisy")
     parser.add_argument("--minutes", type=float, help="layers that are not begun by then are left out, and named")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", choices=environment.INSTRUCTION_SETS, help="hold all contestants to it")

@@ -12,7 +12,7 @@ LEAST_ROUNDS = 3
 # A sample lasts at least this long, so that the clock and one late thread do not decide it.
 _SAMPLE = 8e-3
 # A median so far above the fastest sample says that something else was running.
-NOISY = 1.5
+NOISY = 1.25
 # Functions that take so many times the fastest one's time are timed after the others: caches and an allocator that they
 # leave behind would cost the others, and the machine's noise is small beside such a ratio.
 _APART = 10

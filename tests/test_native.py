@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, explain
 from depthwise_jax.lowering import native
+from depthwise_jax.lowering.call import MAPS
 from tests.cases import Case, label
 from tests.oracle import Oracle, assert_close, widest
 from tests.test_value import assert_within_roundings
@@ -342,6 +343,27 @@ def test_fused_is_one_call_and_no_pass_of_its_own(biased: bool, activation: str 
     entry = text[text.index("ENTRY") :]
     assert len(re.findall(r" custom-call\(", entry)) == 1
     assert not re.search(r" (?:fusion|maximum|minimum|clamp|add|copy|call)\(", entry), entry
+
+
+@needs_kernels
+@pytest.mark.parametrize("direction", MAPS)
+def test_channels_first_costs_two_transposes(direction: str) -> None:
+    # Forward and dx: of what is read and of what is written; dw: of both that are read.
+    case = fused_case(24, "channels_first")
+    x, w, g = case.operands()
+    f = case.conv("native")
+    program = {
+        "forward": f,
+        "input_grad": lambda x, w, g: jax.vjp(lambda x: f(x, w), x)[1](g),
+        "kernel_grad": lambda x, w, g: jax.vjp(lambda w: f(x, w), w)[1](g),
+    }[direction]
+    operands = (x, w) if direction == "forward" else (x, w, g)
+    text = jax.jit(program).lower(*operands).compile().as_text() or ""
+    entry = text[text.index("ENTRY") :]
+    assert len(re.findall(r" custom-call\(", entry)) == 1
+    # What else makes an array as large as x, in either layout.
+    passes = re.findall(r"= f32\[2,(?:24,6,9|6,9,24)\]\S* (?!parameter|bitcast|custom-call)", entry)
+    assert len(passes) == 2, entry
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=label)
