@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,18 @@ def test_the_library_is_small() -> None:
 @pytest.mark.skipif(TURNED_OFF, reason="turned off by DEPTHWISE_JAX_ISA=none")
 def test_without_a_library_plain_xla_serves(tmp_path: Path) -> None:
     assert "not built" in checked("without", tmp_path)
+
+
+def test_a_build_that_fails_leaves_the_package_without_a_library(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += [f"--config-settings=build-dir={tmp_path}/build", f"--wheel-dir={tmp_path}", str(ROOT)]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "depthwise_jax/lowering/native.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 @needs_kernels

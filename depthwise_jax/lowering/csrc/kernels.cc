@@ -162,7 +162,7 @@ void square_tile(const Tile& t) {
     const Columns<Taps, Stride, Width> columns(column, t.columns);
     const char* const x = t.x + column * pitch + c * E::loaded;
     auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[h][j] += v * w[b][k]; };
-    if (Stride == 2 && t.ahead) {  // at stride 1 it gains nothing
+    if (Stride == 2 && t.ahead) {  // at stride 1 it gains nothing while the caches hold the input
       for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
     } else {
       for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
