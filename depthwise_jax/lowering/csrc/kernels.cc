@@ -134,6 +134,12 @@ __attribute__((always_inline)) inline void for_each_in_square(const Tile& t, con
   }
 }
 
+// Whether what the next tile reads is fetched ahead: at stride 1 it gains nothing while the caches hold the input.
+template <int Stride>
+inline bool fetches_ahead(const Tile& t) {
+  return Stride == 2 && t.ahead;
+}
+
 // A tile under a square window, all of whose taps are in registers.
 template <class E, int Taps, int Stride, int Width, int Height>
 void square_tile(const Tile& t) {
@@ -162,7 +168,7 @@ void square_tile(const Tile& t) {
     const Columns<Taps, Stride, Width> columns(column, t.columns);
     const char* const x = t.x + column * pitch + c * E::loaded;
     auto add = [&](const V& v, int h, int j, int b, int k) __attribute__((always_inline)) { sum[h][j] += v * w[b][k]; };
-    if (Stride == 2 && t.ahead) {  // at stride 1 it gains nothing while the caches hold the input
+    if (fetches_ahead<Stride>(t)) {
       for_each_in_square<E, Height, true>(t, columns, x, pitch, add);
     } else {
       for_each_in_square<E, Height, false>(t, columns, x, pitch, add);
@@ -210,7 +216,7 @@ void tile(const Tile& t) {
     };
     // Fetches what the next tile to the right reads of a row; those above the last were read for the tiles above.
     auto fetch = [&](const TapRow* row) __attribute__((always_inline)) {
-      if (Stride == 1 || !t.ahead || row->x[Height - 1] == kOutside) return;
+      if (!fetches_ahead<Stride>(t) || row->x[Height - 1] == kOutside) return;
       UNROLL
       for (int i = Taps - Stride; i < columns.count; ++i) {
         __builtin_prefetch(x + row->x[Height - 1] + (i + Width * Stride) * pitch, 0, 2);
