@@ -38,8 +38,8 @@ Index sum_size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 class Job {
  public:
   // `block`, called with a block and with a number of the thread's own below `threads`, refers to a function that is alive
-  // while a block is left.
-  Job(Index blocks, Index threads, bool backwards, std::function<void(Index, Index)> block)
+  // while a block is left. It is false, or throws std::bad_alloc, if there is no memory.
+  Job(Index blocks, Index threads, bool backwards, std::function<bool(Index, Index)> block)
       : blocks_(blocks), threads_(threads), backwards_(backwards), block_(std::move(block)), parts_(new Part[threads]) {
     for (Index t = 0; t < threads; ++t) {
       parts_[t].next = parts_[t].begin = t * blocks / threads;
@@ -52,7 +52,7 @@ class Job {
     for (Index t = 0; t < threads_; ++t) {
       Part& part = parts_[(own + t) % threads_];
       for (Index i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end; ++finished) {
-        block_(backwards_ ? part.begin + part.end - 1 - i : i, own);
+        if (!run(backwards_ ? part.begin + part.end - 1 - i : i, own)) enough_.store(false, std::memory_order_relaxed);
       }
     }
     if (finished) done_.fetch_add(finished, std::memory_order_acq_rel);
@@ -60,8 +60,19 @@ class Job {
   // The same for a thread that comes to help: each has a part of its own.
   void help() { work(1 + helpers_.fetch_add(1, std::memory_order_relaxed)); }
   bool done() const { return done_.load(std::memory_order_acquire) >= blocks_; }
+  // Once it is done: whether there was memory for all blocks.
+  bool enough() const { return enough_.load(std::memory_order_relaxed); }
 
  private:
+  // Nothing is thrown into a thread that is not ours.
+  bool run(Index block, Index own) const {
+    try {
+      return block_(block, own);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+  }
+
   struct alignas(64) Part {
     std::atomic<Index> next;
     Index begin, end;
@@ -69,8 +80,9 @@ class Job {
   std::atomic<Index> helpers_{0}, done_{0};
   const Index blocks_, threads_;
   const bool backwards_;
-  const std::function<void(Index, Index)> block_;
+  const std::function<bool(Index, Index)> block_;
   std::unique_ptr<Part[]> parts_;
+  std::atomic<bool> enough_{true};
 };
 
 void relax() {
@@ -158,22 +170,28 @@ bool turn() {
   return calls.fetch_add(1, std::memory_order_relaxed) % 2;
 }
 
-// Calls f(i, thread) for all 0 <= i < n, on this thread and on those of the pool that come in time. This thread takes blocks
-// like any other and only waits for blocks that a thread is working on, so that it never waits for the pool to be free.
+// Calls f(i, thread) for all 0 <= i < n, on this thread and on those of the pool that come in time; false if any of them was.
+// This thread takes blocks like any other and only waits for blocks that a thread is working on, so that it never waits for the
+// pool to be free. Throws std::bad_alloc before the first block or not at all.
 template <class F>
-void parallel_for(Pool& pool, Index n, bool backwards, const F& f) {
+bool parallel_for(Pool& pool, Index n, bool backwards, const F& f) {
   const Index threads = std::min<Index>(pool.threads(), n);
   if (threads <= 1) {
-    for (Index i = 0; i < n; ++i) f(backwards ? n - 1 - i : i, 0);
-    return;
+    bool enough = true;
+    for (Index i = 0; i < n && enough; ++i) enough = f(backwards ? n - 1 - i : i, 0);
+    return enough;
   }
   auto job = std::make_shared<Job>(n, threads, backwards, std::cref(f));
   for (Index t = 1; t < threads; ++t) {
     if (Seat::call(job)) continue;
-    pool.schedule([job] {
-      job->help();
-      Seat::wait(job);
-    });
+    try {
+      pool.schedule([job] {
+        job->help();
+        Seat::wait(job);
+      });
+    } catch (const std::bad_alloc&) {
+      break;  // those that were called do all
+    }
   }
   job->work(0);
   for (int spins = 0; !job->done(); ++spins) {
@@ -183,10 +201,17 @@ void parallel_for(Pool& pool, Index n, bool backwards, const F& f) {
       relax();
     }
   }
+  return job->enough();
 }
 
 // From about this many multiply-adds of vectors on, a second thread is worth waking.
 constexpr Index kBlockWork = 12000;
+
+// Into how many blocks, up to `most`, it is worth to cut so many outputs, each of so many vectors of channels and taps.
+Index blocks_worth(Index outputs, Index vectors, Index taps, Index most) {
+  const double work = static_cast<double>(outputs) * static_cast<double>(vectors) * static_cast<double>(taps);
+  return static_cast<Index>(std::clamp(work / kBlockWork, 1.0, static_cast<double>(most)));
+}
 
 // ---------------------------------------------------------------------------------------------------- Geometry
 
@@ -206,26 +231,40 @@ struct Phase {
   Index first, pitch, count;
 };
 
+// The inverse of `a` modulo `n`, which share no factor; 0 modulo 1.
+Index inverse(Index a, Index n) {
+  Index factor = 0, next = 1, rest = n, divisor = a % n;
+  while (divisor) {  // factor*a = rest and next*a = divisor, modulo n
+    const Index quotient = rest / divisor;
+    factor = std::exchange(next, factor - quotient * next);
+    rest = std::exchange(divisor, rest - quotient * divisor);
+  }
+  return factor < 0 ? factor + n : factor;
+}
+
 // One phase forward. Transposed, input i = s*q + r - low is reached by the taps t with t*d = r modulo s, from output
 // q + (r - t*d)/s: a phase for each r, whose taps are s/gcd(s, d) apart and are taken backwards to ascend in outputs.
 std::vector<Phase> phases(const Problem& p, int axis) {
   const Geometry& g = p.g;
   const Index s = g.stride[axis], d = g.dilation[axis], low = g.low[axis], window = g.window[axis];
   if (!p.transposed) return {{window, 0, 1, -low, d, s, 0, 1, g.out[axis]}};
-  const Index apart = s / std::gcd(s, d);
+  const Index common = std::gcd(s, d), apart = s / common, step = d / common;
+  const Index tap_of_common = inverse(step, apart);  // the first tap t with t*d = common modulo s
+  // Strides and distances that lead nowhere, from a single output or tap, do not enter the products with an array's pitch.
+  const Index pitch = std::min(s, g.in[axis]);
   std::vector<Phase> result;
-  for (Index first = 0; first < std::min(s, g.in[axis]); ++first) {
+  result.reserve(pitch);
+  for (Index first = 0; first < pitch; ++first) {
     const Index r = (first + low) % s, q = (first + low) / s;
     const Index count = (g.in[axis] - 1 - first) / s + 1;
-    Index tap = 0;
-    while (tap < std::min(apart, window) && tap * d % s != r) ++tap;
-    if (tap >= std::min(apart, window)) {
-      result.push_back({0, 0, 0, 0, 1, 1, first, s, count});
+    const Index tap = r / common * tap_of_common % apart;  // the product is below s*s
+    if (r % common || tap >= window) {
+      result.push_back({0, 0, 0, 0, 1, 1, first, pitch, count});
       continue;
     }
-    const Index taps = (window - 1 - tap) / apart + 1, step = apart * d / s;
+    const Index taps = (window - 1 - tap) / apart + 1;
     const Index column = q + (r - tap * d) / s - (taps - 1) * step;
-    result.push_back({taps, tap + (taps - 1) * apart, -apart, column, step, 1, first, s, count});
+    result.push_back({taps, tap + (taps - 1) * apart, taps > 1 ? -apart : 0, column, step, 1, first, pitch, count});
   }
   return result;
 }
@@ -245,8 +284,7 @@ double overhead(int sums) { return sums >= 14 ? 1.0 : sums >= 7 ? 1.7 : sums >= 
 const TileShape* shapes_for(const TileKernels& kernels, const Phase& phase, Index columns) {
   if (phase.step != 1 && phase.taps != 1) return nullptr;
   if (phase.column + phase.taps - 1 >= 0 && phase.column + (phase.count - 1) * phase.stride < columns) {
-    const TileShape* shapes = kernels.certain(phase.taps, phase.stride);
-    if (shapes->kernel) return shapes;
+    if (const TileShape* shapes = find_tiles(kernels.certain, phase.taps, phase.stride)) return shapes;
   }
   return phase.taps >= 6 && phase.stride == 1 && kernels.wide->kernel ? kernels.wide : nullptr;
 }
@@ -267,22 +305,28 @@ const TileShape* choose_tile(const TileShape* shapes, Index count, Index rows, i
 
 // Bytes of the last cache that this processor's cores share. (sysconf adds up those of the whole socket on some.)
 Index last_level_cache() {
-  static const Index size = [] {
-    long kilobytes = 0;
-    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
-      std::fclose(file);
-    }
-    return Index{kilobytes > 0 ? kilobytes : 32 << 10} << 10;
-  }();
-  return size;
+  long kilobytes = 0;
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  return Index{kilobytes > 0 ? kilobytes : 32 << 10} << 10;
 }
+
+}  // namespace
+
+Memories& memories() {
+  static Memories result{last_level_cache(), Index{8} << 20, Index{32} << 20};
+  return result;
+}
+
+namespace {
 
 // A result beyond the allocator's threshold is new memory at every call: larger pages make its first touch cheap.
 void advise(void* p, Index bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
-  if (bytes <= (Index{32} << 20)) return;
+  if (bytes <= memories().allocator) return;
   const auto begin = (reinterpret_cast<std::uintptr_t>(p) + kPage - 1) / kPage * kPage;
   const auto end = (reinterpret_cast<std::uintptr_t>(p) + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -304,14 +348,16 @@ struct Reach {
   Index count() const { return std::max<Index>(end - first, 0); }
 };
 
-// What a thread keeps for its next call: new memory would have to be made first.
-class Scratch {
+// Memory that begins with a cache's line.
+class Memory {
  public:
-  // At least so many bytes that begin with a cache's line, or null if there is no memory. They stay until the next call.
+  // At least so many bytes, which stay until the next call, or null if there are not so many.
   char* get(Index bytes) {
-    if (memory_ && size_ >= bytes) return memory_.get();
-    memory_.reset(static_cast<char*>(::operator new(bytes, kLine, std::nothrow)));
-    size_ = memory_ ? bytes : 0;
+    if (!memory_ || size_ < bytes) {
+      memory_.reset();  // first, for both may be too much
+      memory_.reset(static_cast<char*>(::operator new(bytes, kLine, std::nothrow)));
+      size_ = memory_ ? bytes : 0;
+    }
     return memory_.get();
   }
 
@@ -323,6 +369,12 @@ class Scratch {
   std::unique_ptr<char, Free> memory_;
   Index size_ = 0;
 };
+
+// The bytes that a thread keeps for its next call, of each kind: new memory would have to be made first. What is more belongs to
+// the call and is given back with it.
+constexpr Index kKeptBytes = Index{1} << 20;
+
+char* scratch(Index bytes, Memory& kept, Memory& of_call) { return (bytes <= kKeptBytes ? kept : of_call).get(bytes); }
 
 // How a block of rows, of any image and any channels, is cut into tiles.
 struct Plan {
@@ -379,6 +431,8 @@ struct Latest {
   // converted its own, which is in its caches.
   Index kernel = -1;
   const char *w = nullptr, *bias = nullptr;
+  // What of them, and of the staged input, is more than a thread keeps.
+  Memory kernel_memory, staged_memory;
 };
 
 // A correlation cut into blocks, which any threads may compute: an image's rows, a few at a time; if there is one row only,
@@ -452,8 +506,8 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
   if (!staged && channels >= kernels.lanes) find_shapes(kernels.direct);
 
   const Index vectors = ceil_div(channels, kernels.lanes);
-  const Index work = g.stack * g.multiplier * g.batch * g.out[0] * g.out[1] * g.out[2] * vectors * taps;
-  const Index wanted = std::min<Index>(std::max<Index>(work / kBlockWork, 1), 4 * threads);
+  const Index outputs = g.stack * g.multiplier * g.batch * g.out[0] * g.out[1] * g.out[2];
+  const Index wanted = blocks_worth(outputs, vectors, taps, 4 * threads);
   const Index planes = images * p.out[0];
   rows = std::min<Index>(p.out[1], 14 * static_cast<Index>(heights.size()));
   auto halve = [&](Index least) {
@@ -480,10 +534,11 @@ Correlation::Correlation(const Problem& problem, const Kernels& kernels_, Dtype 
 
   const Index y_bytes = images * y_image, x_bytes = g.stack * g.batch * (p.transposed ? g.multiplier : 1) * x_image;
   // Past the caches whole vectors, and of narrow floats none, which are half a line.
-  stream = y_bytes >= (Index{8} << 20) && y_bytes <= (Index{32} << 20) && x_bytes + y_bytes > last_level_cache() / 2 &&
+  const Memories& sizes = memories();
+  stream = y_bytes >= sizes.streamed && y_bytes <= sizes.allocator && x_bytes + y_bytes > sizes.last_level_cache / 2 &&
            !kernels.widen && channels % kernels.lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % (kernels.lanes * size) == 0;
   // Of so much to read, the last cache cannot have kept all.
-  ahead = x_bytes > last_level_cache() / 3;
+  ahead = x_bytes > sizes.last_level_cache / 3;
 }
 
 // Takes for each phase of the last axis the shapes that there are for it, else the general ones; false if any was missing.
@@ -589,9 +644,9 @@ bool Correlation::load_kernel(Index kernel, Latest& latest) const {
   latest.w = w + kernel * taps * channels * size;
   latest.bias = bias ? bias + kernel * channels * size : nullptr;
   if (kernels.widen) {
-    static thread_local Scratch scratch;
+    static thread_local Memory kept;
     const Index numbers = summed * taps * channels;
-    char* const to = scratch.get((numbers + channels) * sum_size);
+    char* const to = scratch((numbers + channels) * sum_size, kept, latest.kernel_memory);
     if (!to) return false;
     kernels.widen(latest.w, to, numbers);
     latest.w = to;
@@ -632,8 +687,8 @@ bool Correlation::block(Index index, Latest& latest) const {
     tile.x = x_image_read;
     tile.pitch = channels;
     if (staged) {
-      static thread_local Scratch scratch;
-      char* to = scratch.get(now.staged);
+      static thread_local Memory kept;
+      char* to = scratch(now.staged, kept, latest.staged_memory);
       if (!to) return false;
       tile.x = to - tile.begin * sum_size;
       tile.pitch = chunk;
@@ -678,6 +733,7 @@ bool Correlation::block(Index index, Latest& latest) const {
             tile.y[h] = y_base + (down.first + (band.row + h) * down.pitch) * y_row +
                         (across.first + j * across.pitch) * channels * size;
           }
+          runs_kernel(run.shape->kernel);
           run.shape->kernel(tile);
         }
       }
@@ -699,22 +755,31 @@ bool correlate(const Problem& p, Dtype dtype, const void* x, const void* w, cons
 
   const Correlation correlation(p, kernels, dtype, x, w, bias, activation, y, pool.threads());
   std::vector<Latest> latest(std::max(pool.threads(), 1));  // of each thread
-  std::atomic<bool> enough{true};
-  parallel_for(pool, correlation.blocks(), turn(), [&](Index index, Index thread) {
-    if (!correlation.block(index, latest[thread])) enough = false;
-  });
-  return enough;
+  return parallel_for(pool, correlation.blocks(), turn(),
+                      [&](Index index, Index thread) { return correlation.block(index, latest[thread]); });
+}
+
+// What f gives, or false if it throws for want of memory.
+template <class F>
+bool with_memory(const F& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
 }
 
 }  // namespace
 
 bool forward(Dtype dtype, const Geometry& g, const void* x, const void* w, const void* bias, Activation activation,
              void* y, Pool& pool) {
-  return correlate({g, false, g.in, g.out}, dtype, x, w, bias, activation, y, pool);
+  return with_memory([&] { return correlate({g, false, g.in, g.out}, dtype, x, w, bias, activation, y, pool); });
 }
 
 bool input_grad(Dtype dtype, const Geometry& g, const void* cotangent, const void* w, void* dx, Pool& pool) {
-  return correlate({g, true, g.out, g.in}, dtype, cotangent, w, nullptr, Activation::identity, dx, pool);
+  return with_memory([&] {
+    return correlate({g, true, g.out, g.in}, dtype, cotangent, w, nullptr, Activation::identity, dx, pool);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------- Kernel gradient
@@ -728,12 +793,12 @@ class KernelGrad {
  public:
   KernelGrad(const Geometry& g, const Kernels& kernels, Dtype dtype, const void* x, const void* cotangent, void* dw);
   // False if there is no memory for the sums.
-  bool allocate(Scratch& scratch);
+  bool allocate(Memory& kept);
   Index blocks() const { return kernels_in_all * chunks * channel_blocks; }
   void block(Index index) const;
   // Adds the partial sums up, in the type of the sums.
   template <class A>
-  void finish(Pool& pool) const;
+  bool finish(Pool& pool) const;
 
  private:
   // What a block adds to its sum, channels `begin` to `end`, for the units from `first` to `last`.
@@ -764,6 +829,7 @@ class KernelGrad {
   Index heights, pieces, piece, units, chunks, channel_blocks, block_channels;
   bool apart;  // from dw
   char* sums = nullptr;
+  Memory sums_memory;
 };
 
 KernelGrad::KernelGrad(const Geometry& geometry, const Kernels& kernels_, Dtype dtype, const void* x_, const void* cotangent_,
@@ -786,11 +852,11 @@ KernelGrad::KernelGrad(const Geometry& geometry, const Kernels& kernels_, Dtype 
       sum_bytes(taps * sum_pitch * sum_size),
       planes(g.batch * g.out[0]),
       kernels_in_all(g.stack * g.multiplier),
-      shapes(kernels.grads(g.window[2], g.stride[2])) {
+      shapes(find_tiles(kernels.grads, g.window[2], g.stride[2])) {
   // The kernels for certain taps test only those columns that reach beyond the first or the last output.
   const bool certain = channels >= kernels.lanes && g.dilation[2] == 1 && g.window[2] - 1 >= g.low[2] &&
                        (g.out[2] - 1) * g.stride[2] - g.low[2] < g.in[2];
-  if (!certain || !shapes->kernel) shapes = nullptr;
+  if (!certain) shapes = nullptr;
   if (shapes && g.out[1] > 1) {
     // Of the heights that there are the first, unless another leaves less over at the end.
     height = shapes->height;
@@ -806,7 +872,7 @@ KernelGrad::KernelGrad(const Geometry& geometry, const Kernels& kernels_, Dtype 
   units = groups * pieces;
   // Chunks are few beside what is summed; channels are split if that is not enough for all threads.
   const Index vectors = ceil_div(channels, kernels.lanes);
-  const Index wanted = std::min<Index>(std::max<Index>(pixels * vectors * taps / kBlockWork, 1), 32);
+  const Index wanted = blocks_worth(pixels, vectors, taps, 32);
   const Index most = std::min(pixels / 128, (Index{8} << 20) / std::max<Index>(sum_bytes * kernels_in_all, 1));
   chunks = std::max<Index>(std::min({wanted, units, most}), 1);
   channel_blocks = std::min(std::max<Index>(channels / (4 * kernels.lanes), 1), ceil_div(wanted, chunks));
@@ -814,8 +880,8 @@ KernelGrad::KernelGrad(const Geometry& geometry, const Kernels& kernels_, Dtype 
   apart = chunks > 1 || kernels.narrow || sum_pitch != channels;
 }
 
-bool KernelGrad::allocate(Scratch& scratch) {
-  sums = apart ? scratch.get(kernels_in_all * chunks * sum_bytes) : dw;
+bool KernelGrad::allocate(Memory& kept) {
+  sums = apart ? scratch(kernels_in_all * chunks * sum_bytes, kept, sums_memory) : dw;
   return sums;
 }
 
@@ -889,6 +955,7 @@ void KernelGrad::add_tiles(const Block& block) const {
         const Index g_read = (plane * g.out[1] + row + std::min(h, count - 1)) * g_row + column * channels * size;
         t.y[h] = const_cast<char*>(block.cotangent + g_read);
       }
+      runs_kernel(shape->kernel);
       shape->kernel(t);
       column += shape->width;
     }
@@ -923,6 +990,7 @@ void KernelGrad::add_rows(const Block& block) const {
           list[t.count++] = {block.cotangent + row * g_row + part * piece * channels * size, block.x + read};
         }
         t.dw = block.sum + (a * g.window[1] + b) * w_row;
+        runs_kernel(kernels.general_grad);
         kernels.general_grad(t);
       }
     }
@@ -931,11 +999,11 @@ void KernelGrad::add_rows(const Block& block) const {
 }
 
 template <class A>
-void KernelGrad::finish(Pool& pool) const {
-  if (!apart) return;
+bool KernelGrad::finish(Pool& pool) const {
+  if (!apart) return true;
   constexpr Index kPart = 16384;  // elements
   const Index rows = kernels_in_all * taps, per = std::max<Index>(kPart / channels, 1);
-  parallel_for(pool, ceil_div(rows, per), false, [&](Index part, Index) {
+  return parallel_for(pool, ceil_div(rows, per), false, [&](Index part, Index) {
     for (Index row = part * per; row < std::min((part + 1) * per, rows); ++row) {
       char* result = dw + row * channels * size;
       A* partial = reinterpret_cast<A*>(sums + row / taps * chunks * sum_bytes) + row % taps * sum_pitch;
@@ -947,40 +1015,56 @@ void KernelGrad::finish(Pool& pool) const {
       }
       if (kernels.narrow) kernels.narrow(reinterpret_cast<const char*>(total), result, channels);
     }
+    return true;
   });
 }
 
 }  // namespace
 
 bool kernel_grad(Dtype dtype, const Geometry& g, const void* x, const void* cotangent, void* dw, Pool& pool) {
-  static thread_local Scratch scratch;
-  KernelGrad grad(g, kernels_for(dtype, g.channels), dtype, x, cotangent, dw);
-  if (!grad.allocate(scratch)) return false;
-  parallel_for(pool, grad.blocks(), turn(), [&](Index index, Index) { grad.block(index); });
-  if (dtype == Dtype::f64) {
-    grad.finish<double>(pool);
-  } else {
-    grad.finish<float>(pool);
-  }
-  return true;
+  return with_memory([&] {
+    static thread_local Memory kept;
+    KernelGrad grad(g, kernels_for(dtype, g.channels), dtype, x, cotangent, dw);
+    return grad.allocate(kept) &&
+           parallel_for(pool, grad.blocks(), turn(),
+                        [&](Index index, Index) {
+                          grad.block(index);
+                          return true;
+                        }) &&
+           (dtype == Dtype::f64 ? grad.finish<double>(pool) : grad.finish<float>(pool));
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------- Checks
 
 const char* problem(const Geometry& g) {
-  // Far beyond any array: products of two stay in range.
+  // Far beyond any array: products of two stay in range, and so do the bytes of an array.
   constexpr Index kLimit = Index{1} << 31;
+  constexpr double kElements = 0x1p56;
   if (g.stack < 0 || g.batch < 0) return "a negative number of images";
-  if (g.multiplier < 1 || g.multiplier > kLimit) return "no kernels";
-  if (g.channels < 1 || g.channels > kLimit) return "no channels";
+  if (g.multiplier < 1) return "no kernels";
+  if (g.channels < 1) return "no channels";
+  if (g.multiplier > kLimit || g.channels > kLimit) return "a size above 2**31";
+  const double images = static_cast<double>(std::max<Index>(g.stack, 1)) * static_cast<double>(g.multiplier) *
+                        static_cast<double>(std::max<Index>(g.batch, 1)) * static_cast<double>(g.channels);
+  double in = images, out = images, window = images;  // elements, of empty arrays those that stand beside the empty axis
   for (int i = 0; i < 3; ++i) {
-    if (g.in[i] < 0 || g.in[i] > kLimit) return "a negative size";
-    if (g.window[i] < 1 || g.window[i] > kLimit) return "an empty window";
-    if (g.stride[i] < 1 || g.stride[i] > kLimit) return "strides must be at least 1";
-    if (g.dilation[i] < 1 || g.dilation[i] > kLimit) return "dilation must be at least 1";
-    if (g.low[i] < 0 || g.low[i] > kLimit) return "padding must be at least 0";
-    if (g.out[i] < 1 || g.out[i] > kLimit) return "an empty output";
+    if (g.in[i] < 0) return "a negative size";
+    if (g.window[i] < 1) return "an empty window";
+    if (g.stride[i] < 1) return "a stride below 1";
+    if (g.dilation[i] < 1) return "a dilation below 1";
+    if (g.low[i] < 0) return "a negative padding";
+    if (g.out[i] < 1) return "an empty output";
+    if (g.in[i] > kLimit || g.out[i] > kLimit) return "a size above 2**31";
+    if (g.window[i] > kLimit) return "a window above 2**31";
+    if (g.stride[i] > kLimit) return "a stride above 2**31";
+    if (g.dilation[i] > kLimit) return "a dilation above 2**31";
+    if (g.low[i] > kLimit) return "a padding above 2**31";
+    in *= static_cast<double>(std::max<Index>(g.in[i], 1));
+    out *= static_cast<double>(g.out[i]);
+    window *= static_cast<double>(g.window[i]);
   }
+  if (std::max({in, out, window}) > kElements) return "arrays of more than 2**56 elements";
   return nullptr;
 }
 

@@ -45,6 +45,14 @@ bool input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void
 // dw = the transpose of forward in w. The order of its sums depends on the geometry only.
 bool kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, void* dw, Pool& pool);
 
+// Sizes of this machine's memories, in bytes, that decide how results are written; the harness changes them.
+struct Memories {
+  Index last_level_cache;
+  Index streamed;   // results from this size on are stored past the caches
+  Index allocator;  // results above this size are new memory at every call
+};
+Memories& memories();
+
 // The instruction set that is used: "avx512", "avx2", "baseline" or "neon". The environment variable
 // DEPTHWISE_JAX_ISA, read once, names a lower one; null if it names one that is not there.
 const char* instruction_set();

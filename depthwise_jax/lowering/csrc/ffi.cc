@@ -1,5 +1,5 @@
 // The handlers that XLA calls. They take nothing on trust: whatever does not fit is an error, never a read out of bounds.
-#include <limits>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -53,8 +53,9 @@ ffi::ErrorOr<Dtype> dtype_of(ffi::DataType type) {
 ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride, Attribute low,
                                    Attribute dilation) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y.dimensions();
-  const std::string shapes = "x " + text(a) + ", w " + text(b) + ", y " + text(c);
-  auto fail = [&](const std::string& what) { return ffi::Unexpected(invalid(what + "; got " + shapes)); };
+  auto fail = [&](const std::string& what) {
+    return ffi::Unexpected(invalid(what + "; got x " + text(a) + ", w " + text(b) + ", y " + text(c)));
+  };
   const std::size_t axes = stride.size();
   if (axes < 1 || axes > 3 || low.size() != axes || dilation.size() != axes) {
     return fail("expected 1 to 3 strides and as many paddings and dilations");
@@ -92,62 +93,90 @@ ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyB
   return g;
 }
 
-ffi::Error check_types(ffi::DataType x, ffi::DataType w, ffi::DataType y) {
-  if (x != w || x != y) return invalid("expected operands and result of one dtype");
-  if (!instruction_set()) return invalid("DEPTHWISE_JAX_ISA names no instruction set of this machine");
-  return ffi::Error::Success();
+struct Call {
+  Geometry geometry;
+  Dtype dtype;
+};
+
+ffi::ErrorOr<Call> call_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride, Attribute low,
+                           Attribute dilation) {
+  auto geometry = geometry_of(x, w, y, stride, low, dilation);
+  if (geometry.has_error()) return ffi::Unexpected(geometry.error());
+  if (x.element_type() != w.element_type() || x.element_type() != y.element_type()) {
+    return ffi::Unexpected(invalid("expected operands and result of one dtype"));
+  }
+  if (!instruction_set()) {
+    return ffi::Unexpected(invalid("DEPTHWISE_JAX_ISA is not an instruction set that this machine supports"));
+  }
+  auto dtype = dtype_of(x.element_type());
+  if (dtype.has_error()) return ffi::Unexpected(dtype.error());
+  return Call{*geometry, *dtype};
 }
 
-ffi::Error finished(bool done) {
-  if (done) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "depthwise_jax: no memory beside the operands and the result");
+// The error that a map's handler gives, or XLA's for want of memory: nothing is thrown through XLA's C interface.
+template <class F>
+ffi::Error handled(const F& handler) {
+  constexpr auto kExhausted = ffi::ErrorCode::kResourceExhausted;
+  try {
+    try {
+      auto done = handler();
+      if (done.has_error()) return done.error();
+      if (*done) return ffi::Error::Success();
+    } catch (const std::bad_alloc&) {
+    }
+    return ffi::Error(kExhausted, "depthwise_jax: no memory beside the operands and the result");
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(kExhausted, "no memory");  // short enough to need none
+  }
+}
+
+ffi::ErrorOr<bool> checked_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs bias,
+                                   ffi::AnyBuffer y, Attribute stride, Attribute low, Attribute dilation,
+                                   std::int64_t activation) {
+  auto call = call_of(x, w, y, stride, low, dilation);
+  if (call.has_error()) return ffi::Unexpected(call.error());
+  const auto& [g, dtype] = *call;
+  const void* b = nullptr;
+  if (bias.size() > 1) return ffi::Unexpected(invalid("expected at most one bias"));
+  if (bias.size() == 1) {
+    auto buffer = bias.get<ffi::AnyBuffer>(0);
+    if (buffer.has_error()) return ffi::Unexpected(buffer.error());
+    if (buffer->element_type() != w.element_type() ||
+        static_cast<Index>(buffer->element_count()) != g.stack * g.multiplier * g.channels) {
+      return ffi::Unexpected(
+          invalid("expected a bias (*stack, M, C) of the kernel's dtype; got " + text(buffer->dimensions())));
+    }
+    b = buffer->untyped_data();
+  }
+  if (activation < 0 || activation > 2) return ffi::Unexpected(invalid("expected an activation of 0, 1 or 2"));
+  XlaPool pool(threads);
+  return forward(dtype, g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation), y.untyped_data(), pool);
 }
 
 ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs bias,
                        ffi::Result<ffi::AnyBuffer> y, Attribute stride, Attribute low, Attribute dilation,
                        std::int64_t activation) {
-  auto g = geometry_of(x, w, *y, stride, low, dilation);
-  if (g.has_error()) return g.error();
-  if (auto error = check_types(x.element_type(), w.element_type(), y->element_type()); error.failure()) return error;
-  auto dtype = dtype_of(x.element_type());
-  if (dtype.has_error()) return dtype.error();
-  const void* b = nullptr;
-  if (bias.size() > 1) return invalid("expected at most one bias");
-  if (bias.size() == 1) {
-    auto buffer = bias.get<ffi::AnyBuffer>(0);
-    if (buffer.has_error()) return buffer.error();
-    if (buffer->element_type() != w.element_type() ||
-        static_cast<Index>(buffer->element_count()) != g->stack * g->multiplier * g->channels) {
-      return invalid("expected a bias (*stack, M, C) of the kernel's dtype; got " + text(buffer->dimensions()));
-    }
-    b = buffer->untyped_data();
-  }
-  if (activation < 0 || activation > 2) return invalid("expected an activation of 0, 1 or 2");
-  XlaPool pool(threads);
-  return finished(forward(*dtype, *g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation),
-                          y->untyped_data(), pool));
+  return handled([&] { return checked_forward(threads, x, w, bias, *y, stride, low, dilation, activation); });
 }
 
 ffi::Error run_input_grad(ffi::ThreadPool threads, ffi::AnyBuffer cotangent, ffi::AnyBuffer w,
                           ffi::Result<ffi::AnyBuffer> dx, Attribute stride, Attribute low, Attribute dilation) {
-  auto g = geometry_of(*dx, w, cotangent, stride, low, dilation);
-  if (g.has_error()) return g.error();
-  if (auto error = check_types(dx->element_type(), w.element_type(), cotangent.element_type()); error.failure()) return error;
-  auto dtype = dtype_of(dx->element_type());
-  if (dtype.has_error()) return dtype.error();
-  XlaPool pool(threads);
-  return finished(input_grad(*dtype, *g, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(), pool));
+  return handled([&]() -> ffi::ErrorOr<bool> {
+    auto call = call_of(*dx, w, cotangent, stride, low, dilation);
+    if (call.has_error()) return ffi::Unexpected(call.error());
+    XlaPool pool(threads);
+    return input_grad(call->dtype, call->geometry, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(), pool);
+  });
 }
 
 ffi::Error run_kernel_grad(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer cotangent,
                            ffi::Result<ffi::AnyBuffer> dw, Attribute stride, Attribute low, Attribute dilation) {
-  auto g = geometry_of(x, *dw, cotangent, stride, low, dilation);
-  if (g.has_error()) return g.error();
-  if (auto error = check_types(x.element_type(), dw->element_type(), cotangent.element_type()); error.failure()) return error;
-  auto dtype = dtype_of(x.element_type());
-  if (dtype.has_error()) return dtype.error();
-  XlaPool pool(threads);
-  return finished(kernel_grad(*dtype, *g, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(), pool));
+  return handled([&]() -> ffi::ErrorOr<bool> {
+    auto call = call_of(x, *dw, cotangent, stride, low, dilation);
+    if (call.has_error()) return ffi::Unexpected(call.error());
+    XlaPool pool(threads);
+    return kernel_grad(call->dtype, call->geometry, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(), pool);
+  });
 }
 
 }  // namespace

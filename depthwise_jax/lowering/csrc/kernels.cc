@@ -329,7 +329,6 @@ void general_tile(const Tile& t) {
     V sum[Width];
     UNROLL
     for (int j = 0; j < Width; ++j) sum[j] = start;
-    const Index jump = t.stride * pitch;
     for (Index r = 0; r < t.count; ++r) {
       if (t.rows[r].x[0] == kOutside) continue;
       const char* row = t.x + t.rows[r].x[0] + c * E::size;
@@ -337,8 +336,10 @@ void general_tile(const Tile& t) {
       for (Index k = 0; k < t.taps; ++k) {
         const Index column = first_column + k * t.step;
         const V w = sums_at(taps + k * t.tap_pitch * static_cast<Index>(sizeof(A)));
-        const char* x = row + column * pitch;
         if (!some && column >= 0 && column + (Width - 1) * t.stride < t.columns) {
+          const char* x = row + column * pitch;
+          // A stride that leads nowhere stays out of the product, which may be out of range.
+          const Index jump = Width > 1 ? t.stride * pitch : 0;
           UNROLL
           for (int j = 0; j < Width; ++j) sum[j] += E::load(x + j * jump) * w;
         } else {
@@ -348,7 +349,7 @@ void general_tile(const Tile& t) {
           UNROLL
           for (int j = 0; j < Width; ++j) {
             if (j < from || j >= to) continue;
-            const char* p = x + j * jump;
+            const char* p = row + (column + j * t.stride) * pitch;
             sum[j] += (some ? E::load_some(p, lanes) : E::load(p)) * w;
           }
         }
@@ -475,18 +476,20 @@ inline void general_grad_taps(const Grad& t, Index c, Index skip, int lanes, boo
   if (low > high) low = high = 0;
   for (Index r = 0; r < t.count; ++r) {
     const char* g = t.rows[r].g + c * E::size;
-    const char* x = t.rows[r].x + (t.column + tap * t.step) * pitch + c * E::size;
+    // What tap k reads for output o, which is inside the input: elsewhere the product may be out of range.
+    auto x = [&](int k, Index o) __attribute__((always_inline)) {
+      return t.rows[r].x + (t.column + (tap + k) * t.step + o * t.stride) * pitch + c * E::size;
+    };
     UNROLL
     for (int k = 0; k < Some; ++k) {
-      const char* xk = x + k * t.step * pitch;
       const bool none = low == high;
-      for (Index o = from[k]; o < (none ? to[k] : low); ++o) sum[k] += load(xk + o * t.stride * pitch) * load(g + o * pitch);
-      for (Index o = none ? to[k] : high; o < to[k]; ++o) sum[k] += load(xk + o * t.stride * pitch) * load(g + o * pitch);
+      for (Index o = from[k]; o < (none ? to[k] : low); ++o) sum[k] += load(x(k, o)) * load(g + o * pitch);
+      for (Index o = none ? to[k] : high; o < to[k]; ++o) sum[k] += load(x(k, o)) * load(g + o * pitch);
     }
     for (Index o = low; o < high; ++o) {
       const V v = load(g + o * pitch);
       UNROLL
-      for (int k = 0; k < Some; ++k) sum[k] += load(x + (o * t.stride + k * t.step) * pitch) * v;
+      for (int k = 0; k < Some; ++k) sum[k] += load(x(k, o)) * v;
     }
   }
   UNROLL
@@ -544,44 +547,57 @@ struct Shapes {
                                         NARROW(grad_tile, tall ? kTall : 2),
                                         SHAPE(grad_tile, 7, 1), SHAPE(grad_tile, 1, 1), {}};
 };
-constexpr TileShape kNone[] = {{}};
+// What the driver relies on in a list of shapes, checked where it is made: no tile is higher than a Tile has rows for, and the
+// last is a single output.
+template <int count>
+constexpr bool ends_with_one(const TileShape (&shapes)[count]) {
+  for (int i = 0; i + 1 < count; ++i) {
+    if (shapes[i].height > kMostRows) return false;
+  }
+  return shapes[count - 2].width == 1 && shapes[count - 2].height == 1;
+}
 
-// What was converted is so for windows of many taps and of stride 1 only.
-template <class E>
-const TileShape* tiles_for(Index taps, Index stride) {
-  constexpr bool converted = E::loaded > E::size;
-  if constexpr (!converted) {
-    switch (taps * 10 + stride) {
-      case 11: return Shapes<E, 1, 1>::tiles;
-      case 21: return Shapes<E, 2, 1>::tiles;
-      case 31: return Shapes<E, 3, 1>::tiles;
-      case 32: return Shapes<E, 3, 2>::tiles;
-      case 41: return Shapes<E, 4, 1>::tiles;
-      case 52: return Shapes<E, 5, 2>::tiles;
-      case 72: return Shapes<E, 7, 2>::tiles;
+// And where tiles may not overlap: a width of 1 in each height, the last of it.
+template <int count>
+constexpr bool covers_exactly(const TileShape (&shapes)[count]) {
+  for (int i = 0; i + 1 < count; ++i) {
+    int narrowest = 0;
+    for (int j = i; j + 1 < count; ++j) {
+      if (shapes[j].height == shapes[i].height) narrowest = shapes[j].width;
     }
+    if (narrowest != 1) return false;
   }
-  switch (taps * 10 + stride) {
-    case 51: return Shapes<E, 5, 1>::tiles;
-    case 71: return Shapes<E, 7, 1>::tiles;
-    default: return kNone;
-  }
+  return ends_with_one(shapes);
 }
 
-template <class E>
-const TileShape* grads_for(Index taps, Index stride) {
-  switch (taps * 10 + stride) {
-    case 31: return Shapes<E, 3, 1>::grads;
-    case 32: return Shapes<E, 3, 2>::grads;
-    case 41: return Shapes<E, 4, 1>::grads;
-    case 51: return Shapes<E, 5, 1>::grads;
-    case 52: return Shapes<E, 5, 2>::grads;
-    case 71: return Shapes<E, 7, 1>::grads;
-    case 72: return Shapes<E, 7, 2>::grads;
-    default: return kNone;
-  }
+template <class E, int Taps, int Stride>
+constexpr WindowTiles tiles_of() {
+  static_assert(ends_with_one(Shapes<E, Taps, Stride>::tiles));
+  return {Taps, Stride, Shapes<E, Taps, Stride>::tiles};
 }
-const TileShape* none_for(Index, Index) { return kNone; }
+template <class E, int Taps, int Stride>
+constexpr WindowTiles grads_of() {
+  static_assert(covers_exactly(Shapes<E, Taps, Stride>::grads));
+  return {Taps, Stride, Shapes<E, Taps, Stride>::grads};
+}
+
+constexpr TileShape kNoShapes[] = {{}};
+constexpr WindowTiles kNoWindows[] = {{}};
+
+// The windows that have tiles of their own.
+template <class E>
+struct Windows {
+  static constexpr WindowTiles tiles[] = {tiles_of<E, 1, 1>(), tiles_of<E, 2, 1>(), tiles_of<E, 3, 1>(), tiles_of<E, 3, 2>(),
+                                          tiles_of<E, 4, 1>(), tiles_of<E, 5, 1>(), tiles_of<E, 5, 2>(), tiles_of<E, 7, 1>(),
+                                          tiles_of<E, 7, 2>(), {}};
+  static constexpr WindowTiles grads[] = {grads_of<E, 3, 1>(), grads_of<E, 3, 2>(), grads_of<E, 4, 1>(), grads_of<E, 5, 1>(),
+                                          grads_of<E, 5, 2>(), grads_of<E, 7, 1>(), grads_of<E, 7, 2>(), {}};
+};
+// An input is converted ahead for windows of many taps and of stride 1 only.
+template <class E>
+struct ConvertedWindows {
+  static constexpr WindowTiles tiles[] = {tiles_of<E, 5, 1>(), tiles_of<E, 7, 1>(), {}};
+};
 
 template <class E>
 struct Lists {
@@ -624,12 +640,12 @@ void narrow(const char* from, char* to, Index count) {
   if (rest) E::store_some(to + i * E::size, Full<A>::load_some(from + i * sizeof(A), rest), rest);
 }
 
-constexpr TileKernels kNoTiles = {none_for, kNone};
+constexpr TileKernels kNoTiles = {kNoWindows, kNoShapes};
 
 // The general kernels alone.
 template <class E>
 constexpr Kernels general_of() {
-  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, none_for, general_grad<E>, nullptr, nullptr};
+  Kernels kernels = {E::lanes, kNoTiles, kNoTiles, nullptr, Lists<E>::general, kNoWindows, general_grad<E>, nullptr, nullptr};
   if constexpr (E::size < static_cast<int>(sizeof(typename E::Sum))) {
     kernels.widen = widen<E>;
     kernels.narrow = narrow<E>;
@@ -640,13 +656,13 @@ constexpr Kernels general_of() {
 template <class E>
 constexpr Kernels kernels_of() {
   Kernels kernels = general_of<E>();
-  kernels.grads = grads_for<E>;
+  kernels.grads = Windows<E>::grads;
   kernels.stage = stage<E>;
   if constexpr (E::size == sizeof(typename E::Sum)) {
-    kernels.direct = kernels.staged = {tiles_for<E>, Lists<E>::wide};
+    kernels.direct = kernels.staged = {Windows<E>::tiles, Lists<E>::wide};
   } else {
-    kernels.direct = {tiles_for<E>, kNone};
-    kernels.staged = {tiles_for<Staged<E>>, Lists<Staged<E>>::wide};
+    kernels.direct = {Windows<E>::tiles, kNoShapes};
+    kernels.staged = {ConvertedWindows<Staged<E>>::tiles, Lists<Staged<E>>::wide};
   }
   return kernels;
 }

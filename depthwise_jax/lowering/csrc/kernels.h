@@ -46,6 +46,12 @@ struct TileShape {
   TileKernel kernel;
 };
 
+// The shapes of tiles for so many taps side by side and this stride.
+struct WindowTiles {
+  Index taps, stride;
+  const TileShape* shapes;
+};
+
 // The kernel gradient of `count` rows of g, added to dw, for any one row of taps.
 struct GradRow {
   const char *g, *x;
@@ -60,13 +66,21 @@ struct Grad {
   Index begin, end;
 };
 
-// Lists end with a null kernel and begin with what is best at equal cost.
+// Lists of shapes end with a null kernel and begin with what is best at equal cost; lists of windows end with null shapes.
 struct TileKernels {
-  // For so many taps side by side (step 1) and this stride, for at least `lanes` channels; empty where there are none.
-  // They test only those columns that reach beyond the first or the last output.
-  const TileShape* (*certain)(Index taps, Index stride);
+  // For certain windows of taps side by side (step 1), for at least `lanes` channels. They test only those columns that reach
+  // beyond the first or the last output.
+  const WindowTiles* certain;
   const TileShape* wide;  // any number of taps side by side, stride 1, at least `lanes` channels
 };
+
+// The shapes that a list has for a window; null if it has none.
+inline const TileShape* find_tiles(const WindowTiles* list, Index taps, Index stride) {
+  for (; list->shapes; ++list) {
+    if (list->taps == taps && list->stride == stride) return list->shapes;
+  }
+  return nullptr;
+}
 
 // What one instruction set has for one dtype.
 struct Kernels {
@@ -78,12 +92,21 @@ struct Kernels {
   void (*stage)(const char* from, Index pitch, char* to, Index columns, Index channels);
   const TileShape* general;  // any taps, step and stride, any number of channels
   // As `certain` for the kernel gradient, which is added to what stands in `w`; the cotangent is in `y`.
-  const TileShape* (*grads)(Index taps, Index stride);
+  const WindowTiles* grads;
   void (*general_grad)(const Grad&);
   // Convert so many consecutive elements to the type of the sums and back; null where they are of it.
   void (*widen)(const char* from, char* to, Index count);
   void (*narrow)(const char* from, char* to, Index count);
 };
+
+// Told of each kernel before it runs; only the harness listens.
+#if defined(DEPTHWISE_HARNESS)
+void runs_kernel(TileKernel);
+void runs_kernel(void (*)(const Grad&));
+#else
+inline void runs_kernel(TileKernel) {}
+inline void runs_kernel(void (*)(const Grad&)) {}
+#endif
 
 namespace avx512 { Kernels kernels(Dtype); }
 namespace avx2 { Kernels kernels(Dtype); }
