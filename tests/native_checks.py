@@ -7,8 +7,10 @@ set. `threads 60` and `devices` serve as commands too, for a longer run than the
 from __future__ import annotations
 
 import faulthandler
+import functools
 import hashlib
 import re
+import resource
 import sys
 import threading
 import time
@@ -23,7 +25,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from depthwise_jax import explain, lowering
+from depthwise_jax import depthwise_conv, explain, lowering
 from depthwise_jax.lowering import native
 from tests.cases import CORE, NETWORKS, Case, reduced
 from tests.oracle import assert_close
@@ -191,8 +193,6 @@ def nonsense() -> None:
 
 def huge() -> None:
     """Calls the handlers with attributes and empty arrays as large as they may be: they return, and soon."""
-    import resource
-
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # a failing process, not a failing machine
     faulthandler.dump_traceback_later(100, exit=True)
     assert native.status().instruction_set is not None
@@ -203,6 +203,40 @@ def huge() -> None:
                 assert np.all(np.isfinite(result)), f"{direction} {changes}"
             took = time.monotonic() - begin
             assert took < 5, f"{direction} {changes}: {took:.1f} s"
+    print("done")
+
+
+def kept() -> None:
+    """Prints how many MiB a process holds longer than a call that stages long rows and sums for a large kernel."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    def calls(columns: int, taps: int) -> None:
+        x, w = jnp.ones((1, 8, columns, 16), jnp.float16), jnp.ones((3, taps, 16, 1), jnp.float16)
+        f = lambda x, w: depthwise_conv(x, w, padding="same", implementation="native").sum()  # noqa: E731
+        x_kernel, w_kernel = jnp.ones((1, 9, 9, 1024), jnp.bfloat16), jnp.ones((31, 31, 1024, 1), jnp.bfloat16)
+        jax.block_until_ready((jax.grad(f, (0, 1))(x, w), jax.grad(f, (0, 1))(x_kernel, w_kernel)))
+
+    calls(16, 9)
+    before = resident()
+    calls(300_000, 9)
+    print(max(resident() - before, 0))
+
+
+def no_memory() -> None:
+    """Calls maps in a process with too little memory for what they stage: XLA's error, and right results afterwards."""
+    x, w = jnp.ones((1, 8, 300_000, 16), jnp.float16), jnp.ones((3, 9, 16, 1), jnp.float16)
+    forward = jax.jit(functools.partial(depthwise_conv, padding="same", implementation="native"))
+    expected = forward(x, w).block_until_ready()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    used = int(status["VmSize"].split()[0]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * expected.nbytes, limits[1]))
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="RESOURCE_EXHAUSTED: depthwise_jax: no memory"):
+        forward(x, w).block_until_ready()
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    np.testing.assert_array_equal(forward(x, w), expected)
     print("done")
 
 
@@ -336,5 +370,5 @@ def _maps(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    checks = (instruction_set, without, turned_off, reproducible, threads, devices, nonsense, huge)
+    checks = (instruction_set, without, turned_off, reproducible, threads, devices, nonsense, huge, kept, no_memory)
     {check.__name__: check for check in checks}[sys.argv[1]](*sys.argv[2:])

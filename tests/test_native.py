@@ -212,6 +212,19 @@ def test_nonsense_is_an_error() -> None:
 
 
 @needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_thread_keeps_little_memory() -> None:
+    # 1 MiB of each of three kinds for each thread, beside what XLA's and the C library's allocators keep.
+    assert float(checked("kept")) < 32
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_too_little_memory_is_an_error() -> None:
+    assert checked("no_memory") == "done"
+
+
+@needs_kernels
 def test_huge_attributes_and_empty_arrays() -> None:
     assert checked("huge") == "done"
 
