@@ -163,8 +163,39 @@ def resolve(
                 f"padding={kind!r} needs an input to read, got an input with spatial shape {tuple(spatial)}"
             )
         spatial = [n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True)]
-    window.output_shape(spatial)
-    return window, input_padding
+    return _tightened(window, spatial, window.output_shape(spatial)), input_padding
+
+
+def _tightened(window: Window, spatial: Sequence[int], out: Sequence[int]) -> Window:
+    """The window with strides and dilations no larger than they need be: each output reads what it read before.
+
+    So 2**40 is as good as the numbers that an index along an array can hold. Both a stride and a dilation can stay
+    large where they are alike, and outputs of one meet taps of the other.
+    """
+    size, strides, dilation, padding = window.size, list(window.strides), list(window.dilation), list(window.padding)
+    for axis, (n, o) in enumerate(zip(spatial, out, strict=True)):
+        if not isinstance(n, int):
+            continue
+        k, s, d, (low, high) = size[axis], strides[axis], dilation[axis], padding[axis]
+        rest = n + low + high - ((k - 1) * d + 1) - (o - 1) * s
+        s, low = _tightened_step(s, o, low, (k - 1) * d + 1, n)
+        d, low = _tightened_step(d, k, low, (o - 1) * s + 1, n)
+        high = (o - 1) * s + min(rest, s - 1) + (k - 1) * d + 1 - n - low
+        strides[axis], dilation[axis], padding[axis] = s, d, (low, high)
+    return Window(size, tuple(strides), tuple(padding), tuple(dilation))
+
+
+def _tightened_step(step: int, count: int, low: int, width: int, n: int) -> tuple[int, int]:
+    """The least of a step and one that is large enough, and its low padding.
+
+    Of `count` spans of `width` positions, `step` apart from -low on, a step above n + width leaves one at most that
+    meets the n positions of the input. That one stays where it is, and all others miss the input at n + width too.
+    """
+    if step <= n + width:
+        return step, low
+    meeting = min(max(0, (low - width) // step + 1), count - 1)  # the first that does not end before the input
+    start = min(max(meeting * step - low, -width), n)
+    return n + width, meeting * (n + width) - start
 
 
 def _same(n: int, extent: int, stride: int) -> tuple[int, int]:

@@ -30,11 +30,26 @@ def test_output_shape_counts_placements(n: int) -> None:
             assert window.output_shape((n,)) == (expected,)
 
 
+def reads(n: int, window: Window) -> set[tuple[int, int, int]]:
+    """Along one axis, every (output, tap, input position) inside the input."""
+    (out,), (k,), (s,), (d,), ((low, _),) = (
+        window.output_shape((n,)),
+        window.size,
+        window.strides,
+        window.dilation,
+        window.padding,
+    )
+    positions = ((o, t, o * s + t * d - low) for o in range(out) for t in range(k))
+    return {(o, t, p) for o, t, p in positions if 0 <= p < n}
+
+
 def test_same_pads_as_lax() -> None:
     for n, k, s, d in itertools.product(range(1, 9), range(1, 6), range(1, 5), range(1, 4)):
         window, _ = resolve((n,), k, s, "same", d)
         ((low, high),) = lax.padtype_to_pads((n,), ((k - 1) * d + 1,), (s,), "SAME")
-        assert window.padding == ((low, high),), (n, k, s, d)
+        assert reads(n, window) == reads(n, Window((k,), (s,), ((low, high),), (d,))), (n, k, s, d)
+        if s <= n + (k - 1) * d and d <= n:  # larger ones are replaced
+            assert window.padding == ((low, high),), (n, k, s, d)
         assert window.output_shape((n,)) == (-(-n // s),)
 
 
@@ -119,3 +134,44 @@ def test_an_empty_output_is_refused(spatial: Any, kernel_size: Any, padding: Any
     with pytest.raises(ValueError, match=r"empty|needs an input") as error:
         resolve(spatial, kernel_size, 1, padding, 1)
     assert str(spatial) in str(error.value)
+
+
+def test_no_stride_or_dilation_is_larger_than_need_be() -> None:
+    # Steps of every order of magnitude, and paddings so that outputs and taps meet the input, or just miss it.
+    r = np.random.default_rng(0)
+    steps = (1, 2, 3, 7, 20, 2**31 - 1, 2**31, 2**32 + 1, 2**40, 2**62, 2**70)
+    largest = 0
+    for n, s, d in itertools.product((0, 1, 2, 5, 9), steps, steps):
+        for _ in range(12):
+            k = int(r.integers(1, 5))
+            extent = (k - 1) * d + 1
+            low = max(0, int(r.integers(0, 4)) * s + int(r.integers(0, k)) * d + int(r.integers(-n - 2, n + 3)))
+            high = max(0, extent + int(r.integers(0, 4)) * s + int(r.integers(-2, 3)) - n - low)
+            given = Window((k,), (s,), ((low, high),), (d,))
+            if n + low + high < extent:
+                continue
+            window, _ = resolve((n,), k, s, ((low, high),), d)
+            assert window.output_shape((n,)) == given.output_shape((n,)), given
+            assert reads(n, window) == reads(n, given), (n, given, window)
+            assert min(window.padding[0]) >= 0, (n, given, window)
+            if min(s, d) <= 20 and max(s, d) >= 2**31:
+                largest = max(largest, *window.strides, *window.dilation)
+            if max(s, d) <= n:
+                assert window == given
+    assert 20 < largest < 1000
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", "causal", "reflect", "circular", 5])
+def test_large_numbers_by_name_of_padding(padding: Any) -> None:
+    for k, s, d in ((3, 2**33, 1), (1, 2**33, 2**40), (3, 1, 2**33), (3, 2**33, 2**33)):
+        try:
+            oracle = Oracle((12, 1), (k, 1, 1), strides=s, dilation_rate=d, padding=padding)
+        except EmptyOutputError:
+            with pytest.raises(ValueError, match="empty"):
+                resolve((12,), k, s, padding, d)
+            continue
+        window, again = resolve((12,), k, s, padding, d)
+        if again is None:
+            assert window.output_shape((12,)) == oracle.out
+            assert window.strides[0] < 2**31 or d > 2**31
+            assert window.dilation[0] < 100

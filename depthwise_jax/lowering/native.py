@@ -36,6 +36,8 @@ _LIBRARY = "libdepthwise_jax.so"
 # The activations that the kernels apply at their store, in the order of csrc/depthwise.h.
 ACTIVATIONS = ("linear", "relu", "relu6")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
+# What the kernels count along an axis, and the steps in it, are at most this.
+_LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,24 @@ def refusal(call: Call) -> str | None:
         return f"there are kernels for {', '.join(_DTYPES)}, not for {call.dtype}"
     if call.symbolic:
         return f"the kernels need known spatial sizes, got the symbolic {call.convolution.spatial}"
-    return status().reason or None
+    return _too_large(call.convolution) or status().reason or None
+
+
+def _too_large(convolution: Convolution) -> str | None:
+    """Which number of a convolution is larger than the kernels count, or None; csrc/depthwise.cc checks the same."""
+    window = convolution.window
+    numbers = {
+        "spatial sizes": convolution.spatial,
+        "output sizes": convolution.out,
+        "kernel_size": window.size,
+        "strides": window.strides,
+        "dilation_rate": window.dilation,
+        "padding before the input": tuple(low for low, _ in window.padding),
+    }
+    for name, values in numbers.items():
+        if max(values) > _LARGEST:
+            return f"the kernels take {name} up to 2**31, got {values}"
+    return None
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:

@@ -28,6 +28,8 @@ from depthwise_jax.lowering.call import Call
 
 # Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.
 _UNROLLED = 64
+# Positions along an axis, padding included, are counted in int32.
+_POSITIONS = 2**31 - 1
 # kernel_grad adds up this many products before each contraction.
 _SLABS = 8
 
@@ -41,7 +43,17 @@ Tap = tuple[tuple[Index, ...], tuple[Index, ...]]
 
 def refusal(call: Call) -> str | None:
     """Why taps cannot serve a call, or None."""
-    return f"it needs known spatial sizes, got the symbolic {call.convolution.spatial}" if call.symbolic else None
+    convolution, window = call.convolution, call.convolution.window
+    if call.symbolic:
+        return f"it needs known spatial sizes, got the symbolic {convolution.spatial}"
+    axes = zip(convolution.spatial, convolution.out, window.strides, window.padding, window.extent, strict=True)
+    spans = tuple(low + n + (o - 1) * s + e for n, o, s, (low, _), e in axes)
+    if max(spans) > _POSITIONS:
+        return (
+            f"it counts positions in 32 bits, and strides={window.strides} and dilation_rate={window.dilation} move "
+            f"{convolution.out} outputs over {spans} of them"
+        )
+    return None
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
@@ -71,6 +83,9 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     *_, channels, multiplier = kernel.shape
     g = _split(g, layout, channels)
     counts = [-(-n // s) for n, s in zip(convolution.spatial, window.strides, strict=True)]
+    # Phases beyond the input have no position; an axis of none keeps one phase, which is as empty.
+    numbers = [max(1, min(n, s)) for n, s in zip(convolution.spatial, window.strides, strict=True)]
+    lead = g.shape[: g.ndim - window.rank - 2]
     spatial_axes = _spatial_axes(g.ndim, layout)
     multiplier_axis = _channel_axes(g.ndim, layout)[1]
 
@@ -81,9 +96,6 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
                 window.size, window.dilation, window.strides, phases, window.padding, strict=True
             )
         ]
-        if not all(positions for positions, _ in taps):
-            lead = g.shape[: g.ndim - window.rank - 2]
-            return jnp.zeros(layout.arrange(lead, counts, channels, 1), g.dtype)
         read = _reader(g, layout, taps, counts, (1,) * window.rank, call)
 
         def product(tap: Tap) -> Array:
@@ -95,15 +107,26 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
         return _sum(taps, product)
 
     def interleave(phases: tuple[int, ...]) -> Array:
-        if len(phases) == window.rank:
+        """The phases of the axes that follow, interleaved, for one phase each of those that go before."""
+        index = len(phases)
+        if index == window.rank:
             return phase(phases)
-        parts = [interleave((*phases, p)) for p in range(window.strides[len(phases)])]
-        if len(parts) == 1:
-            return parts[0]
-        axis = spatial_axes[len(phases)]
-        shape = list(parts[0].shape)
-        shape[axis] *= len(parts)
-        return jnp.stack(parts, axis=axis + 1).reshape(shape)
+        axis, number = spatial_axes[index], numbers[index]
+        done = [c * m for c, m in zip(counts[index + 1 :], numbers[index + 1 :], strict=True)]
+        shape = layout.arrange(lead, [*counts[: index + 1], *done], channels, 1)
+
+        def zeros(phases: int) -> Array:
+            return jnp.zeros((*shape[: axis + 1], phases, *shape[axis + 1 :]), g.dtype)
+
+        # Of a stride above the window most phases meet no tap: each run of those is one piece.
+        parts, end = [], 0
+        for p in _met_phases(window.size[index], window.dilation[index], window.strides[index], window.padding[index]):
+            if p < number:
+                parts += [zeros(p - end)] * (p > end)
+                parts.append(jnp.expand_dims(interleave((*phases, p)), axis + 1))
+                end = p + 1
+        parts += [zeros(number - end)] * (number > end)
+        return lax.concatenate(parts, axis + 1).reshape(*shape[:axis], counts[index] * number, *shape[axis + 1 :])
 
     dx = interleave(())
     for axis, n in zip(spatial_axes, convolution.spatial, strict=True):
@@ -168,6 +191,11 @@ def _window_taps(convolution: Convolution) -> list[AxisTaps]:
         (range(k), range(-low, k * d - low, d))
         for k, d, (low, _) in zip(window.size, window.dilation, window.padding, strict=True)
     ]
+
+
+def _met_phases(k: int, d: int, s: int, padding: tuple[int, int]) -> list[int]:
+    """The phases that meet a tap, in order."""
+    return sorted({(t * d - padding[0]) % s for t in range(min(k, s // math.gcd(d, s)))})
 
 
 def _phase_taps(k: int, d: int, s: int, r: int) -> AxisTaps:
