@@ -203,6 +203,12 @@ def huge() -> None:
                 assert np.all(np.isfinite(result)), f"{direction} {changes}"
             took = time.monotonic() - begin
             assert took < 5, f"{direction} {changes}: {took:.1f} s"
+    # As many phases as the stride, each with one tap: dx repeats g under a kernel of ones. Seconds, not minutes.
+    stride = 2**18
+    g = np.arange(3, dtype=np.float32)[None, :, None]
+    x, w = jnp.ones((1, 3 * stride, 1)), jnp.ones((stride, 1, 1))
+    (dx,) = jax.vjp(lambda x: depthwise_conv(x, w, strides=stride, implementation="native"), x)[1](jnp.asarray(g))
+    np.testing.assert_array_equal(dx, np.repeat(g, stride, axis=1))
     print("done")
 
 
