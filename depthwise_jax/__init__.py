@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from depthwise_jax.drop_in import conv_general_dilated as conv_general_dilated
+from depthwise_jax.explanation import explain as explain
 from depthwise_jax.functional import depthwise_conv as depthwise_conv
-from depthwise_jax.functional import explain as explain
 from depthwise_jax.functional import separable_conv as separable_conv
 from depthwise_jax.linen import DepthwiseConv1D as DepthwiseConv1D
 from depthwise_jax.linen import DepthwiseConv2D as DepthwiseConv2D

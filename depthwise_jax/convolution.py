@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jax import lax
 
@@ -54,3 +55,21 @@ class Convolution:
     def kernel_grad_shape(self, x: Sequence[int], g: Sequence[int]) -> Shape:
         """The shape of kernel."""
         return (*self.window.size, self.channels(x), self.channels(g) // self.channels(x))
+
+
+def hashable_precision(precision: Any) -> Any:
+    """A precision that a jaxpr can hold, checked at once: lax takes lists too, and checks no earlier than at lowering.
+
+    Raises:
+        ValueError: it is not a precision.
+    """
+    pair = isinstance(precision, list | tuple)
+    values = tuple(precision) if pair else (precision,)
+    names = {"default", "high", "highest", "bfloat16", "tensorfloat32", "float32", "fastest"}
+    valid = (v in names if isinstance(v, str) else isinstance(v, lax.Precision | None) for v in values)
+    if (pair and len(values) != 2) or not all(valid):
+        raise ValueError(
+            "precision must be None, a jax.lax.Precision, its name, or a pair of them for x and kernel; "
+            f"got precision={precision!r}"
+        )
+    return values if pair else precision

@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from depthwise_jax import primitives
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.functional import hashable_precision
+from depthwise_jax.convolution import Convolution, hashable_precision
 from depthwise_jax.layout import Layout
 from depthwise_jax.window import Window, resolve
 

@@ -22,8 +22,7 @@ the name of a lowering or None.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +32,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from depthwise_jax import lowering, sharding
+from depthwise_jax import fused, lowering, sharding
 from depthwise_jax.convolution import Convolution
+from depthwise_jax.sharding import Partitioning
 
 # What remat policies call a convolution's value, such as
 # jax.checkpoint_policies.save_only_these_names("depthwise_conv").
@@ -61,7 +61,7 @@ def bind(
 
     Args:
         primitive: conv_p, input_grad_p or kernel_grad_p; or conv_fused_p, which takes x, kernel and perhaps a bias
-            (*stacked, C*M), and the parameter `activation`, one of lowering.native.ACTIVATIONS.
+            (*stacked, C*M), and the parameter `activation`, one of fused.ACTIVATIONS.
         *operands: two of x (*stacked, *batch, *spatial, C), kernel (*stacked, *window, C, M) and g, shaped as y,
             (*stacked, *batch, *out, C*M), in the order of the primitive; channels_first as Layout has it. They may
             differ in dtype.
@@ -96,11 +96,25 @@ def _abstract_eval(
     del implementation  # every lowering gives the same type
     shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals)))
     model = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
-    specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals]
+    specs = [sharding.entries(aval.sharding.spec, aval.ndim) for aval in avals]
     stack = [sharding.agree("mapped axes", *(spec[axis] for spec in specs)) for axis in range(stacked)]
     spec = PartitionSpec(*stack, *spec_rule(convolution, *(spec[stacked:] for spec in specs)))
     # update() keeps what else an aval has: the manual axes over which it varies, and its memory.
     return model.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(model.sharding.mesh, spec))
+
+
+def forward_type(x: Any, kernel: Any, convolution: Convolution, dtype: Any) -> Any:
+    """The type of y, with its sharding, for the types of x and kernel."""
+    return _abstract_eval(
+        Convolution.forward_shape,
+        sharding.forward_spec,
+        x,
+        kernel,
+        convolution=convolution,
+        dtype=dtype,
+        implementation=None,
+        stacked=0,
+    )
 
 
 def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) -> Callable[..., Array]:
@@ -158,20 +172,12 @@ def _lowering_rule(
     **params: Any,
 ) -> Any:
     avals: Sequence[Any] = ctx.avals_in
-    image = avals[0].shape[stacked:]
-    specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals[:2]]
-    spatial = [convolution.layout.spatial_shape(spec) for spec in (specs if direction == "kernel_grad" else specs[:1])]
-    partitioned = _partitioned(ctx)
     call = lowering.Call(
         direction,
         convolution,
         platform,
         jnp.result_type(*(aval.dtype for aval in avals), dtype),
-        partitioned=partitioned,
-        copies=bool(stacked) or not _without_copies(avals, specs, convolution, partitioned),
-        rows=any(rows for rows, *_ in spatial)
-        or (not _typed(avals[0]) and lowering.is_small(convolution.batch(image), math.prod(partitioned))),
-        slabs=not any(map(any, spatial)) and lowering.has_slabs(image, convolution),
+        Partitioning.of_program(direction, convolution, ctx, stacked),
         exported=ctx.module_context.lowering_parameters.for_export,
     )
     # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
@@ -179,39 +185,6 @@ def _lowering_rule(
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         lower = mlir.lower_fun(functools.partial(run, call=call), multiple_results=False)
         return lower(ctx.replace(avals_in=plain), *operands, dtype=dtype, stacked=stacked, **params)
-
-
-def _partitioned(ctx: mlir.LoweringRuleContext) -> tuple[int, ...]:
-    """The mesh axes over which the compiler partitions this program: none on one device, or if all is in shard_map."""
-    axes = ctx.module_context.axis_context
-    if isinstance(axes, mlir.SPMDAxisContext):
-        return () if axes.manual_axes == frozenset(axes.mesh.axis_names) else _large(axes.mesh.shape.values())
-    if not isinstance(axes, mlir.ShardingContext) or axes.num_devices == 1:
-        return ()
-    avals: Sequence[Any] = ctx.avals_in
-    meshes = (aval.sharding.mesh for aval in avals)
-    # A mesh that only the arguments of jit have (in_shardings) is not seen here.
-    return next((_large(mesh.shape.values()) for mesh in meshes if not mesh.empty), (axes.num_devices, 1))
-
-
-def _typed(aval: Any) -> bool:
-    """Whether a type says how its array is sharded."""
-    mesh = aval.sharding.mesh
-    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
-
-
-def _without_copies(
-    avals: Sequence[Any], specs: Sequence[Sequence[Any]], convolution: Convolution, partitioned: tuple[int, ...]
-) -> bool:
-    """Whether the types of x and g shard both alike over all mesh axes, and one batch axis at most."""
-    x, g = specs
-    names = {name for entry in x for name in (entry if isinstance(entry, tuple) else (entry,))}
-    over = _large(size for name, size in avals[0].sharding.mesh.shape.items() if name in names)
-    return x == g and over == partitioned and not any(convolution.batch(x)[1:])
-
-
-def _large(sizes: Iterable[int]) -> tuple[int, ...]:
-    return tuple(size for size in sizes if size > 1)
 
 
 def _register(
@@ -299,11 +272,8 @@ def _fused_jvp(
         dy = term if dx is None else dy + term
     for db in dbias:
         if db is not None:
-            dy = dy + lowering.align_bias(db.astype(y.dtype), params["convolution"].layout, y.ndim)
-    if activation != "linear":
-        inside = (y > 0) & (y < 6) if activation == "relu6" else y > 0
-        dy = jnp.where(inside, dy, jnp.zeros_like(dy))
-    return y, dy
+            dy = dy + fused.align_bias(db.astype(y.dtype), params["convolution"].layout, y.ndim)
+    return y, fused.mask(activation, y, dy)
 
 
 _register(conv_fused_p, "forward", _fused_abstract_eval, lowering.run_fused)

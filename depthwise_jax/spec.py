@@ -14,16 +14,13 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 
 from depthwise_jax import activations, constraints, initializers, regularizers
-from depthwise_jax.functional import (
-    check_implementation,
-    check_in_sharding,
-    depthwise_conv,
-    hashable_precision,
-    separable_conv,
-)
+from depthwise_jax.convolution import hashable_precision
+from depthwise_jax.functional import depthwise_conv, separable_conv
 from depthwise_jax.initializers import Initializer
 from depthwise_jax.layout import DATA_FORMATS, Layout
+from depthwise_jax.lowering import check_implementation
 from depthwise_jax.registry import closest
+from depthwise_jax.sharding import check_in_sharding
 from depthwise_jax.window import canonical_padding, per_axis
 
 Shape = tuple[int, ...]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+
 from depthwise_jax.convolution import Convolution
+from depthwise_jax.sharding import Partitioning
 
 MAPS = ("forward", "input_grad", "kernel_grad")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -20,14 +23,7 @@ class Call:
         convolution: the convolution.
         platform: one of PLATFORMS.
         dtype: one that holds the operands and the result.
-        partitioned: the sizes of the mesh axes, of more than one device each, over which the compiler partitions the
-            program (under automatic or explicit sharding; not in shard_map); (devices, 1) if those are unknown.
-        copies: whether several devices may hold the same part of an operand; not where the types shard both over all of
-            those axes.
-        rows: whether the first spatial axis is sharded: as the operands' types say or, where they do not, if the
-            devices cannot share the batch equally.
-        slabs: whether the batch can be cut into slabs without cutting an image: its size is known, and no spatial axis
-            is known to be sharded.
+        partitioning: how the compiler spreads the program over devices.
         exported: whether the program is exported, to run where this package may not be installed.
     """
 
@@ -35,13 +31,16 @@ class Call:
     convolution: Convolution
     platform: str
     dtype: Any
-    partitioned: tuple[int, ...] = ()
-    copies: bool = True
-    rows: bool = False
-    slabs: bool = True
+    partitioning: Partitioning = field(default_factory=Partitioning)
     exported: bool = False
 
     @property
     def symbolic(self) -> bool:
         """Whether a spatial size is symbolic."""
         return not all(isinstance(n, int) for n in self.convolution.spatial)
+
+
+def widened(dtype: Any) -> Any:
+    """float32 for narrower floats, else the dtype itself."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if narrow else dtype

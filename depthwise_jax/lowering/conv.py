@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
-from depthwise_jax.lowering.call import Call
+from depthwise_jax.lowering.call import Call, widened
 
 
 def refusal(call: Call) -> str | None:
     """Why lax's convolution cannot serve a call, or None."""
-    if call.direction == "kernel_grad" and _counts_copies(call):
+    if call.direction == "kernel_grad" and _counts_replicas(call):
         # kernel_grad has the details.
         reason = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"
-        if not call.slabs:
+        if not call.partitioning.whole_images:
             return f"{reason}, and the batch has no slabs to sum over: its size is symbolic or its images are sharded"
         if call.platform not in ("cpu", "tpu"):
             return f"{reason}, and sums over slabs were tried on cpu and tpu only"
     return None
+
+
+def operand_dtype(call: Call) -> Any:
+    """float32 for narrow floats on CPU, where XLA would sum them in steps that round; else the call's."""
+    return widened(call.dtype) if call.platform == "cpu" else call.dtype
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
@@ -76,24 +82,24 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     With several kernels per channel it is one gradient for each of them: the TPU compiler does not know their joint
     gradient as depthwise.
     """
-    convolution, devices = call.convolution, math.prod(call.partitioned)
+    convolution, devices = call.convolution, call.partitioning.devices
     channels, size = convolution.channels(x.shape), convolution.window.size
-    if _counts_copies(call):
+    if _counts_replicas(call):
         parts = [_summed_over_slabs(x, part, convolution, devices) for part in _single(g, channels, convolution)]
     else:
         kernel = jax.ShapeDtypeStruct((*size, channels, 1), x.dtype)
         transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
         parts = [transpose(part)[0].reshape(*size, 1, channels) for part in _single(g, channels, convolution)]
-    if len(call.partitioned) > 1:
+    if call.partitioning.several_axes:
         # (*window, 1, C) is how XLA has them. Where shardings are stated besides, it would move the reshape behind what
         # follows, the optimizer's arithmetic in two layouts.
         parts = lax.optimization_barrier(parts)
     return lax.concatenate([part.reshape(*size, channels, 1) for part in parts], len(size) + 1)
 
 
-def _counts_copies(call: Call) -> bool:
-    """Whether XLA's own kernel gradient may be multiplied; over one mesh axis what is sharded has no copies."""
-    return len(call.partitioned) > 1 and call.copies
+def _counts_replicas(call: Call) -> bool:
+    """Whether XLA's own kernel gradient may be multiplied; over one mesh axis what is sharded has no replicas."""
+    return call.partitioning.several_axes and call.partitioning.replicas
 
 
 def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:

@@ -28,13 +28,12 @@ import numpy as np
 from jax import Array
 
 from depthwise_jax.convolution import Convolution
+from depthwise_jax.fused import ACTIVATIONS
 from depthwise_jax.lowering.call import MAPS, Call
 
 # What the shapes and attributes of the calls mean; csrc/ffi.cc has the same number in its symbols' names.
 _ABI = 3
 _LIBRARY = "libdepthwise_jax.so"
-# The activations that the kernels apply at their store, in the order of csrc/depthwise.h.
-ACTIVATIONS = ("linear", "relu", "relu6")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 # What the kernels count along an axis, and the steps in it, are at most this.
 _LARGEST = 2**31
@@ -86,7 +85,7 @@ def refusal(call: Call) -> str | None:
         return "the kernels are compiled for CPUs"
     if call.exported:
         return "an exported program must run where this package is not installed"
-    if call.partitioned:
+    if call.partitioning.devices > 1:
         return "the compiler cannot partition a compiled kernel over a mesh; jax.shard_map can"
     if call.dtype not in _DTYPES:
         return f"there are kernels for {', '.join(_DTYPES)}, not for {call.dtype}"
@@ -112,6 +111,11 @@ def _too_large(convolution: Convolution) -> str | None:
     return None
 
 
+def operand_dtype(call: Call) -> Any:
+    """The call's: the kernels convert narrow floats themselves."""
+    return call.dtype
+
+
 def forward(x: Array, kernel: Array, call: Call) -> Array:
     """y, in the operands' common dtype."""
     return fused(x, kernel, activation="linear", call=call)
@@ -124,7 +128,7 @@ def fused(x: Array, kernel: Array, bias: Array | None = None, *, activation: str
         x: (*batch, *spatial, C), or channels first.
         kernel: (*window, C, M).
         bias: (C*M,), or None.
-        activation: one of ACTIVATIONS.
+        activation: one of fused.ACTIVATIONS.
         call: the call.
     """
     convolution = call.convolution

@@ -24,7 +24,7 @@ from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.layout import Layout
-from depthwise_jax.lowering.call import Call
+from depthwise_jax.lowering.call import Call, widened
 
 # Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.
 _UNROLLED = 64
@@ -54,6 +54,11 @@ def refusal(call: Call) -> str | None:
             f"{convolution.out} outputs over {spans} of them"
         )
     return None
+
+
+def operand_dtype(call: Call) -> Any:
+    """float32 for narrow floats: XLA would sum them in steps that round."""
+    return widened(call.dtype)
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
@@ -169,7 +174,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     def gradient(tap: Tap) -> Array:
         part, inside = read(tap[1])
         product = _where(inside, part * g)
-        if call.partitioned:
+        if call.partitioning.devices > 1:
             return product.sum(summed)
         product = _total(slab(product, *index) for index in itertools.product(range(images), range(bands)))
         ones = jnp.ones([product.shape[axis] for axis in summed], product.dtype)
@@ -269,7 +274,7 @@ def _reader(
 
     def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
         # Of sharded rows, slices of one padded array would send more than the halo, and more on more devices.
-        apart = call.rows and isinstance(starts[0], int)
+        apart = call.partitioning.sharded_rows and isinstance(starts[0], int)
         part, inside = shifted(starts[0]) if apart else padded, None
         for axis, start, low, end, count, step in zip(axes, starts, lows, ends, counts, steps, strict=True):
             n, span = array.shape[axis], (count - 1) * step + 1

@@ -1,0 +1,123 @@
+"""explain: which lowering computes a call of depthwise_conv and its gradients, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from depthwise_jax import lowering, primitives, sharding
+from depthwise_jax.functional import Request
+from depthwise_jax.sharding import Partitioning
+from depthwise_jax.window import Padding
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which lowering computes a call and its two gradients, and why; prints as three lines."""
+
+    forward: lowering.Choice
+    input_grad: lowering.Choice
+    kernel_grad: lowering.Choice
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {getattr(self, name)}" for name in lowering.MAPS)
+
+
+def explain(
+    x: Any,
+    kernel: Any,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    dilation_rate: int | Sequence[int] = 1,
+    implementation: str | None = None,
+    in_sharding: PartitionSpec | None = None,
+    platform: str | None = None,
+    partitioned: int | None = None,
+) -> Explanation:
+    """Tells which lowering depthwise_conv would use for the forward pass and for both gradients, and why.
+
+    What is known of sharding decides too: the mesh that `jax.set_mesh` has set, in_sharding, and the shardings of x and
+    kernel where they have one.
+
+    Args:
+        x, kernel: as in depthwise_conv; anything with a shape and a dtype, `jax.ShapeDtypeStruct` too.
+        strides, padding, data_format, dilation_rate, implementation, in_sharding: as in depthwise_conv.
+        platform: "cpu", "cuda", "rocm" or "tpu", or "gpu" for the GPU of this machine ("cuda" without one); the default
+            backend's if None.
+        partitioned: instead of asking the mesh: over how many mesh axes the compiler splits the program, in a way that
+            no type tells; True is one.
+
+    Returns:
+        An `Explanation`, which prints as three lines.
+
+    Raises:
+        TypeError, ValueError: as depthwise_conv; also an unknown platform, or an implementation that cannot serve the
+            call.
+
+    Examples:
+        >>> import jax
+        >>> x, kernel = jax.ShapeDtypeStruct((8, 28, 28, 32), "float32"), jax.ShapeDtypeStruct((3, 3, 32, 1), "float32")
+        >>> explain(x, kernel, platform="tpu").forward.lowering
+        'conv'
+    """
+    request = Request.of(
+        kernel.shape,
+        "kernel",
+        strides=strides,
+        padding=padding,
+        data_format=data_format,
+        dilation_rate=dilation_rate,
+        activation=None,
+        precision=None,
+        implementation=implementation,
+        in_sharding=in_sharding,
+    )
+    convolution, _ = request.geometry(x.shape, kernel.shape)
+    on = _platform(platform)
+    types = [_type(x), _type(kernel)]
+    # Padding that reads the input again comes before the convolution.
+    types[0] = types[0].update(shape=convolution.input_grad_shape(types[0].shape, kernel.shape))
+    if in_sharding is not None:
+        stated = sharding.operand_specs(in_sharding, len(x.shape), request.layout)
+        if stated is not None:
+            types = [sharding.typed(aval, spec) for aval, spec in zip(types, stated[1], strict=False)]
+    dtype = jnp.result_type(x.dtype, kernel.dtype)
+    x_type, kernel_type = types
+    y_type = primitives.forward_type(x_type, kernel_type, convolution, dtype)
+    operands = {"forward": types, "input_grad": [y_type, kernel_type], "kernel_grad": [x_type, y_type]}
+
+    def choice(direction: str) -> lowering.Choice:
+        if partitioned is None:
+            known = Partitioning.of_call(direction, convolution, operands[direction])
+        else:
+            mesh = {f"axis {i}": 2 for i in range(partitioned)}
+            known = Partitioning.of(direction, convolution, mesh, operands[direction])
+        return lowering.choose(lowering.Call(direction, convolution, on, dtype, known), implementation)
+
+    return Explanation(*map(choice, lowering.MAPS))
+
+
+def _type(operand: Any) -> Any:
+    """The type of an operand, with its sharding where it has one."""
+    known = isinstance(operand, jax.Array | jax.ShapeDtypeStruct)
+    return jax.typeof(operand if known else jax.ShapeDtypeStruct(operand.shape, operand.dtype))
+
+
+def _platform(platform: str | None) -> str:
+    """The platform's name among those of the lowerings."""
+    if platform in (None, "gpu"):
+        default = jax.default_backend()
+        if default != "gpu":
+            return "cuda" if platform == "gpu" else default
+        version = jax.local_devices()[0].client.platform_version.lower()
+        return "rocm" if "rocm" in version else "cuda"
+    if platform not in lowering.PLATFORMS:
+        raise ValueError(f"platform must be one of {(*lowering.PLATFORMS, 'gpu')}, got platform={platform!r}")
+    return platform

@@ -1,0 +1,73 @@
+"""The call of the chosen lowering: what the primitives are lowered to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+
+from depthwise_jax import fused
+from depthwise_jax.lowering.call import Call
+from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, Lowering, choose
+
+
+def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: str | None) -> Array:
+    """One map, on the chosen lowering.
+
+    Args:
+        *operands: the map's two operands, with `stacked` leading axes in common, each index of which is a convolution
+            of its own.
+        call: the call.
+        stacked: the number of those axes.
+        dtype: the result's dtype.
+        implementation: as in choose.
+    """
+    lowering = LOWERINGS[choose(call, implementation).lowering]
+    return _mapped(getattr(lowering, call.direction), operands, lowering, call, stacked, dtype)
+
+
+def run_fused(
+    x: Array,
+    kernel: Array,
+    *bias: Array,
+    activation: str,
+    call: Call,
+    stacked: int,
+    dtype: Any,
+    implementation: str | None,
+) -> Array:
+    """activation(y + bias), in one pass over memory where the chosen lowering can.
+
+    Args:
+        x, kernel: as in run.
+        *bias: (*stacked, C*M), or none.
+        activation: one of fused.ACTIVATIONS.
+        call, stacked, dtype, implementation: as in run.
+    """
+    lowering = LOWERINGS[choose(call, implementation).lowering]
+    if isinstance(lowering, FusedLowering):
+        at_the_store = functools.partial(lowering.fused, activation=activation)
+        return _mapped(at_the_store, (x, kernel, *bias), lowering, call, stacked, dtype)
+    y = _mapped(lowering.forward, (x, kernel), lowering, call, stacked, dtype)
+    for b in bias:
+        y = y + fused.align_bias(b.astype(dtype), call.convolution.layout, y.ndim)
+    return fused.apply(activation, y)
+
+
+def _mapped(
+    function: Callable[..., Array],
+    operands: Sequence[Array],
+    lowering: Lowering,
+    call: Call,
+    stacked: int,
+    dtype: Any,
+) -> Array:
+    """A lowering's function of operands in its own dtype, over their leading axes, in the result's dtype."""
+    function = functools.partial(function, call=call)
+    for _ in range(stacked):
+        function = jax.vmap(function)
+    operand_dtype = lowering.operand_dtype(call)
+    return function(*(operand.astype(operand_dtype) for operand in operands)).astype(dtype)
