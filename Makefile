@@ -57,10 +57,11 @@ sanitize-address sanitize-thread:
 	cmake --build build/$@ --parallel $(JOBS)
 	set -e; for isa in avx512 avx2 baseline neon; do DEPTHWISE_JAX_ISA=$$isa build/$@/harness $(ITERATIONS) $(SEED); done
 
-# Without build isolation: an isolated build has a new environment each time, for which CMake compiles everything anew.
-$(VENV)/%.installed: $(VENV)/build.installed pyproject.toml
-	@echo "Installing depthwise_jax[$*] into $(VENV). The first time, the kernels are compiled, which takes minutes."
-	$(PIP) install --no-build-isolation --editable '.[$*]'
+# Without build isolation, and with a folder for the build in each environment: scikit-build-core compiles everything
+# anew where the environment is another than the folder's last one, and an isolated build has a new one each time.
+$(VENV)/%.installed: $(VENV)/build.installed pyproject.toml $(wildcard depthwise_jax/lowering/csrc/*)
+	@echo "Installing depthwise_jax[$*] into $(VENV); where the kernels are not compiled yet, that takes minutes."
+	$(PIP) install --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable '.[$*]'
 	touch $@
 
 # What a build requires: jaxlib's headers come with jax, CMake and Ninja where the machine has none.
