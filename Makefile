@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 JOBS ?= 2
 ARGS ?=
 ITERATIONS ?= 5000
@@ -29,13 +30,9 @@ test-notebooks: $(VENV)/notebooks.installed
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
 # What the TPU compiler makes of the package, without a TPU; libtpu has a virtual environment of its own.
-test-tpu: $(VENV)-tpu/installed
+test-tpu:
+	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/test.installed $(VENV)-tpu/tpu.installed
 	$(VENV)-tpu/bin/python -m pytest -q $(ARGS) tests_tpu
-
-$(VENV)-tpu/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-tpu
-	$(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu]'
-	touch $@
 
 lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
@@ -46,9 +43,9 @@ format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The API reference into site/, warnings as errors; it needs no network.
+# The API reference into site/, warnings as errors; it needs no network. The package is imported from this folder.
 docs: $(VENV)/docs.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The compiled kernels under sanitizers: random convolutions, on every instruction set that this machine has.
 sanitize: sanitize-address sanitize-thread
@@ -60,8 +57,25 @@ sanitize-address sanitize-thread:
 	cmake --build build/$@ --parallel $(JOBS)
 	set -e; for isa in avx512 avx2 baseline neon; do DEPTHWISE_JAX_ISA=$$isa build/$@/harness $(ITERATIONS) $(SEED); done
 
-$(VENV)/%.installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+# Without build isolation, and with a folder for the build in each environment: scikit-build-core compiles everything
+# anew where the environment is another than the folder's last one, and an isolated build has a new one each time.
+$(VENV)/%.installed: $(VENV)/build.installed pyproject.toml $(wildcard depthwise_jax/lowering/csrc/*)
+	@echo "Installing depthwise_jax[$*] into $(VENV); where the kernels are not compiled yet, that takes minutes."
+	$(PIP) install --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable '.[$*]'
+	touch $@
+
+# What a build requires: jaxlib's headers come with jax, CMake and Ninja where the machine has none.
+$(VENV)/build.installed: $(VENV)/bin/python pyproject.toml
+	$(PIP) install jax scikit-build-core
+	$(BIN)/python -c "import scikit_build_core.build as build; print(*build.get_requires_for_build_editable(), sep='\n')" > $(VENV)/build.txt
+	$(PIP) install --requirement $(VENV)/build.txt
+	touch $@
+
+# The requirements alone: the site needs no kernels, so nothing is compiled.
+$(VENV)/docs.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['dependencies'], *project['optional-dependencies']['docs'], sep='\n')" > $(VENV)/docs.txt
+	$(PIP) install --requirement $(VENV)/docs.txt
 	touch $@
 
 $(VENV)/bin/python:

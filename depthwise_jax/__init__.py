@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from depthwise_jax import nnx as nnx
     from depthwise_jax import optim as optim
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded when first used: what they import takes longer than all the rest.
 _LAZY = ("interop", "nnx", "optim")

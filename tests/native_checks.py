@@ -25,7 +25,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from depthwise_jax import depthwise_conv, explain, lowering
+from depthwise_jax import depthwise_conv, explain
 from depthwise_jax.lowering import native
 from tests.cases import CORE, NETWORKS, Case, reduced
 from tests.oracle import assert_close
@@ -58,19 +58,8 @@ def instruction_set() -> None:
     print(native.status().instruction_set)
 
 
-def without(directory: str) -> None:
-    """Prints why the library in a directory is not used, after a call worked without it."""
-    native.status.cache_clear()  # the table of cases has asked
-    lowering.__path__[:] = [directory]
-    _works_without()
-
-
 def turned_off() -> None:
-    """The same for an environment variable that forbids it."""
-    _works_without()
-
-
-def _works_without() -> None:
+    """Prints why the environment variable turns the kernels off, after a call worked without them."""
     case = CORE[1]
     x, w, _ = case.operands()
     assert_close(case.conv()(x, w), case.oracle.conv(x, w), 1e-5)
@@ -376,5 +365,5 @@ def _maps(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    checks = (instruction_set, without, turned_off, reproducible, threads, devices, nonsense, huge, kept, no_memory)
+    checks = (instruction_set, turned_off, reproducible, threads, devices, nonsense, huge, kept, no_memory)
     {check.__name__: check for check in checks}[sys.argv[1]](*sys.argv[2:])
