@@ -65,7 +65,7 @@ class Partitioning:
         if mesh.manual_axes:
             sizes = _automatic(mesh.shape, mesh.manual_axes)
         else:
-            sizes = _mesh_of(avals, max(mesh.size, *(aval.sharding.mesh.size for aval in avals)))
+            sizes = _mesh_of(avals, max(1, mesh.size, *(aval.sharding.mesh.size for aval in avals)))
         return cls.of(direction, convolution, sizes, avals)
 
     @classmethod

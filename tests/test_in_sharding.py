@@ -156,9 +156,17 @@ def test_nnx(automatic: Any) -> None:
 @pytest.mark.parametrize(
     ("in_sharding", "error", "message"),
     [
-        ("b", TypeError, "in_sharding must be None or a jax.sharding.PartitionSpec; got 'b'"),
-        (P(*(None,) * 5), ValueError, "in_sharding must have at most an entry for each of the 4 axes of x; got P"),
-        (P("rows"), ValueError, r"in_sharding must name .* axes of the mesh, which has the axes \('b', 'c'\).*'rows'"),
+        ("b", TypeError, "in_sharding must be None or a jax.sharding.PartitionSpec, got in_sharding='b'"),
+        (
+            P(*(None,) * 5),
+            ValueError,
+            r"in_sharding must have at most one entry for each of the 4 axes of x, got in_sharding=P",
+        ),
+        (
+            P("rows"),
+            ValueError,
+            r"in_sharding must name .* got in_sharding=.*'rows'.* on a mesh with the axes \('b', 'c'\)",
+        ),
     ],
     ids=str,
 )

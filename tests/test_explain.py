@@ -1,0 +1,181 @@
+"""explain tells what a program is lowered to: real programs, on every platform, under all that is known of sharding."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from depthwise_jax import depthwise_conv, explain, lowering
+from depthwise_jax.lowering import choice, native
+from depthwise_jax.lowering.call import Call
+from tests.cases import Case
+from tests.oracle import assert_close
+
+COMPILED = native.status().instruction_set is not None
+X, W = np.ones((4, 8, 6, 4), np.float32), np.ones((3, 3, 4, 1), np.float32)
+OPTIONS: dict[str, Any] = {"padding": "same"}
+BATCH, BOTH, ROWS = P("b"), P("b", None, None, "c"), P(None, "b")
+
+
+def maps(options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+    """Each map alone, of x and kernel; y has the shape of x."""
+
+    def f(x: Any, w: Any) -> Any:
+        return depthwise_conv(x, w, **OPTIONS, **options)
+
+    return {
+        "forward": f,
+        "input_grad": lambda x, w: jax.vjp(lambda x: f(x, w), x)[1](f(x, w))[0],
+        "kernel_grad": lambda x, w: jax.vjp(lambda w: f(x, w), w)[1](f(x, w))[0],
+    }
+
+
+def lowered(text: str, direction: str) -> str:
+    """The lowering of a map in the text of a program that begins with the forward map."""
+    if f"depthwise_jax.{direction}.v" in text:
+        return "native"
+    # The forward map is a grouped convolution; its transpose in the kernel has groups of the batch, or slabs.
+    convolutions = re.findall(r"stablehlo\.convolution.*?}", text, re.DOTALL)
+    number = 1 if direction == "forward" else 2
+    return "conv" if len(convolutions) >= number else "taps"
+
+
+def mesh_of(axis_type: AxisType | None, axes: int) -> Any:
+    if axis_type is None:
+        return None
+    sizes = (2, 2) if axes == 2 else (4,)
+    return jax.make_mesh(sizes, ("b", "c")[:axes], axis_types=(axis_type,) * axes, devices=jax.devices()[:4])
+
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# The type of the mesh axes, their number, the sharding of x, and options.
+PROGRAMS = {
+    "one device": (None, 0, None, {}),
+    "one automatic axis": (AUTO, 1, BATCH, {}),
+    "one automatic axis that no type names": (AUTO, 1, None, {}),
+    "two automatic axes": (AUTO, 2, BATCH, {}),
+    "two automatic axes that no type names": (AUTO, 2, None, {}),
+    "two automatic axes, rows": (AUTO, 2, ROWS, {}),
+    "one explicit axis": (EXPLICIT, 1, BATCH, {}),
+    "two explicit axes": (EXPLICIT, 2, BATCH, {}),
+    "two explicit axes, all of them": (EXPLICIT, 2, BOTH, {}),
+    "two explicit axes, rows": (EXPLICIT, 2, ROWS, {}),
+    "in_sharding over all axes": (AUTO, 2, None, {"in_sharding": BOTH}),
+    "in_sharding over some axes": (AUTO, 2, None, {"in_sharding": BATCH}),
+    "in_sharding, rows": (AUTO, 2, None, {"in_sharding": ROWS}),
+}
+
+
+@pytest.mark.parametrize("platform", lowering.PLATFORMS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_lowered_as_explained(name: str, platform: str) -> None:
+    axis_type, axes, spec, options = PROGRAMS[name]
+    mesh = mesh_of(axis_type, axes)
+    x, w = jnp.asarray(X), jnp.asarray(W)
+    if spec is not None:
+        x = jax.device_put(X, NamedSharding(mesh, spec))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        explained = explain(x, w, **OPTIONS, **options, platform=platform)
+        for direction, f in maps(options).items():
+            try:
+                text = jax.jit(f).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+            except ValueError as error:
+                pytest.fail(f"{direction}: explained as {explained}, but {error}")
+            assert lowered(text, direction) == getattr(explained, direction).lowering, f"{direction}\n{explained}"
+
+
+@pytest.mark.parametrize("platform", lowering.PLATFORMS)
+@pytest.mark.parametrize("manual", [{"b", "c"}, {"b"}], ids=["all axes", "some axes"])
+def test_inside_shard_map(manual: set[str], platform: str) -> None:
+    mesh = mesh_of(AUTO, 2)
+    found: dict[str, tuple[str, str]] = {}
+    for direction, f in maps({}).items():
+        explanations: list[Any] = []
+
+        def local(x: Any, w: Any, f: Any = f, explanations: list[Any] = explanations) -> Any:
+            explanations.append(explain(x, w, **OPTIONS, platform=platform))
+            return f(x, w)
+
+        out = P() if direction == "kernel_grad" else BATCH
+        spread = jax.shard_map(local, mesh=mesh, in_specs=(BATCH, P()), out_specs=out, axis_names=manual)
+        with jax.set_mesh(mesh):
+            text = jax.jit(spread).trace(X, W).lower(lowering_platforms=(platform,)).as_text()
+        found[direction] = lowered(text, direction), getattr(explanations[0], direction).lowering
+    assert all(actual == told for actual, told in found.values()), found
+
+
+def test_an_exported_program_runs_without_this_package() -> None:
+    f = jax.jit(maps({})["forward"])
+    text = export.export(f, platforms=("cpu",))(X, W).mlir_module()
+    assert lowered(text, "forward") == "taps"  # what explain tells of is a program that runs here
+
+
+def test_a_gpu_by_the_name_of_the_default_backend() -> None:
+    assert explain(X, W, platform="gpu") == explain(X, W, platform="cuda")
+
+
+@pytest.mark.parametrize(("partitioned", "expected"), [(0, "conv"), (1, "conv"), (2, "taps")])
+def test_a_number_of_mesh_axes_stands_for_a_mesh(partitioned: int, expected: str) -> None:
+    assert explain(X, W, platform="cuda", partitioned=partitioned).kernel_grad.lowering == expected
+
+
+# A lowering of one's own: a module with these functions, a name and a row.
+
+
+def toy_lowering() -> Any:
+    def forward(x: Any, kernel: Any, call: Call) -> Any:
+        (k, c, _), n = kernel.shape, call.convolution.out[0]
+        taps = [x[..., t : t + n, :] * kernel[t, :, 0] for t in range(k)]
+        return sum(taps[1:], taps[0]).reshape(*x.shape[:-2], n, c)
+
+    def transpose(position: int) -> Any:
+        def rule(a: Any, b: Any, call: Call) -> Any:
+            x, g, kernel = (a, b, None) if position else (None, a, b)
+            spatial, window = call.convolution.spatial[0], call.convolution.window.size[0]
+            if position:
+                zero = jnp.zeros((window, x.shape[-1], 1), x.dtype)
+                return jax.linear_transpose(lambda kernel: forward(x, kernel, call), zero)(g)[0]
+            zero = jnp.zeros((*g.shape[:-2], spatial, g.shape[-1]), g.dtype)
+            return jax.linear_transpose(lambda x: forward(x, kernel, call), zero)(g)[0]
+
+        return rule
+
+    def refusal(call: Call) -> str | None:
+        window = call.convolution.window
+        plain = window.rank == 1 and window.strides == (1,) and window.padding == ((0, 0),) and window.dilation == (1,)
+        return None if plain else "it knows plain rows only"
+
+    return SimpleNamespace(
+        refusal=refusal, operand_dtype=lambda call: call.dtype, forward=forward, input_grad=transpose(0),
+        kernel_grad=transpose(1),
+    )  # fmt: skip
+
+
+def test_a_lowering_is_one_module_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.LOWERINGS, "toy", toy_lowering())
+    monkeypatch.setattr(choice, "TABLE", [choice.Rule(("cpu",), "toy", "a row of one's own"), *choice.TABLE])
+    case = Case("toy", (2, 9, 3), (4, 3, 1))
+    x, w, g = case.operands()
+    assert explain(x, w, platform="cpu").forward.reason == "a row of one's own"
+    y, vjp = jax.vjp(case.conv("toy"), x, w)
+    dx, dw = vjp(jnp.asarray(g))
+    for actual, expected in (
+        (y, case.oracle.conv(x, w)),
+        (dx, case.oracle.input_grad(g, w)),
+        (dw, case.oracle.kernel_grad(x, g)),
+    ):
+        assert_close(actual, expected, 1e-5)
+    assert "not toy: it knows plain rows only" in explain(x, w, platform="cpu", strides=2).forward.reason
+    with pytest.raises(ValueError, match=r"'toy' cannot serve .* plain rows only"):
+        case.conv("toy")(jnp.ones((1, 9, 9, 3)), jnp.ones((2, 2, 3, 1)))
