@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 import depthwise_jax
-from depthwise_jax.lowering import native
+from depthwise_jax.lowering import library
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = native.library()
+LIBRARY = library.find()
 VERSION = depthwise_jax.__version__
 pytestmark = pytest.mark.skipif(not isinstance(LIBRARY, Path), reason=str(LIBRARY))
 
@@ -33,7 +33,7 @@ install(FILES libdepthwise_jax.so DESTINATION depthwise_jax/lowering)
 PROGRAM = """
 import jax.numpy as jnp
 from depthwise_jax import __main__, depthwise_conv, explain
-from depthwise_jax.lowering import native
+from depthwise_jax.lowering import library
 x, kernel = jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 1))
 assert (depthwise_conv(x, kernel) == 9).all()
 status, forward = native.status(), explain(x, kernel, platform="cpu").forward
@@ -139,7 +139,7 @@ def test_turned_off(installed: Environment, clone: Path) -> None:
 
 def test_another_version_is_installed_than_is_imported(installed: Environment, clone: Path, tmp_path: Path) -> None:
     newer = shutil.copytree(clone, tmp_path / "newer")
-    module = newer / "depthwise_jax" / "__init__.py"
+    module = newer / "depthwise_jax" / "version.py"
     module.write_text(module.read_text().replace(f'__version__ = "{VERSION}"', '__version__ = "99.0"'))
     reason = (
         f"depthwise_jax 99.0 is imported from {newer}/depthwise_jax, but version {VERSION} is installed: install it"

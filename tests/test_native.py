@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, explain
-from depthwise_jax.lowering import native
+from depthwise_jax.lowering import library, native
 from depthwise_jax.lowering.call import MAPS
 from tests.cases import Case, label
 from tests.oracle import Oracle, assert_close, widest
@@ -125,7 +125,7 @@ def test_explain_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("none", "turned off by DEPTHWISE_JAX_ISA=none"), ("mmx", "'mmx' names no")]
+    ("name", "reason"), [("none", "turned off by DEPTHWISE_JAX_ISA=none"), ("mmx", "'mmx' is not an instruction set")]
 )
 def test_the_environment_variable(name: str, reason: str) -> None:
     if name != "none" and STATUS.instruction_set is None:
@@ -136,7 +136,7 @@ def test_the_environment_variable(name: str, reason: str) -> None:
 @needs_kernels
 def test_the_library_is_small() -> None:
     # What bounds the number of kernels that are compiled: several for each window, for each instruction set.
-    path = native.library()
+    path = library.find()
     assert isinstance(path, Path)
     assert path.stat().st_size < 3_000_000
 

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import math
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,11 +28,11 @@ from jax import Array
 
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.fused import ACTIVATIONS
+from depthwise_jax.lowering import library
 from depthwise_jax.lowering.call import MAPS, Call
 
 # What the shapes and attributes of the calls mean; csrc/ffi.cc has the same number in its symbols' names.
 _ABI = 3
-_LIBRARY = "libdepthwise_jax.so"
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 # What the kernels count along an axis, and the steps in it, are at most this.
 _LARGEST = 2**31
@@ -60,18 +57,18 @@ def status() -> Status:
     asked = os.environ.get("DEPTHWISE_JAX_ISA", "")
     if asked == "none":
         return Status(None, "turned off by DEPTHWISE_JAX_ISA=none")
-    path = library()
+    path = library.find()
     if isinstance(path, str):
         return Status(None, path)
     try:
-        _check_whole(path)
+        library.check_whole(path)
         loaded = ctypes.CDLL(str(path))
         handlers = {direction: getattr(loaded, f"depthwise_jax_{direction}_v{_ABI}") for direction in MAPS}
         instruction_set = loaded.depthwise_jax_instruction_set
         instruction_set.restype = ctypes.c_char_p
         name = instruction_set()
         if name is None:
-            return Status(None, f"DEPTHWISE_JAX_ISA={asked!r} names no instruction set of this machine")
+            return Status(None, f"DEPTHWISE_JAX_ISA={asked!r} is not an instruction set that this machine supports")
         for direction, handler in handlers.items():
             jax.ffi.register_ffi_target(_target(direction), jax.ffi.pycapsule(handler), platform="cpu")
     except AttributeError as error:
@@ -79,48 +76,6 @@ def status() -> Status:
     except (OSError, RuntimeError) as error:  # no library, or refused by XLA
         return Status(None, f"{path} could not be used, install depthwise_jax again: {error}")
     return Status(name.decode())
-
-
-def library() -> Path | str:
-    """The library, or why there is none.
-
-    It lies in this package, or where the package was installed: Python imports the sources in the current folder, which
-    have no library, rather than the installed package.
-    """
-    from depthwise_jax import __version__, lowering  # not above: they import this module
-
-    try:
-        distribution = importlib.metadata.distribution("depthwise_jax")
-    except importlib.metadata.PackageNotFoundError:
-        distribution = None
-    files = (distribution.files if distribution else None) or ()
-    installed = [Path(str(file.locate())).resolve() for file in files if file.name == _LIBRARY]
-    imported = [(Path(entry) / _LIBRARY).resolve() for entry in lowering.__path__]
-    path = next(filter(Path.is_file, [*imported, *installed]), None)
-    where = f"depthwise_jax {__version__} is imported from {Path(__file__).parents[1]}"
-    if path is None and distribution is None:
-        return f"{where}, which has no library and was not installed: install it with pip"
-    if distribution is not None and distribution.version != __version__ and (path is None or path in installed):
-        return f"{where}, but version {distribution.version} is installed: install it again"
-    if path is not None:
-        return path
-    if installed:
-        return f"{installed[0]} was installed and is gone: install depthwise_jax again"
-    return (
-        f"{where}, and was installed without its library, as happens where there is no C++ compiler or the build "
-        "fails: `pip install --verbose` shows why"
-    )
-
-
-def _check_whole(path: Path) -> None:
-    """Raises OSError for an ELF file that is cut off, which would end the process when it is loaded."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    if header[:6] == b"\x7fELF\x02\x01" and len(header) == 64:  # 64 bits, little-endian
-        (start,) = struct.unpack_from("<Q", header, 40)  # the section headers, which stand at the end
-        size, number = struct.unpack_from("<HH", header, 58)
-        if path.stat().st_size < start + size * number:
-            raise OSError(f"it has {path.stat().st_size} bytes of {start + size * number}")
 
 
 def refusal(call: Call) -> str | None:

@@ -1,0 +1,52 @@
+"""Where the library of the compiled kernels lies, and why it is missing where it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import struct
+import sys
+from pathlib import Path
+
+from depthwise_jax.version import __version__
+
+NAME = "libdepthwise_jax.so"
+
+
+def find() -> Path | str:
+    """The library, or why there is none.
+
+    It lies in this package, or where the package was installed: Python imports the sources in the current folder, which
+    have no library, rather than the installed package.
+    """
+    try:
+        distribution = importlib.metadata.distribution("depthwise_jax")
+    except importlib.metadata.PackageNotFoundError:
+        distribution = None
+    files = (distribution.files if distribution else None) or ()
+    installed = [Path(str(file.locate())).resolve() for file in files if file.name == NAME]
+    imported = [(Path(entry) / NAME).resolve() for entry in sys.modules[__package__].__path__]
+    path = next(filter(Path.is_file, [*imported, *installed]), None)
+    where = f"depthwise_jax {__version__} is imported from {Path(__file__).parents[1]}"
+    if path is None and distribution is None:
+        return f"{where}, which has no library and was not installed: install it with pip"
+    if distribution is not None and distribution.version != __version__ and (path is None or path in installed):
+        return f"{where}, but version {distribution.version} is installed: install it again"
+    if path is not None:
+        return path
+    if installed:
+        return f"{installed[0]} was installed and is gone: install depthwise_jax again"
+    return (
+        f"{where}, and was installed without its library, as happens where there is no C++ compiler or the build "
+        "fails: `pip install --verbose` shows why"
+    )
+
+
+def check_whole(path: Path) -> None:
+    """Raises OSError for an ELF file that is cut off, which would end the process when it is loaded."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:6] == b"\x7fELF\x02\x01" and len(header) == 64:  # 64 bits, little-endian
+        (start,) = struct.unpack_from("<Q", header, 40)  # the section headers, which stand at the end
+        size, number = struct.unpack_from("<HH", header, 58)
+        if path.stat().st_size < start + size * number:
+            raise OSError(f"it has {path.stat().st_size} bytes of {start + size * number}")
