@@ -33,7 +33,7 @@ install(FILES libdepthwise_jax.so DESTINATION depthwise_jax/lowering)
 PROGRAM = """
 import jax.numpy as jnp
 from depthwise_jax import __main__, depthwise_conv, explain
-from depthwise_jax.lowering import library
+from depthwise_jax.lowering import native
 x, kernel = jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 1))
 assert (depthwise_conv(x, kernel) == 9).all()
 status, forward = native.status(), explain(x, kernel, platform="cpu").forward

@@ -24,7 +24,7 @@ def find() -> Path | str:
         distribution = None
     files = (distribution.files if distribution else None) or ()
     installed = [Path(str(file.locate())).resolve() for file in files if file.name == NAME]
-    imported = [(Path(entry) / NAME).resolve() for entry in sys.modules[__package__].__path__]
+    imported = [(Path(entry) / NAME).resolve() for entry in sys.modules["depthwise_jax.lowering"].__path__]
     path = next(filter(Path.is_file, [*imported, *installed]), None)
     where = f"depthwise_jax {__version__} is imported from {Path(__file__).parents[1]}"
     if path is None and distribution is None:
