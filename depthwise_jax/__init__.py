@@ -14,6 +14,7 @@ from depthwise_jax.linen import SeparableConv1D as SeparableConv1D
 from depthwise_jax.linen import SeparableConv2D as SeparableConv2D
 from depthwise_jax.linen import SeparableConv3D as SeparableConv3D
 from depthwise_jax.linen import regularization_loss as regularization_loss
+from depthwise_jax.lowering import native
 
 if TYPE_CHECKING:
     from depthwise_jax import interop as interop
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from depthwise_jax import optim as optim
 
 __version__ = "0.1.0"
+
+# A compiled program that is loaded from a file finds its kernels among the targets that this registers.
+native.status()
 
 # Loaded when first used: what they import takes longer than all the rest.
 _LAZY = ("interop", "nnx", "optim")

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from depthwise_jax.dtypes import at_least_float32
 from depthwise_jax.introspect import per_instance
 from depthwise_jax.registry import Registry
 
@@ -153,7 +154,7 @@ class Box(Constraint):
         return jnp.clip(w, *self._limits(w))
 
     def excess(self, w: jax.Array) -> jax.Array:
-        lower, upper, w = (x.astype(_wide(w.dtype)) for x in (*self._limits(w), w))
+        lower, upper, w = (x.astype(at_least_float32(w.dtype)) for x in (*self._limits(w), w))
         return jnp.maximum(jnp.maximum(lower - w, w - upper), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class _Norm(Constraint):
     def __call__(self, w: jax.Array) -> jax.Array:
         w = _floating(w)
         axes = _axes(self.axis, w.ndim, type(self).__name__)
-        x = w.astype(_wide(w.dtype))
+        x = w.astype(at_least_float32(w.dtype))
         least, greatest = self._shell()
         # Rounding w may change the norm by this much, relative to itself; computing it, by less than 4 eps.
         slack = max(float(jnp.finfo(w.dtype).eps), 4 * float(jnp.finfo(x.dtype).eps))
@@ -242,7 +243,7 @@ class _Norm(Constraint):
 
     def interior(self, w: jax.Array) -> jax.Array:
         least, greatest = self._shell()
-        if w.dtype != _wide(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
+        if w.dtype != at_least_float32(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
             return self(w)
         axes = _axes(self.axis, w.ndim, type(self).__name__)
         # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; a plain sum
@@ -260,7 +261,7 @@ class _Norm(Constraint):
 
     def excess(self, w: jax.Array) -> jax.Array:
         least, greatest = self._shell()
-        norms = _norms(w.astype(_wide(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
+        norms = _norms(w.astype(at_least_float32(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
         return jnp.maximum(jnp.maximum(norms - greatest, least - norms), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -387,7 +388,7 @@ class PerSlice(Constraint):
         w = _floating(w)
         axes = _axes(self.axis, w.ndim, "PerSlice")
         others = tuple(axis for axis in range(w.ndim) if axis not in axes)
-        return per_instance(self.projection, others)(w.astype(_wide(w.dtype))).astype(w.dtype)
+        return per_instance(self.projection, others)(w.astype(at_least_float32(w.dtype))).astype(w.dtype)
 
 
 @dataclass(frozen=True)
@@ -501,11 +502,6 @@ def _lesser(a: Any, b: Any) -> Any:
 def _largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The largest along each axis in which `shape` has 1 and `x` may have more."""
     return jnp.max(x, axis=tuple(axis for axis in range(x.ndim) if x.shape[axis] != shape[axis]), keepdims=True)
-
-
-def _wide(dtype: Any) -> Any:
-    """The dtype to compute in."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _floating(w: Any) -> jax.Array:

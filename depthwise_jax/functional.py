@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from depthwise_jax import activations, lowering, primitives
+from depthwise_jax import activations, dtypes, lowering, primitives
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.layout import Layout
 from depthwise_jax.registry import closest
@@ -223,7 +223,7 @@ def explain(
                     name,
                     convolution,
                     platform,
-                    jnp.result_type(x.dtype, kernel.dtype),
+                    dtypes.promoted(x.dtype, kernel.dtype),
                     partitioned=(2,) * partitioned,
                     slabs=lowering.has_slabs(x.shape, convolution),
                 ),
@@ -395,7 +395,7 @@ def _result_dtype(preferred: DTypeLike | None, *operands: Array | None) -> Any:
     if preferred is None:
         return natural
     dtype = jax.dtypes.canonicalize_dtype(preferred)
-    if not jnp.issubdtype(dtype, kind) or jnp.promote_types(natural, dtype) != dtype:
+    if not jnp.issubdtype(dtype, kind) or dtypes.promoted(natural, dtype) != dtype:
         raise TypeError(
             f"preferred_element_type must be {natural}, to which the operands promote, or a wider type of its kind; "
             f"got preferred_element_type={jnp.dtype(preferred)}"

@@ -52,6 +52,7 @@ from jax.tree_util import GetAttrKey, keystr
 
 from depthwise_jax import introspect
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
+from depthwise_jax.dtypes import at_least_float32, promoted
 
 Path = tuple[str, ...]
 
@@ -317,7 +318,7 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
     differ in the last bit from the sum in `optax.apply_updates`. So nothing that must hold exactly depends on that sum:
     the projection has a margin (`Constraint.interior`), and the bounds of an interval depend on `param` alone.
     """
-    dtype = jnp.promote_types(jnp.result_type(update), jnp.promote_types(param.dtype, jnp.float32))
+    dtype = promoted(jnp.result_type(update), at_least_float32(param.dtype))
     base = param.astype(dtype)
     # The select, which changes no sum, keeps a product in `update` from being contracted with it.
     update = jnp.where(param == param, update.astype(dtype), jnp.nan)

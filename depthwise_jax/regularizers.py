@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from depthwise_jax.dtypes import at_least_float32
 from depthwise_jax.registry import Registry
 
 
@@ -134,7 +135,7 @@ def serialize(regularizer: Callable[[Array], Array] | None, argument: str = "reg
 
 def penalty(regularizer: Callable[[Array], Array], x: Array) -> Array:
     """The loss that a regularizer puts on `x`, a scalar computed in float32 (in x's dtype where that is wider)."""
-    return jnp.sum(regularizer(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+    return jnp.sum(regularizer(x.astype(at_least_float32(x.dtype))))
 
 
 def _factor(name: str, value: Any) -> float:
