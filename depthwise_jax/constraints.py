@@ -43,6 +43,14 @@ class Constraint:
     that claim nothing.
     """
 
+    def __eq__(self, other: object) -> bool:
+        if type(self) is type(other) is Constraint:
+            return True
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(Constraint) if type(self) is Constraint else object.__hash__(self)
+
     @property
     def interval(self) -> tuple[Any, Any]:
         """Bounds (lower, upper) on every single number, which `depthwise_jax.optim.project` keeps exactly."""

@@ -16,6 +16,14 @@ from depthwise_jax.registry import Registry
 class Regularizer:
     """The penalty 0, and the base of the others; Keras has it under a name too."""
 
+    def __eq__(self, other: object) -> bool:
+        if type(self) is type(other) is Regularizer:
+            return True
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(Regularizer) if type(self) is Regularizer else object.__hash__(self)
+
     def __call__(self, x: Array) -> Array:
         """The penalty of an array of any shape, a scalar."""
         return jnp.zeros((), x.dtype)
