@@ -232,6 +232,7 @@ class _Norm(Constraint):
         thin = least * (1 + 2 * slack) > greatest
         if self.exact:
             direction, length, norms = _polar(x, axes)
+            zero = jnp.all(direction == 0, axes, keepdims=True)  # norms of subnormal slices underflow
             slightly = 4 * float(jnp.finfo(x.dtype).eps)
             target = jnp.where(
                 norms > greatest,
@@ -239,7 +240,7 @@ class _Norm(Constraint):
                 jnp.minimum(least * (1 + slightly), greatest),
             )
             tolerance = jnp.where(thin, slack * greatest, 0)
-            member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | (norms == 0)
+            member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | zero
             projected = jnp.where(member, x, direction * (target / length))
         else:
             norms = _plain_norms(x, axes)
@@ -581,6 +582,7 @@ def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
         x. Both are right to 3 eps / 2 plus what little the last sum adds.
     """
     info = jnp.finfo(x.dtype)
+    x, unit = _without_subnormal_slices(x, axes)
     largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
     power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
     power = lax.stop_gradient(jnp.clip(power, info.tiny, 1 / info.tiny))  # 1 / power is a normal number too
@@ -593,7 +595,21 @@ def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
     tails = squares - heads.astype(x.dtype) * (1 / grid)
     total = jnp.sum(heads, axes, keepdims=True, dtype=heads.dtype).astype(x.dtype) * (1 / grid)
     length = _sqrt(total + jnp.sum(tails, axes, keepdims=True))
-    return direction, jnp.where(length == 0, 1, length), power * length
+    return direction, jnp.where(length == 0, 1, length), power * length * unit
+
+
+def _without_subnormal_slices(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """x, slices of subnormal numbers alone as multiples of the least one, and each slice's unit.
+
+    Arithmetic may take a subnormal number for zero, as XLA's on CPU does; its bits are an integer multiple.
+    """
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, jnp.int32 if info.bits == 32 else jnp.int64)
+    magnitude = bits & jnp.iinfo(bits.dtype).max
+    subnormal = jnp.max(magnitude, axes, keepdims=True, initial=0) < 1 << info.nmant
+    multiple = jnp.where(bits < 0, -magnitude, magnitude).astype(x.dtype)
+    unit = jnp.where(subnormal, info.smallest_subnormal, jnp.ones((), x.dtype))
+    return jnp.where(subnormal, multiple, x), unit
 
 
 def _rounded(x: jax.Array, dtype: Any, down: jax.Array, up: jax.Array) -> jax.Array:
