@@ -408,4 +408,6 @@ def test_exact_projects_subnormal_slices(constraint: Any, smallest: float) -> No
 )
 def test_pickled_objects_are_equal(thing: Any) -> None:
     again = pickle.loads(pickle.dumps(thing))
-    assert again == thing and hash(again) == hash(thing) and again != object()
+    assert again == thing
+    assert hash(again) == hash(thing)
+    assert again != object()

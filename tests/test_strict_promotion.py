@@ -68,7 +68,8 @@ def test_preferred_element_type(dtype: str, preferred: str, activation: str | No
 def test_integers_and_complex_numbers() -> None:
     for dtype, preferred in ((jnp.int8, jnp.int32), (jnp.complex64, jnp.complex128)):
         y = depthwise_conv(jnp.ones((1, 6, 3), dtype), jnp.ones((2, 3, 1), dtype), preferred_element_type=preferred)
-        assert y.dtype == preferred and (y == 2).all()
+        assert y.dtype == preferred
+        assert (y == 2).all()
 
 
 def test_operands_of_two_dtypes_are_refused_as_by_lax() -> None:
@@ -82,7 +83,8 @@ def test_separable_conv(dtype: str, implementation: str) -> None:
     x, d, p, b = (jnp.ones(shape, dtype) for shape in ((2, 6, 6, 3), (3, 3, 3, 2), (1, 1, 6, 4), (4,)))
     conv = lambda *a: separable_conv(*a, activation="relu", implementation=implementation)  # noqa: E731
     y, transpose = jax.vjp(conv, x, d, p, b)
-    assert y.dtype == dtype and (y == 55).all()
+    assert y.dtype == dtype
+    assert (y == 55).all()
     assert all(jnp.isfinite(g).all() for g in transpose(y))
 
 
