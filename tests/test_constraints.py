@@ -401,7 +401,7 @@ def test_exact_projects_subnormal_slices(constraint: Any, smallest: float) -> No
     "thing",
     [
         *(Constraint(), Regularizer(), MaxNorm(1.5, exact=True), MinMaxNorm(axis="window"), UnitNorm(), NonNeg()),
-        *(Box(-1, 1), PerSlice(jnp.abs), NonNeg() & MaxNorm(), L1(), L2(0.1), L1L2(), OrthogonalRegularizer()),
+        *(Box(-1, 1), PerSlice(abs), NonNeg() & MaxNorm(), L1(), L2(0.1), L1L2(), OrthogonalRegularizer()),
         *(Window((3,), (1,), ((0, 0),), (1,)), Layout(2, "channels_first"), initializers.get("glorot_uniform")),
     ],
     ids=repr,
