@@ -217,8 +217,7 @@ def test_symbolic_height_and_width_with_same_and_strides(size: int, stride: int,
 
 def test_a_compiled_program_loads_in_another_process(tmp_path: Path) -> None:
     start = (
-        "import pickle, jax, jax.numpy as jnp, depthwise_jax\n"
-    start += "from jax.experimental import serialize_executable as s\n"
+        "import pickle, jax, jax.numpy as jnp, depthwise_jax\nfrom jax.experimental import serialize_executable as s\n"
     )
     save = """
 def f(x, w):

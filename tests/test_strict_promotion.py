@@ -197,6 +197,6 @@ def test_a_narrow_step_stays_feasible(dtype: str, jit: bool) -> None:
 def test_a_scheduled_bound() -> None:
     params = {"kernel": jnp.ones((3, 3, 4, 2), jnp.bfloat16)}
     scheduled = optax.inject_hyperparams(lambda bound: project(MaxNorm(bound, axis="window")))
-    tx = scheduled(bound=lambda count: 1.0 / (1 + count))
+    tx = scheduled(bound=lambda count: 1.0 / (1 + count.astype(jnp.float32)))
     updates, _ = tx.update(params, tx.init(params), params)
     assert optax.apply_updates(params, updates)["kernel"].dtype == jnp.bfloat16
