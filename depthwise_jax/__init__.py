@@ -14,12 +14,16 @@ from depthwise_jax.linen import SeparableConv1D as SeparableConv1D
 from depthwise_jax.linen import SeparableConv2D as SeparableConv2D
 from depthwise_jax.linen import SeparableConv3D as SeparableConv3D
 from depthwise_jax.linen import regularization_loss as regularization_loss
+from depthwise_jax.lowering import native
 from depthwise_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from depthwise_jax import interop as interop
     from depthwise_jax import nnx as nnx
     from depthwise_jax import optim as optim
+
+# A compiled program that is loaded from a file finds its kernels among the targets that this registers.
+native.status()
 
 # Loaded when first used: what they import takes longer than all the rest.
 _LAZY = ("interop", "nnx", "optim")

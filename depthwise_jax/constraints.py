@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from depthwise_jax.dtypes import at_least_float32
 from depthwise_jax.introspect import per_instance
 from depthwise_jax.registry import Registry
 
@@ -41,6 +42,14 @@ class Constraint:
     A subclass gives `__call__`. The rest lets an update survive the rounding of `parameter + update`, and has defaults
     that claim nothing.
     """
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is type(other) is Constraint:
+            return True
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(Constraint) if type(self) is Constraint else object.__hash__(self)
 
     @property
     def interval(self) -> tuple[Any, Any]:
@@ -153,7 +162,7 @@ class Box(Constraint):
         return jnp.clip(w, *self._limits(w))
 
     def excess(self, w: jax.Array) -> jax.Array:
-        lower, upper, w = (x.astype(_wide(w.dtype)) for x in (*self._limits(w), w))
+        lower, upper, w = (x.astype(at_least_float32(w.dtype)) for x in (*self._limits(w), w))
         return jnp.maximum(jnp.maximum(lower - w, w - upper), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -216,13 +225,14 @@ class _Norm(Constraint):
     def __call__(self, w: jax.Array) -> jax.Array:
         w = _floating(w)
         axes = _axes(self.axis, w.ndim, type(self).__name__)
-        x = w.astype(_wide(w.dtype))
+        x = w.astype(at_least_float32(w.dtype))
         least, greatest = self._shell()
         # Rounding w may change the norm by this much, relative to itself; computing it, by less than 4 eps.
         slack = max(float(jnp.finfo(w.dtype).eps), 4 * float(jnp.finfo(x.dtype).eps))
         thin = least * (1 + 2 * slack) > greatest
         if self.exact:
             direction, length, norms = _polar(x, axes)
+            zero = jnp.all(direction == 0, axes, keepdims=True)  # norms of subnormal slices underflow
             slightly = 4 * float(jnp.finfo(x.dtype).eps)
             target = jnp.where(
                 norms > greatest,
@@ -230,7 +240,7 @@ class _Norm(Constraint):
                 jnp.minimum(least * (1 + slightly), greatest),
             )
             tolerance = jnp.where(thin, slack * greatest, 0)
-            member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | (norms == 0)
+            member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | zero
             projected = jnp.where(member, x, direction * (target / length))
         else:
             norms = _plain_norms(x, axes)
@@ -242,7 +252,7 @@ class _Norm(Constraint):
 
     def interior(self, w: jax.Array) -> jax.Array:
         least, greatest = self._shell()
-        if w.dtype != _wide(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
+        if w.dtype != at_least_float32(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
             return self(w)
         axes = _axes(self.axis, w.ndim, type(self).__name__)
         # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; a plain sum
@@ -260,7 +270,7 @@ class _Norm(Constraint):
 
     def excess(self, w: jax.Array) -> jax.Array:
         least, greatest = self._shell()
-        norms = _norms(w.astype(_wide(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
+        norms = _norms(w.astype(at_least_float32(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
         return jnp.maximum(jnp.maximum(norms - greatest, least - norms), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -387,7 +397,7 @@ class PerSlice(Constraint):
         w = _floating(w)
         axes = _axes(self.axis, w.ndim, "PerSlice")
         others = tuple(axis for axis in range(w.ndim) if axis not in axes)
-        return per_instance(self.projection, others)(w.astype(_wide(w.dtype))).astype(w.dtype)
+        return per_instance(self.projection, others)(w.astype(at_least_float32(w.dtype))).astype(w.dtype)
 
 
 @dataclass(frozen=True)
@@ -503,11 +513,6 @@ def _largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.max(x, axis=tuple(axis for axis in range(x.ndim) if x.shape[axis] != shape[axis]), keepdims=True)
 
 
-def _wide(dtype: Any) -> Any:
-    """The dtype to compute in."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _floating(w: Any) -> jax.Array:
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -577,6 +582,7 @@ def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
         x. Both are right to 3 eps / 2 plus what little the last sum adds.
     """
     info = jnp.finfo(x.dtype)
+    x, unit = _without_subnormal_slices(x, axes)
     largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
     power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
     power = lax.stop_gradient(jnp.clip(power, info.tiny, 1 / info.tiny))  # 1 / power is a normal number too
@@ -589,7 +595,21 @@ def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
     tails = squares - heads.astype(x.dtype) * (1 / grid)
     total = jnp.sum(heads, axes, keepdims=True, dtype=heads.dtype).astype(x.dtype) * (1 / grid)
     length = _sqrt(total + jnp.sum(tails, axes, keepdims=True))
-    return direction, jnp.where(length == 0, 1, length), power * length
+    return direction, jnp.where(length == 0, 1, length), power * length * unit
+
+
+def _without_subnormal_slices(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """x, slices of subnormal numbers alone as multiples of the least one, and each slice's unit.
+
+    Arithmetic may take a subnormal number for zero, as XLA's on CPU does; its bits are an integer multiple.
+    """
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, jnp.int32 if info.bits == 32 else jnp.int64)
+    magnitude = bits & jnp.iinfo(bits.dtype).max
+    subnormal = jnp.max(magnitude, axes, keepdims=True, initial=0) < 1 << info.nmant
+    multiple = jnp.where(bits < 0, -magnitude, magnitude).astype(x.dtype)
+    unit = jnp.where(subnormal, info.smallest_subnormal, jnp.ones((), x.dtype))
+    return jnp.where(subnormal, multiple, x), unit
 
 
 def _rounded(x: jax.Array, dtype: Any, down: jax.Array, up: jax.Array) -> jax.Array:

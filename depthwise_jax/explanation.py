@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from depthwise_jax import lowering, primitives, sharding
+from depthwise_jax import dtypes, lowering, primitives, sharding
 from depthwise_jax.functional import Request
 from depthwise_jax.sharding import Partitioning
 from depthwise_jax.window import Padding
@@ -88,7 +87,7 @@ def explain(
         stated = sharding.operand_specs(in_sharding, len(x.shape), request.layout)
         if stated is not None:
             types = [sharding.typed(aval, spec) for aval, spec in zip(types, stated[1], strict=False)]
-    dtype = jnp.result_type(x.dtype, kernel.dtype)
+    dtype = dtypes.promoted(x.dtype, kernel.dtype)
     x_type, kernel_type = types
     y_type = primitives.forward_type(x_type, kernel_type, convolution, dtype)
     operands = {"forward": types, "input_grad": [y_type, kernel_type], "kernel_grad": [x_type, y_type]}

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from depthwise_jax import activations, fused, lowering, primitives, sharding
+from depthwise_jax import activations, dtypes, fused, lowering, primitives, sharding
 from depthwise_jax.convolution import Convolution, hashable_precision
 from depthwise_jax.layout import Layout
 from depthwise_jax.window import InputPadding, Padding, resolve
@@ -355,7 +355,7 @@ def _result_dtype(preferred: DTypeLike | None, *operands: Array | None) -> Any:
     if preferred is None:
         return natural
     dtype = jax.dtypes.canonicalize_dtype(preferred)
-    if not jnp.issubdtype(dtype, kind) or jnp.promote_types(natural, dtype) != dtype:
+    if not jnp.issubdtype(dtype, kind) or dtypes.promoted(natural, dtype) != dtype:
         raise TypeError(
             f"preferred_element_type must be {natural}, to which the operands promote, or a wider type of its kind; "
             f"got preferred_element_type={jnp.dtype(preferred)}"

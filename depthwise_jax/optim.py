@@ -15,7 +15,9 @@ is feasible after that rounding. What holds then if the parameter was feasible b
 * NonNeg, Box, and the interval of a composition: exactly, whatever the update, NaN apart.
 * MaxNorm, and MinMaxNorm with min_value=0 and rate=1: at most 4 ulp of the parameter's dtype above the bound.
 * A parameter narrower than float32 becomes exactly the projection rounded to its dtype, as long as its magnitude and
-  the projection's differ by less than `2**12`. For this the update is emitted in float32.
+  the projection's differ by less than `2**12`. For this the update is emitted in float32. With
+  `jax_numpy_dtype_promotion="strict"`, under which JAX refuses to add that, the update has the parameter's dtype, and
+  the two points above hold.
 * UnitNorm, other MinMaxNorm and any other callable: the projection's own output to rounding, and no more.
 
 Numbers that did not move stay as they are if their slice is feasible, though Keras' formulas would shrink them a bit.
@@ -52,6 +54,7 @@ from jax.tree_util import GetAttrKey, keystr
 
 from depthwise_jax import introspect
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
+from depthwise_jax.dtypes import at_least_float32, promoted
 
 Path = tuple[str, ...]
 
@@ -231,7 +234,7 @@ def _constrained(
     """
     leaves, treedef = jax.tree.flatten_with_path(params, is_leaf=_is_absent)
     named = [(_names(path), leaf) for path, leaf in leaves]
-    lookup = select or _Prefixes(constraints, named)
+    lookup = select or _Prefixes(constraints, params, named)
     return [
         (path, leaf, None if _is_absent(leaf) else _resolve(path, lookup(path, leaf))) for path, leaf in named
     ], treedef
@@ -240,14 +243,21 @@ def _constrained(
 class _Prefixes:
     """A tree of constraints as a function of the path; the tree must be a prefix of the parameters."""
 
-    def __init__(self, constraints: Any, named: list[tuple[Path, Any]]):
+    def __init__(self, constraints: Any, params: Any, named: list[tuple[Path, Any]]):
         entries, _ = jax.tree.flatten_with_path(constraints, is_leaf=lambda node: node is None or callable(node))
         self.entries = {_names(path): entry for path, entry in entries}
         known = {path[:length] for path, _ in named for length in range(len(path) + 1)}
         absent = {path for path, leaf in named if _is_absent(leaf)}
-        for path in self.entries:
-            if path not in known and not any(path[:length] in absent for length in range(len(path))):
-                raise ValueError(f"constraints do not match the parameters: there is no parameter {_show(path)}")
+        unknown = [
+            path
+            for path in self.entries
+            if path not in known and not any(path[:length] in absent for length in range(len(path)))
+        ]
+        if unknown:  # of a subtree without parameters, maybe
+            empty = {_names(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_empty)}
+            for path in unknown:
+                if path not in empty:
+                    raise ValueError(f"constraints do not match the parameters: there is no parameter {_show(path)}")
 
     def __call__(self, path: Path, leaf: Any) -> Any:
         for length in range(len(path) + 1):
@@ -265,6 +275,10 @@ def _resolve(path: Path, entry: Any) -> Constraint | None:
 
 def _is_absent(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree.leaves(node)
 
 
 def _names(path: Any) -> Path:
@@ -317,7 +331,8 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
     differ in the last bit from the sum in `optax.apply_updates`. So nothing that must hold exactly depends on that sum:
     the projection has a margin (`Constraint.interior`), and the bounds of an interval depend on `param` alone.
     """
-    dtype = jnp.promote_types(jnp.result_type(update), jnp.promote_types(param.dtype, jnp.float32))
+    strict = jax.config.jax_numpy_dtype_promotion == "strict"  # optax could not add float32 to a narrower parameter
+    dtype = param.dtype if strict else promoted(jnp.result_type(update), at_least_float32(param.dtype))
     base = param.astype(dtype)
     # The select, which changes no sum, keeps a product in `update` from being contracted with it.
     update = jnp.where(param == param, update.astype(dtype), jnp.nan)

@@ -27,14 +27,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
+from jax.experimental import jet
 from jax.extend.core import Primitive
+from jax.extend.core.primitives import name_p
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from depthwise_jax import fused, lowering, sharding
+from depthwise_jax import dtypes, fused, lowering, sharding
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.sharding import Partitioning
 
@@ -151,8 +154,26 @@ def _batching_rule(
 
 
 def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
+    checked = jax.config.jax_debug_nans, jax.config.jax_debug_infs
     with jax.disable_jit(False):  # a primitive is the smallest thing that runs: without jit it would call itself
-        return _compiled(primitive, **params)(*operands)
+        if not any(checked):
+            return _compiled(primitive, **params)(*operands)
+        # JAX's own check of a jitted function that fails calls it without jit, and that would be this function again.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            result = _compiled(primitive, **params)(*operands)
+    _check_finite(primitive, result, *checked)
+    return result
+
+
+def _check_finite(primitive: Primitive, result: Array, nans: bool, infs: bool) -> None:
+    """Raises FloatingPointError as jax_debug_nans and jax_debug_infs ask."""
+    if not jnp.issubdtype(result.dtype, jnp.inexact):
+        return
+    for shard in result.addressable_shards:
+        values = np.asarray(shard.data)
+        for name, asked, test in (("nan", nans, np.isnan), ("inf", infs, np.isinf)):
+            if asked and test(values).any():
+                raise FloatingPointError(f"invalid value ({name}) encountered in {primitive.name}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,13 +197,14 @@ def _lowering_rule(
         direction,
         convolution,
         platform,
-        jnp.result_type(*(aval.dtype for aval in avals), dtype),
+        functools.reduce(dtypes.promoted, (aval.dtype for aval in avals), dtype),
         Partitioning.of_program(direction, convolution, ctx, stacked),
         exported=ctx.module_context.lowering_parameters.for_export,
     )
     # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    # What the operands' types may be was decided where the call was made, so strict promotion asks nothing here.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.numpy_dtype_promotion("standard"):
         lower = mlir.lower_fun(functools.partial(run, call=call), multiple_results=False)
         return lower(ctx.replace(avals_in=plain), *operands, dtype=dtype, stacked=stacked, **params)
 
@@ -214,6 +236,19 @@ def _define(
         _transpose_rule(transpose, i, cotangent_first) for i, (transpose, cotangent_first) in enumerate(transposes)
     )
     ad.defbilinear(primitive, *rules)
+    jet.jet_rules[primitive] = functools.partial(_bilinear_jet, primitive)
+
+
+def _bilinear_jet(
+    primitive: Primitive, primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any
+) -> tuple[Array, list[Array]]:
+    """The product of two Taylor series, given and returned as coefficients without factorials."""
+    first, second = ([primal, *terms] for primal, terms in zip(primals, series, strict=True))
+    products = [
+        functools.reduce(jnp.add, (bind(primitive, first[j], second[k - j], **params) for j in range(k + 1)))
+        for k in range(len(first))
+    ]
+    return products[0], products[1:]
 
 
 _define(
@@ -248,6 +283,15 @@ def _named_jvp(jvp: Callable[..., Any], primals: Any, tangents: Any, **params: A
 ad.primitive_jvps[conv_p] = functools.partial(_named_jvp, ad.primitive_jvps[conv_p])
 
 
+def _name_jet(primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any) -> tuple[Array, list[Array]]:
+    (primal,), (terms,) = primals, series
+    return name_p.bind(primal, **params), list(terms)
+
+
+# jet has no rule for a name, so it could not go over a gradient in which _named_jvp has named a value.
+jet.jet_rules.setdefault(name_p, _name_jet)
+
+
 def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **params: Any) -> Any:
     del activation
     y = _abstract_eval(Convolution.forward_shape, sharding.forward_spec, x, kernel, **params)
@@ -276,5 +320,17 @@ def _fused_jvp(
     return y, fused.mask(activation, y, dy)
 
 
+def _fused_jet(
+    primals: Sequence[Array], series: Sequence[Sequence[Array]], *, activation: str, **params: Any
+) -> tuple[Array, list[Array]]:
+    y = bind(conv_fused_p, *primals, activation=activation, **params)
+    _, terms = _bilinear_jet(conv_p, primals[:2], series[:2], **params)
+    for bias in series[2:]:
+        aligned = (fused.align_bias(b.astype(y.dtype), params["convolution"].layout, y.ndim) for b in bias)
+        terms = [term + b for term, b in zip(terms, aligned, strict=True)]
+    return y, [fused.mask(activation, y, term) for term in terms]
+
+
 _register(conv_fused_p, "forward", _fused_abstract_eval, lowering.run_fused)
 ad.primitive_jvps[conv_fused_p] = _fused_jvp
+jet.jet_rules[conv_fused_p] = _fused_jet

@@ -11,6 +11,21 @@ from typing import Any
 _CONFIG_KEYS = frozenset({"module", "class_name", "config", "registered_name", "build_config", "shared_object_id"})
 
 
+# Containers inside each other in a configuration; Keras' own have 6 at most. Deeper ones cannot even be shown.
+_DEEPEST = 32
+
+
+def check_depth(configuration: Any, argument: str) -> None:
+    """Raises ValueError for a configuration that holds itself or nests deeper than any that means something."""
+    level = [configuration]
+    for _ in range(_DEEPEST):
+        entries = (e for node in level for e in (node.values() if isinstance(node, Mapping) else node))
+        level = list({id(e): e for e in entries if isinstance(e, Mapping | list | tuple)}.values())
+        if not level:
+            return
+    raise ValueError(f"{argument} must be a configuration of at most {_DEEPEST} levels; got a deeper one")
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """The valid names most like `name`, for the end of an error message; all of them where none is like it."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
@@ -104,6 +119,7 @@ class Registry:
             ) from None
 
     def _from_config(self, identifier: Mapping[Any, Any], argument: str) -> Callable[..., Any]:
+        check_depth(identifier, argument)
         unknown = sorted(repr(key) for key in identifier if key not in _CONFIG_KEYS)
         if unknown or "class_name" not in identifier:
             raise ValueError(

@@ -9,11 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from depthwise_jax.dtypes import at_least_float32
 from depthwise_jax.registry import Registry
 
 
 class Regularizer:
     """The penalty 0, and the base of the others; Keras has it under a name too."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is type(other) is Regularizer:
+            return True
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(Regularizer) if type(self) is Regularizer else object.__hash__(self)
 
     def __call__(self, x: Array) -> Array:
         """The penalty of an array of any shape, a scalar."""
@@ -134,7 +143,7 @@ def serialize(regularizer: Callable[[Array], Array] | None, argument: str = "reg
 
 def penalty(regularizer: Callable[[Array], Array], x: Array) -> Array:
     """The loss that a regularizer puts on `x`, a scalar computed in float32 (in x's dtype where that is wider)."""
-    return jnp.sum(regularizer(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+    return jnp.sum(regularizer(x.astype(at_least_float32(x.dtype))))
 
 
 def _factor(name: str, value: Any) -> float:

@@ -43,14 +43,15 @@ def set_image_data_format(data_format: str) -> None:
 
 
 def _from_file() -> str:
-    path = Path(os.environ.get("KERAS_HOME", "~/.keras"), "keras.json").expanduser()
+    # Unlike Path.expanduser, this leaves a home that does not exist as it is.
+    path = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")), "keras.json")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"expected a JSON object, found {type(settings).__name__}")
     except FileNotFoundError:
         settings = {}
-    except (OSError, ValueError) as error:  # ValueError: malformed JSON or UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: malformed JSON or UTF-8
         warnings.warn(f"{path} cannot be read, so image_data_format is 'channels_last': {error}", stacklevel=3)
         settings = {}
     value = settings.get("image_data_format", "channels_last")

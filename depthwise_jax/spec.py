@@ -19,7 +19,7 @@ from depthwise_jax.functional import depthwise_conv, separable_conv
 from depthwise_jax.initializers import Initializer
 from depthwise_jax.layout import DATA_FORMATS, Layout
 from depthwise_jax.lowering import check_implementation
-from depthwise_jax.registry import closest
+from depthwise_jax.registry import check_depth, closest
 from depthwise_jax.sharding import check_in_sharding
 from depthwise_jax.window import canonical_padding, per_axis
 
@@ -323,7 +323,8 @@ def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str,
         ValueError: the configuration is of another layer, or has a key that the layer does not.
     """
     if not isinstance(config, Mapping):
-        raise TypeError(f"config must be a dict; got {config!r}")
+        raise TypeError(f"config must be a dict; got {type(config).__name__}")
+    check_depth(config, "config")
     if "class_name" in config:
         name = str(config["class_name"]).replace("Convolution", "Conv")  # Keras has both
         if name != layer or config.get("module") not in (None, "keras.layers") or config.get("registered_name"):
@@ -417,7 +418,8 @@ def _dtypes(policy: Any) -> dict[str, Any]:
     """The arguments that a Keras dtype policy means."""
     name = policy
     if isinstance(policy, Mapping) and policy.get("class_name") in ("DTypePolicy", "Policy"):
-        name = policy.get("config", {}).get("name")
+        inner = policy.get("config", {})
+        name = inner.get("name") if isinstance(inner, Mapping) else policy
     if name is None or name == "float32":
         return {"dtype": None}
     if isinstance(name, str) and name in _MIXED:

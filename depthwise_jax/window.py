@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax import lax
+
 PADDINGS = ("valid", "same", "causal", "reflect", "circular")
 # What jnp.pad calls the paddings that read the input again.
 _PAD_MODES = {"reflect": "reflect", "circular": "wrap"}
@@ -27,7 +29,8 @@ class Window:
     Attributes:
         size: number of taps.
         strides: steps between outputs, in input positions.
-        padding: (low, high) zeros around the input, in input positions, never negative.
+        padding: (low, high) zeros around the input, in input positions, never negative. Symbolic only for "same" with
+            strides above 1 over a symbolic size.
         dilation: distance between taps, in input positions.
     """
 
@@ -203,7 +206,7 @@ def _same(n: int, extent: int, stride: int) -> tuple[int, int]:
         return 0, 0  # ceil(0 / s) outputs: none, which output_shape refuses
     total = -(-n // stride) * stride - stride + extent - n
     if not isinstance(total, int):
-        raise ValueError(f"padding='same' with strides above 1 needs a known size, got the symbolic size {n}")
+        return lax.padtype_to_pads([n], [extent], [stride], "SAME")[0]  # max(total, 0) of a symbolic total
     return max(total, 0) // 2, max(total, 0) - max(total, 0) // 2
 
 

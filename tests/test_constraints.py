@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 from typing import Any
 
 import hypothesis
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
-from depthwise_jax import constraints
+from depthwise_jax import constraints, initializers
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm, compose
+from depthwise_jax.layout import Layout
+from depthwise_jax.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer
+from depthwise_jax.window import Window
 from tests.keras_reference import keras
 
 NARROW = (jnp.bfloat16, jnp.float16)
@@ -382,3 +386,28 @@ def test_frozen_and_hashable() -> None:
 def test_bad_arguments(make: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize("smallest", [1e-38, 1e-42, 1.5e-45])
+@pytest.mark.parametrize("constraint", [UnitNorm(axis="window", exact=True), MinMaxNorm(0.5, 2, axis=None, exact=True)])
+def test_exact_projects_subnormal_slices(constraint: Any, smallest: float) -> None:
+    w = np.full((3, 3, 1, 1), -smallest, np.float32)
+    expected = {"UnitNorm": -1 / 3, "MinMaxNorm": -1 / 6}[type(constraint).__name__]
+    np.testing.assert_allclose(constraint(jnp.asarray(w)), expected, rtol=1e-6)
+    np.testing.assert_array_equal(constraint(jnp.zeros_like(w)), 0)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        *(Constraint(), Regularizer(), MaxNorm(1.5, exact=True), MinMaxNorm(axis="window"), UnitNorm(), NonNeg()),
+        *(Box(-1, 1), PerSlice(abs), NonNeg() & MaxNorm(), L1(), L2(0.1), L1L2(), OrthogonalRegularizer()),
+        *(Window((3,), (1,), ((0, 0),), (1,)), Layout(2, "channels_first"), initializers.get("glorot_uniform")),
+    ],
+    ids=repr,
+)
+def test_pickled_objects_are_equal(thing: Any) -> None:
+    again = pickle.loads(pickle.dumps(thing))
+    assert again == thing
+    assert hash(again) == hash(thing)
+    assert again != object()

@@ -17,9 +17,10 @@ import pytest
 from jax import export
 
 from depthwise_jax import DepthwiseConv2D, SeparableConv2D, separable_conv
+from depthwise_jax.interop import accelerate
 from depthwise_jax.optim import constraints_of, project
 from tests.cases import CORE, Case
-from tests.oracle import assert_close, widest
+from tests.oracle import Oracle, assert_close, widest
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -194,3 +195,49 @@ def test_a_trained_model_in_a_process_without_this_package(tmp_path: Path) -> No
     served = np.load(tmp_path / "logits.npz")
     for name, size in zip(served.files, (1, 3, 7), strict=True):
         assert_close(served[name], logits(params, images[:size]), 1e-5, f"batch {size}")
+
+
+@pytest.mark.parametrize("drop_in", [False, True], ids=["layer", "accelerate"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_symbolic_height_and_width_with_same_and_strides(size: int, stride: int, drop_in: bool) -> None:
+    b, h, w = export.symbolic_shape("b, h, w", constraints=["h >= 4", "w >= 4"])
+    conv = nn.Conv(8, (size, size), strides=stride, feature_group_count=8)
+    params = conv.init(jax.random.key(0), jnp.ones((1, 8, 8, 8)))
+    layer = DepthwiseConv2D(size, strides=stride, padding="same")
+    ours = jax.tree.map(lambda a: a.reshape(size, size, 8, 1) if a.ndim == 4 else a, params)
+    f = (lambda x: accelerate(conv.apply)(params, x)) if drop_in else (lambda x: layer.apply(ours, x))
+    exported = export.export(jax.jit(f))(jax.ShapeDtypeStruct((b, h, w, 8), jnp.float32))
+    for height, width in ((4, 4), (11, 10), (12, 5)):
+        x = np.random.default_rng(0).normal(size=(2, height, width, 8)).astype("f4")
+        kernel = np.asarray(params["params"]["kernel"]).reshape(size, size, 8, 1)
+        truth = Oracle(x.shape, kernel.shape, strides=stride, padding="same").conv(x, kernel)
+        assert_close(exported.call(x), truth, 1e-5)
+
+
+def test_a_compiled_program_loads_in_another_process(tmp_path: Path) -> None:
+    start = (
+        "import pickle, jax, jax.numpy as jnp, depthwise_jax\nfrom jax.experimental import serialize_executable as s\n"
+    )
+    save = """
+def f(x, w):
+    y, t = jax.vjp(lambda x, w: depthwise_jax.depthwise_conv(x, w, activation="relu"), x, w)
+    return y, *t(y)
+x, w = jnp.ones((1, 6, 3)), jnp.ones((2, 3, 1))
+pickle.dump(s.serialize(jax.jit(f).lower(x, w).compile()), open("program", "wb"))
+"""
+    load = """
+y, dx, dw = s.deserialize_and_load(*pickle.load(open("program", "rb")))(jnp.ones((1, 6, 3)), jnp.ones((2, 3, 1)))
+assert (y == 2).all() and (dw == 10).all() and (dx[:, 1:-1] == 4).all()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "XLA_FLAGS": ""}
+    for code in (save, load):
+        done = subprocess.run(
+            [sys.executable, "-c", start + code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import jet
 from jax.test_util import check_grads
 
 from depthwise_jax import separable_conv
@@ -167,3 +168,26 @@ def test_separable(implementation: str, x64: None) -> None:
     p = case.draw((1, 1, 4, 3), 20).astype(np.float64)
     f = lambda *z: jnp.sin(separable_conv(*z, **case.geometry, implementation=implementation))  # noqa: E731
     check_grads(f, (x, w, p), order=2, eps=1e-5, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+def test_taylor_mode(implementation: str, activation: str | None, x64: None) -> None:
+    # jet's terms are the derivatives along the path x + t*u + t^2/2*v, here by nested forward mode.
+    case = CORE[1]
+    z, u, v = (tuple(a.astype(float) for a in case.operands(stream)[:2]) for stream in range(3))
+
+    def path(f: Any) -> Any:
+        return lambda t: f(*(a + t * b + t**2 / 2 * c for a, b, c in zip(z, u, v, strict=True)))
+
+    conv = case.conv(implementation, activation=activation)
+    gradients = jax.grad(lambda x, w: jnp.sin(conv(x, w)).sum(), (0, 1))
+    for f in (conv, jax.jit(conv), gradients):
+        value, terms = jet.jet(f, z, tuple([b, c] for b, c in zip(u, v, strict=True)))
+        first = jax.jacfwd(path(f))
+        for actual, expected in (
+            (value, f(*z)),
+            (jax.tree.map(lambda t: t[0], terms, is_leaf=lambda t: isinstance(t, list)), first(0.0)),
+            (jax.tree.map(lambda t: t[1], terms, is_leaf=lambda t: isinstance(t, list)), jax.jacfwd(first)(0.0)),
+        ):
+            for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)

@@ -369,3 +369,12 @@ def test_float64_parameters() -> None:
     assert params["ball"].dtype == jnp.float64
     assert (np.sqrt(np.sum(np.asarray(params["ball"]) ** 2, (0, 1))) <= BOUND + 4 * np.spacing(BOUND)).all()
     assert ((params["box"] >= -0.1) & (params["box"] <= 0.3)).all()
+
+
+@pytest.mark.parametrize("empty", [{}, [], (), {"x": {}}, {"x": []}], ids=str)
+def test_constraints_of_an_empty_subtree(empty: Any) -> None:
+    params = {"a": jnp.ones(3), "e": empty}
+    project({"a": None, "e": None}).init(params)
+    project({"a": NonNeg(), "e": NonNeg()}).init(params)
+    with pytest.raises(ValueError, match="there is no parameter 'f'"):
+        project({"a": None, "f": None}).init(params)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from depthwise_jax import DepthwiseConv2D
 from depthwise_jax.registry import Registry, closest
 
 
@@ -144,3 +145,36 @@ def test_closest():
         "closest valid names: 'glorot_uniform'"
     )
     assert closest("qqq", ["b", "a"]) == "valid names: 'a', 'b'"
+
+
+def nested(depth, wrap):
+    value = {}
+    for _ in range(depth):
+        value = wrap(value)
+    return value
+
+
+CYCLE: dict = {}
+CYCLE["config"] = [CYCLE, CYCLE]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(5000, lambda v: {"config": v}), nested(5000, lambda v: [v]), nested(40, lambda v: {"a": [v, v]}), CYCLE],
+    ids=["dicts", "lists", "shared", "cycle"],
+)
+@pytest.mark.parametrize(
+    "key", ["depthwise_initializer", "bias_regularizer", "depthwise_constraint", "dtype", "activation", "kernel_size"]
+)
+def test_a_configuration_too_deep_to_mean_something(key, value):
+    for entry in (value, {"class_name": "Zeros", "config": {"seed": value}}):
+        with pytest.raises(ValueError, match="at most 32 levels"):
+            DepthwiseConv2D.from_config({**DepthwiseConv2D(3).get_config(), key: entry})
+
+
+@pytest.mark.parametrize("config", [[], None, "float32", 3, {"name": 3}, {"name": []}])
+@pytest.mark.parametrize("class_name", ["DTypePolicy", "Policy"])
+def test_a_malformed_dtype_policy(class_name, config):
+    policy = {"class_name": class_name, "config": config}
+    with pytest.raises(ValueError, match="dtype must be one of Keras' policies"):
+        DepthwiseConv2D.from_config({**DepthwiseConv2D(3).get_config(), "dtype": policy})

@@ -48,7 +48,14 @@ def test_the_file_is_read_once_and_only_when_needed(keras_json):
     assert settings.image_data_format() == "channels_first"
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}", b"[1]", b'"channels_first"'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"{", b"", b"\xff\xfe{}", b"[1]", b'"channels_first"', b"null", b"\x00", b"1" * 5000),
+        *(b"[" * 200_000, b'{"a":' * 200_000, b"[" * 200_000 + b"]" * 200_000),
+    ],
+    ids=lambda content: repr(content[:8]),
+)
 def test_a_malformed_file_warns_and_counts_as_none(keras_json, content):
     keras_json.write_bytes(content)
     with pytest.warns(UserWarning, match=r"keras\.json cannot be read, so image_data_format is 'channels_last'"):
@@ -100,3 +107,19 @@ def test_set_image_data_format_is_for_layers_made_from_then_on():
 def test_setting_nonsense(value):
     with pytest.raises(ValueError, match="data_format must be one of"):
         settings.set_image_data_format(value)
+
+
+@pytest.mark.parametrize("keras_home", ["~nosuchuser/x", "~nosuchuser", "/nowhere/at/all", ""])
+def test_a_home_that_does_not_exist_counts_as_no_file(tmp_path, monkeypatch, keras_home):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_HOME", keras_home)
+    assert settings.image_data_format() == "channels_last"
+
+
+def test_no_home_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and a passwd entry
+    monkeypatch.setattr("pathlib.Path.home", lambda: pytest.fail("raises without a home"))
+    assert settings.image_data_format() == "channels_last"
+    assert DepthwiseConv2D(3).data_format == "channels_last"

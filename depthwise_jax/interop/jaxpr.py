@@ -171,8 +171,9 @@ def _replacements(eqn: JaxprEqn) -> list[JaxprEqn]:
 
 def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | None:
     """A convolution's equations in this package, or None where the drop-in gives it to lax."""
+    params = {**eqn.params, "padding": _padding(eqn)}
     with eqn.ctx.manager:
-        inner = jax.make_jaxpr(functools.partial(conv_general_dilated, **eqn.params))(*(v.aval for v in eqn.invars))
+        inner = jax.make_jaxpr(functools.partial(conv_general_dilated, **params))(*(v.aval for v in eqn.invars))
     if any(new.primitive is lax.conv_general_dilated_p for new in inner.jaxpr.eqns):
         return None
     names = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
@@ -186,6 +187,22 @@ def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | None:
         )
         for new in inner.jaxpr.eqns
     ]
+
+
+def _padding(eqn: JaxprEqn) -> Any:
+    """A convolution's padding; where it is symbolic, the name that it came from, as lax takes no symbolic pairs."""
+    padding = eqn.params["padding"]
+    if all(isinstance(amount, int) for pair in padding for amount in pair):
+        return padding
+    numbers, dilation = eqn.params["dimension_numbers"], eqn.params["rhs_dilation"]
+    lhs, rhs = (v.aval.shape for v in eqn.invars)
+    spatial = [lhs[axis] for axis in numbers.lhs_spec[2:]]
+    extent = [(rhs[axis] - 1) * d + 1 for axis, d in zip(numbers.rhs_spec[2:], dilation, strict=True)]
+    return next(
+        name
+        for name in ("SAME", "SAME_LOWER")
+        if [*padding] == [*lax.padtype_to_pads(spatial, extent, eqn.params["window_strides"], name)]
+    )
 
 
 def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iterator[Site]:

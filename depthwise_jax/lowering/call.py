@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
-
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.sharding import Partitioning
 
@@ -38,9 +36,3 @@ class Call:
     def symbolic(self) -> bool:
         """Whether a spatial size is symbolic."""
         return not all(isinstance(n, int) for n in self.convolution.spatial)
-
-
-def widened(dtype: Any) -> Any:
-    """float32 for narrower floats, else the dtype itself."""
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.dtype(jnp.float32) if narrow else dtype

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
-from depthwise_jax.lowering.call import Call, widened
+from depthwise_jax.dtypes import widened
+from depthwise_jax.lowering.call import Call
 
 
 def refusal(call: Call) -> str | None:
@@ -42,11 +43,12 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
     batch = convolution.batch(x.shape)
     names = "DHW"[-window.rank :]
     operand = "".join(layout.arrange("N", names, "C"))
+    known = all(isinstance(amount, int) for pair in window.padding for amount in pair)
     y = lax.conv_general_dilated(
         x.reshape(math.prod(batch), *x.shape[len(batch) :]),
         kernel.reshape(*size, 1, channels * multiplier),
         window_strides=window.strides,
-        padding=window.padding,
+        padding=window.padding if known else "SAME",  # lax takes no symbolic pairs
         rhs_dilation=window.dilation,
         dimension_numbers=(operand, names + "IO", operand),
         feature_group_count=channels,

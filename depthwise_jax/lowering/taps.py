@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
+from depthwise_jax.dtypes import widened
 from depthwise_jax.layout import Layout
-from depthwise_jax.lowering.call import Call, widened
+from depthwise_jax.lowering.call import Call
 
 # Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.
 _UNROLLED = 64

@@ -1,0 +1,23 @@
+"""The dtypes that this package computes in, under `jax_numpy_dtype_promotion="strict"` too."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def promoted(a: Any, b: Any) -> Any:
+    """The dtype to which two promote by JAX's standard rules, whatever the promotion mode is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype to sum in: float32 for narrower floats, `dtype` itself for wider ones."""
+    return promoted(dtype, jnp.float32)
+
+
+def widened(dtype: Any) -> Any:
+    """float32 for narrower floats, and any other dtype itself."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if narrow else dtype
