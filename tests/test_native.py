@@ -234,46 +234,6 @@ def test_the_same_bits_with_and_without_x64(wide: bool) -> None:
     assert_close(results[2], case.oracle.kernel_grad(x, g * ((y > 0) & (y < 6))), 1e-5)
 
 
-def drawn(index: int) -> Case:
-    """A random geometry with more channels and columns than those of the table."""
-    r = np.random.default_rng(index)
-    while True:
-        rank = int(r.integers(1, 4))
-        length = (40, 14, 6)[rank - 1]
-        channels = int(r.choice([16, 17, 24, 31, 33, 48, 64, 72, 100, 130]))
-        window = tuple(int(r.choice([1, 2, 3, 3, 4, 5, 7, 9])) for _ in range(rank))
-        dilation = tuple(int(r.choice([1, 1, 1, 2, 3])) for _ in range(rank))
-        case = Case(
-            f"drawn-{index}",
-            (int(r.integers(1, 4)), *(int(r.integers(1, length + 1)) for _ in range(rank)), channels),
-            (*window, channels, int(r.choice([1, 1, 1, 2]))),
-            {
-                "strides": tuple(int(r.choice([1, 1, 2, 3])) for _ in range(rank)),
-                "dilation_rate": dilation,
-                "padding": tuple(
-                    (int(r.integers(0, k * d + 1)), int(r.integers(0, k * d + 1)))
-                    for k, d in zip(window, dilation, strict=True)
-                ),
-            },
-        )
-        try:
-            out = case.oracle.out
-        except ValueError:
-            continue
-        if np.prod(out) * np.prod(window) < 4000:  # for the oracle's loops
-            return case
-
-
-@needs_kernels
-@pytest.mark.parametrize("case", [drawn(index) for index in range(40)], ids=str)
-def test_random_geometries(case: Case) -> None:
-    x, w, g = case.operands()
-    y, dx, dw = jax.jit(lambda x, w, g: (case.conv("native")(x, w), *jax.vjp(case.conv("native"), x, w)[1](g)))(x, w, g)
-    assert_close(y, case.oracle.conv(x, w), 1e-5, "y")
-    assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
-    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
-
-
 # float32's sums, and half a unit in the last place of the narrow dtypes.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11, jnp.float64: 1e-13}
 
