@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ def test_random_geometries(case: Case, dtype: str, implementation: str) -> None:
 
 
 @pytest.mark.skipif("native" not in LOWERINGS, reason="no compiled kernels")
-@settings(max_examples=200, phases=[hypothesis.Phase.generate])  # they compile in no time
+@settings(max_examples=200)  # they compile in no time
 @given(case=cases(), dtype=DTYPES)
 def test_random_geometries_of_the_compiled_kernels(case: Case, dtype: str) -> None:
     check(case, dtype, "native")
