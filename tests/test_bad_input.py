@@ -331,3 +331,31 @@ def test_explain_refuses_what_the_call_refuses(options: dict[str, Any], words: t
 def test_explain_refuses_a_lowering_that_cannot_serve() -> None:
     with pytest.raises(ValueError, match=r"'taps'.*symbolic"):
         explain(symbolic_length(), shape(3, 2, 1), implementation="taps", platform="cpu")
+
+
+def test_conv_says_that_a_symbolic_batch_has_no_slabs() -> None:
+    (n,) = jax.export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((n, 8, 9, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"'conv' cannot serve this kernel_grad on tpu: .*its size is symbolic"):
+        explain(x, KERNEL, implementation="conv", platform="tpu", partitioned=2)
+    explained = explain(x, KERNEL, platform="tpu", partitioned=2)
+    assert (explained.forward.lowering, explained.kernel_grad.lowering) == ("conv", "taps")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_conv_says_where_slabs_were_not_tried(platform: str) -> None:
+    with pytest.raises(ValueError, match=f"'conv' cannot serve this kernel_grad on {platform}: .*tried on cpu and tpu"):
+        explain(X, KERNEL, implementation="conv", platform=platform, partitioned=2)
+    explained = explain(X, KERNEL, platform=platform, partitioned=2)
+    assert (explained.forward.lowering, explained.kernel_grad.lowering) == ("conv", "taps")
+
+
+def test_same_with_strides_needs_a_known_size() -> None:
+    refused(
+        ValueError,
+        ("padding='same' with strides above 1 needs a known size", "l"),
+        symbolic_length(),
+        shape(3, 2, 1),
+        strides=2,
+        padding="same",
+    )

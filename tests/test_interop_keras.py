@@ -445,3 +445,28 @@ def test_read_weights_needs_no_keras(archive):
         f"saved = read_weights({str(archive[0])!r})['dw']; from_keras(saved); assert 'keras' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_bfloat16_arrays(tmp_path, suffix):
+    layer = keras.layers.DepthwiseConv2D(3, name="dw", dtype="bfloat16")
+    model = keras.Sequential([keras.Input((5, 5, 2)), layer])
+    kernel = np.linspace(-3, 3, 18, dtype=np.float32).reshape(3, 3, 2, 1).astype(jnp.bfloat16)
+    model.set_weights([kernel, np.asarray([0.5, -7], jnp.bfloat16)])
+    path = tmp_path / f"model{suffix}"
+    (model.save if suffix == ".keras" else model.save_weights)(path)
+    (saved,) = read_weights(path).values()
+    assert saved.values["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(saved.values["kernel"], kernel)
+    np.testing.assert_array_equal(saved.values["bias"], np.asarray([0.5, -7], jnp.bfloat16))
+
+
+def test_two_layers_under_one_name(tmp_path):
+    path = tmp_path / "legacy.weights.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [b"dw", b"dw"]
+        group = file.create_group("dw")
+        group.attrs["weight_names"] = [b"dw/depthwise_kernel:0"]
+        group["dw/depthwise_kernel:0"] = np.ones((3, 3, 2, 1), np.float32)
+    with pytest.raises(ValueError, match="there are two layers 'dw'"):
+        read_weights(path)

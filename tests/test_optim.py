@@ -369,3 +369,17 @@ def test_float64_parameters() -> None:
     assert params["ball"].dtype == jnp.float64
     assert (np.sqrt(np.sum(np.asarray(params["ball"]) ** 2, (0, 1))) <= BOUND + 4 * np.spacing(BOUND)).all()
     assert ((params["box"] >= -0.1) & (params["box"] <= 0.3)).all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rounding_breaks_the_bound_without_a_margin(exact: bool) -> None:
+    # Short slices whose parameters nearly cancel the update: of many some round outwards at every step.
+    constraint = MaxNorm(BOUND, axis=0, exact=exact)
+    r = np.random.default_rng(0)
+    shape = (64, 20_000)
+    params = constraint(jnp.asarray(r.standard_normal(shape), jnp.float32))
+    updates = jnp.asarray(r.standard_normal(shape), jnp.float32)
+    step = project(constraint)
+    new = optax.apply_updates(params, step.update(updates, step.init(params), params)[0])
+    norms = np.sqrt(np.sum(np.asarray(new, np.float64) ** 2, 0))
+    assert BOUND * (1 - 1e-4) < norms.max() <= BOUND + 4 * ulp(BOUND, "float32")
