@@ -309,6 +309,10 @@ HOSTILE = {
     ),
     "one too many": (lambda file: file.__setitem__(f"{VARS}/2", np.ones(2, np.float32)), "'dw' has a variable '2'"),
     "a group as array": (lambda file: (file.__delitem__(f"{VARS}/0"), file.create_group(f"{VARS}/0")), "is no array"),
+    "two layers under one name": (
+        lambda file: file.copy("layers/depthwise_conv2d", "layers/depthwise_conv2d_1"),
+        "there are two layers 'dw'",
+    ),
     "no such layer": (lambda file: file.__delitem__("layers/depthwise_conv2d"), "no weights for the layer 'dw'"),
 }
 
@@ -459,14 +463,3 @@ def test_bfloat16_arrays(tmp_path, suffix):
     assert saved.values["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(saved.values["kernel"], kernel)
     np.testing.assert_array_equal(saved.values["bias"], np.asarray([0.5, -7], jnp.bfloat16))
-
-
-def test_two_layers_under_one_name(tmp_path):
-    path = tmp_path / "legacy.weights.h5"
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = [b"dw", b"dw"]
-        group = file.create_group("dw")
-        group.attrs["weight_names"] = [b"dw/depthwise_kernel:0"]
-        group["dw/depthwise_kernel:0"] = np.ones((3, 3, 2, 1), np.float32)
-    with pytest.raises(ValueError, match="there are two layers 'dw'"):
-        read_weights(path)
