@@ -220,7 +220,7 @@ UNCHANGED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, dict[str, Any]
         (2, 0, 6, C),
         (3, 2, 1, C),
         jnp.float32,
-        {**DEPTHWISE, "padding": [(4, 4), (1, 1)], "lhs_dilation": (2, 2)},
+        {**DEPTHWISE, "padding": [(2, 2), (1, 1)], "lhs_dilation": (2, 2)},
     ),
     "lhs_dilation with negative pads": (
         X,
