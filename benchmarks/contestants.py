@@ -224,7 +224,7 @@ def _two(values: Any, filling: Any) -> tuple[Any, Any]:
     return (filling,) * (2 - len(values)) + values  # pyright: ignore[reportReturnType]
 
 
-def _images(array: Array, case: Case) -> Array:
+def _images(array: Array) -> Array:
     """(N, H, W, C) of an x or y of one or two spatial axes."""
     return array.reshape(array.shape[0], *_two(array.shape[1:-1], 1), array.shape[-1])
 
@@ -251,7 +251,7 @@ def _torch(channels_last: bool) -> Contestant:
         channels, multiplier = oracle.channels, oracle.multiplier
         strides, dilation = _two(oracle.strides, 1), _two(oracle.dilation, 1)
         padding, out = _two(pads(case), (0, 0)), _two(oracle.out, 1)
-        x, g = (tensor(np.moveaxis(_images(operands[name], case), -1, 1)) for name in ("x", "g"))
+        x, g = (tensor(np.moveaxis(_images(operands[name]), -1, 1)) for name in ("x", "g"))
         window = _filters(operands["w"])
         w = tensor(np.moveaxis(window.reshape(*window.shape[:2], 1, -1), (2, 3), (1, 0)))
         b = torch.from_numpy(operands["b"]).to(w)
@@ -348,7 +348,7 @@ def _tensorflow(case: Case, operands: Operands, direction: str, dtype: str, chai
     strides = _two(oracle.strides, 1)
     if strides[0] != strides[1] or set(oracle.dilation) != {1}:
         raise UnsupportedError("strides that differ, or dilation")
-    x, g = (tf.constant(_images(operands[name], case)) for name in ("x", "g"))
+    x, g = (tf.constant(_images(operands[name])) for name in ("x", "g"))
     w, b = tf.constant(_filters(operands["w"])), tf.constant(operands["b"])
     padding = [(0, 0), *_two(pads(case), (0, 0)), (0, 0)]
     options = {
@@ -374,7 +374,7 @@ def _onnxruntime(case: Case, operands: Operands, direction: str, dtype: str, cha
     onnx, runtime = _optional("onnx"), _optional("onnxruntime")
     oracle = case.oracle
     window = _filters(operands["w"])
-    x = np.ascontiguousarray(np.moveaxis(_images(operands["x"], case), -1, 1))
+    x = np.ascontiguousarray(np.moveaxis(_images(operands["x"]), -1, 1))
     filters = np.ascontiguousarray(np.moveaxis(window.reshape(*window.shape[:2], 1, -1), (2, 3), (1, 0)))
     shape = (x.shape[0], oracle.channels * oracle.multiplier, *_two(oracle.out, 1))
     helper, floats = onnx.helper, onnx.TensorProto.FLOAT

@@ -331,7 +331,8 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
     differ in the last bit from the sum in `optax.apply_updates`. So nothing that must hold exactly depends on that sum:
     the projection has a margin (`Constraint.interior`), and the bounds of an interval depend on `param` alone.
     """
-    strict = jax.config.jax_numpy_dtype_promotion == "strict"  # optax could not add float32 to a narrower parameter
+    config: Any = jax.config
+    strict = config.jax_numpy_dtype_promotion == "strict"  # optax could not add float32 to a narrower parameter
     dtype = param.dtype if strict else promoted(jnp.result_type(update), at_least_float32(param.dtype))
     base = param.astype(dtype)
     # The select, which changes no sum, keeps a product in `update` from being contracted with it.

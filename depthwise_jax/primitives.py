@@ -154,7 +154,8 @@ def _batching_rule(
 
 
 def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
-    checked = jax.config.jax_debug_nans, jax.config.jax_debug_infs
+    config: Any = jax.config
+    checked = config.jax_debug_nans, config.jax_debug_infs
     with jax.disable_jit(False):  # a primitive is the smallest thing that runs: without jit it would call itself
         if not any(checked):
             return _compiled(primitive, **params)(*operands)

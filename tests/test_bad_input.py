@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, explain, separable_conv
+from tests.cases import LOWERINGS
 
 X = jax.ShapeDtypeStruct((2, 8, 9, 3), jnp.float32)
 KERNEL = jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32)
@@ -281,22 +282,34 @@ def test_a_forced_lowering_that_cannot_serve_says_why_at_lowering() -> None:
 
 def test_a_choice_never_fails() -> None:
     f = jax.jit(lambda x, w: depthwise_conv(x, w))
-    jax.export.export(f)(symbolic_length(), shape(3, 2, 1))
+    exported = jax.export.export(f)(symbolic_length(), shape(3, 2, 1))
+    assert "stablehlo.convolution" in exported.mlir_module()
+    x, w = np.arange(10.0, dtype=np.float32).reshape(1, 5, 2), np.ones((3, 2, 1), np.float32)
+    np.testing.assert_array_equal(exported.call(x, w), [[[6, 9], [12, 15], [18, 21]]])
 
 
 # explain
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
-@pytest.mark.parametrize("partitioned", [False, True])
-def test_explain_knows_every_platform(platform: str, partitioned: bool) -> None:
-    explained = explain(X, KERNEL, strides=2, padding="same", platform=platform, partitioned=partitioned)
-    for choice in (explained.forward, explained.input_grad, explained.kernel_grad):
-        assert choice.lowering in ("conv", "taps", "native")
-        assert len(choice.reason) > 10
-        assert platform != "tpu" or choice.lowering == "conv"
-    for name in ("forward", "input_grad", "kernel_grad"):
-        assert name in str(explained)
+# What serves forward, dx and dw on each platform: on one device, and partitioned over one mesh axis and two.
+CONV, TAPS = ("conv",) * 3, ("taps",) * 3
+PLATFORMS = {
+    "cpu": (("native",) * 3 if "native" in LOWERINGS else TAPS, TAPS, TAPS),
+    "cuda": (CONV, CONV, ("conv", "conv", "taps")),
+    "rocm": (CONV, CONV, ("conv", "conv", "taps")),
+    "tpu": (CONV, CONV, CONV),
+}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("axes", [0, 1, 2])
+@pytest.mark.parametrize("geometry", [{}, {"strides": 2, "padding": "same"}, {"dilation_rate": 2}], ids=str)
+def test_what_serves_each_platform(platform: str, axes: int, geometry: dict[str, Any]) -> None:
+    explained = explain(X, KERNEL, **geometry, platform=platform, partitioned=axes)
+    choices = {name: getattr(explained, name) for name in ("forward", "input_grad", "kernel_grad")}
+    assert tuple(choice.lowering for choice in choices.values()) == PLATFORMS[platform][axes]
+    for name, choice in choices.items():
+        assert re.search(rf"{name}\W+{choice.lowering}: {re.escape(choice.reason)}", str(explained))
 
 
 def test_explain_repeats_what_was_asked_for(implementation: str) -> None:
@@ -331,3 +344,31 @@ def test_explain_refuses_what_the_call_refuses(options: dict[str, Any], words: t
 def test_explain_refuses_a_lowering_that_cannot_serve() -> None:
     with pytest.raises(ValueError, match=r"'taps'.*symbolic"):
         explain(symbolic_length(), shape(3, 2, 1), implementation="taps", platform="cpu")
+
+
+def test_conv_says_that_a_symbolic_batch_has_no_slabs() -> None:
+    (n,) = jax.export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((n, 8, 9, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"'conv' cannot serve this kernel_grad on tpu: .*its size is symbolic"):
+        explain(x, KERNEL, implementation="conv", platform="tpu", partitioned=2)
+    explained = explain(x, KERNEL, platform="tpu", partitioned=2)
+    assert (explained.forward.lowering, explained.kernel_grad.lowering) == ("conv", "taps")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_conv_says_where_slabs_were_not_tried(platform: str) -> None:
+    with pytest.raises(ValueError, match=f"'conv' cannot serve this kernel_grad on {platform}: .*tried on cpu and tpu"):
+        explain(X, KERNEL, implementation="conv", platform=platform, partitioned=2)
+    explained = explain(X, KERNEL, platform=platform, partitioned=2)
+    assert (explained.forward.lowering, explained.kernel_grad.lowering) == ("conv", "taps")
+
+
+def test_same_with_strides_needs_a_known_size() -> None:
+    refused(
+        ValueError,
+        ("padding='same' with strides above 1 needs a known size", "l"),
+        symbolic_length(),
+        shape(3, 2, 1),
+        strides=2,
+        padding="same",
+    )

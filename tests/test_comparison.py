@@ -166,6 +166,27 @@ def test_arguments() -> None:
         assert separable[library] == {"1, 2, 3": "1 to 3"}.get(", ".join(found), ", ".join(found))
 
 
+def test_channels_first() -> None:
+    cells = table()["channels first"]
+    x = np.ones((1, CHANNELS, 9, 11), np.float32)
+    assert [cells[library] for library in LIBRARIES] == ["yes", "yes", "no", "always"]
+    ours = depthwise_jax.DepthwiseConv2D(3, data_format="channels_first")
+    assert ours.init_with_output(jax.random.key(0), x)[0].shape == (1, CHANNELS, 7, 9)
+    assert keras.layers.DepthwiseConv2D(3, data_format="channels_first")(x).shape == (1, CHANNELS, 7, 9)
+    assert not [name for name in nn.Conv.__dataclass_fields__ if "format" in name or "dimension" in name]
+    assert torch_layer(image(1)).shape[1] == CHANNELS
+
+
+def test_configurations() -> None:
+    row = table()["Keras' configurations"]
+    assert [row[library] for library in LIBRARIES] == ["yes", "yes", "no", "no"]
+    config = keras.layers.DepthwiseConv2D(3, strides=2, padding="same", activation="relu", name="dw").get_config()
+    ours = depthwise_jax.DepthwiseConv2D.from_config(config)
+    assert (ours.kernel_size, ours.strides, ours.padding, ours.name) == ((3, 3), (2, 2), "same", "dw")
+    assert keras.layers.DepthwiseConv2D.from_config(ours.get_config()).get_config() == config
+    assert not hasattr(nn.Conv, "from_config")
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
         assert "://" in target or (README.parent / target).exists(), target

@@ -299,6 +299,8 @@ def test_an_optax_projection_per_slice(axis: Any) -> None:
     [
         (MaxNorm(0.5, axis="window"), lambda w: norm(w, (0, 1)) - 0.5),
         (MinMaxNorm(0.5, 0.8), lambda w: np.maximum(norm(w, 0) - 0.8, 0.5 - norm(w, 0))),
+        # All norms lie below the lower bound: the largest distance is one to it.
+        (MinMaxNorm(50.0, 80.0), lambda w: 50 - norm(w, 0)),
         (UnitNorm(axis=(0, 1)), lambda w: np.abs(norm(w, (0, 1)) - 1)),
         (NonNeg(), lambda w: -w),
         (Box(-1, 0.25), lambda w: np.maximum(-1 - w, w - 0.25)),

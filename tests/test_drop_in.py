@@ -210,6 +210,27 @@ UNCHANGED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, dict[str, Any]
         jnp.float32,
         {**DEPTHWISE, "padding": [(1, 1), (1, 1)], "lhs_dilation": (2, 3), "window_strides": (2, 2)},
     ),
+    "lhs_dilation with several kernels per channel": (
+        X,
+        W,
+        jnp.float32,
+        {**DEPTHWISE, "padding": [(1, 1), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
+    "lhs_dilation of an empty input": (
+        (2, 0, 6, C),
+        (3, 2, 1, C),
+        jnp.float32,
+        {**DEPTHWISE, "padding": [(2, 2), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
+    "lhs_dilation with negative pads": (
+        X,
+        (3, 2, 1, C),
+        jnp.float32,
+        {**DEPTHWISE, "padding": [(-1, 1), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
+    "one channel": ((2, 7, 6, 1), (3, 2, 1, 1), jnp.float32, {**NHWC, "feature_group_count": 1}),
+    "one channel with several kernels": ((2, 7, 6, 1), (3, 2, 1, 4), jnp.float32, {**NHWC}),
+    "no output features": (X, (3, 2, 1, 0), jnp.float32, {**DEPTHWISE}),
     "no spatial axis": (
         (2, C),
         (1, C),
@@ -384,3 +405,10 @@ def test_under_vmap_and_scan() -> None:
     assert_close(jax.vmap(f)(x, w), np.asarray(jax.vmap(g)(x, w), np.float64), 1e-5)
     run = lambda h: lax.scan(lambda y, w: (h(y, w), None), x[0], w)[0]  # noqa: E731
     assert_close(run(f), np.asarray(run(g), np.float64), 1e-5)
+
+
+def test_lhs_dilation_of_a_symbolic_size_goes_to_lax() -> None:
+    (n,) = jax.export.symbolic_shape("n", constraints=["n >= 3"])
+    shapes = jax.ShapeDtypeStruct((2, n, 6, C), jnp.float32), jax.ShapeDtypeStruct((3, 2, 1, C), jnp.float32)
+    options = {"window_strides": (1, 1), "padding": [(1, 1), (1, 1)], "lhs_dilation": (2, 2), **DEPTHWISE}
+    assert not is_fast(lambda x, w: conv_general_dilated(x, w, **options), *shapes)

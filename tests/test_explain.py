@@ -135,31 +135,24 @@ def test_a_number_of_mesh_axes_stands_for_a_mesh(partitioned: int, expected: str
 
 def toy_lowering() -> Any:
     def forward(x: Any, kernel: Any, call: Call) -> Any:
-        (k, c, _), n = kernel.shape, call.convolution.out[0]
-        taps = [x[..., t : t + n, :] * kernel[t, :, 0] for t in range(k)]
-        return sum(taps[1:], taps[0]).reshape(*x.shape[:-2], n, c)
+        n = call.convolution.out[0]
+        return jnp.sum(jnp.stack([x[..., t : t + n, :] * kernel[t, :, 0] for t in range(kernel.shape[0])]), axis=0)
 
-    def transpose(position: int) -> Any:
-        def rule(a: Any, b: Any, call: Call) -> Any:
-            x, g, kernel = (a, b, None) if position else (None, a, b)
-            spatial, window = call.convolution.spatial[0], call.convolution.window.size[0]
-            if position:
-                zero = jnp.zeros((window, x.shape[-1], 1), x.dtype)
-                return jax.linear_transpose(lambda kernel: forward(x, kernel, call), zero)(g)[0]
-            zero = jnp.zeros((*g.shape[:-2], spatial, g.shape[-1]), g.dtype)
-            return jax.linear_transpose(lambda x: forward(x, kernel, call), zero)(g)[0]
+    def input_grad(g: Any, kernel: Any, call: Call) -> Any:
+        x = jnp.zeros((*g.shape[:-2], *call.convolution.spatial, g.shape[-1]), g.dtype)
+        return jax.linear_transpose(lambda x: forward(x, kernel, call), x)(g)[0]
 
-        return rule
+    def kernel_grad(x: Any, g: Any, call: Call) -> Any:
+        kernel = jnp.zeros((*call.convolution.window.size, x.shape[-1], 1), x.dtype)
+        return jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)(g)[0]
 
     def refusal(call: Call) -> str | None:
         window = call.convolution.window
         plain = window.rank == 1 and window.strides == (1,) and window.padding == ((0, 0),) and window.dilation == (1,)
         return None if plain else "it knows plain rows only"
 
-    return SimpleNamespace(
-        refusal=refusal, operand_dtype=lambda call: call.dtype, forward=forward, input_grad=transpose(0),
-        kernel_grad=transpose(1),
-    )  # fmt: skip
+    functions = {"forward": forward, "input_grad": input_grad, "kernel_grad": kernel_grad}
+    return SimpleNamespace(refusal=refusal, operand_dtype=lambda call: call.dtype, **functions)
 
 
 def test_a_lowering_is_one_module_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:

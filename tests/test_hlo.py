@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import explain, separable_conv
 from tests.cases import CORE, SMALL_NETWORKS, Case
@@ -124,4 +126,30 @@ def test_bias_and_activation_add_no_pass_over_the_output() -> None:
     x, w, _ = case.operands()
     text = compiled_text(case.conv("taps", activation="relu"), x, w, case.draw((3,), 20))
     entry = text[text.index("ENTRY") :]
-    assert len(re.findall(r"= \S+ (?:fusion|maximum|add)\(", entry)) <= 2, entry
+    assert len(re.findall(r"= \S+ (?:fusion|maximum|add)\(", entry)) == 1, entry
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("slabs", [False, True])
+def test_the_precision_arrives_in_every_convolution(slabs: bool, multiplier: int) -> None:
+    # It matters on TPU alone. With slabs the kernel gradient is another convolution.
+    case = Case("precision", (8, 6, 5, 3), (3, 3, 3, multiplier), {"padding": "same"})
+    mesh = jax.make_mesh((2, 2), ("b", "c"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    shardings = [NamedSharding(mesh, spec) for spec in (P("b"), P(), P("b"))] if slabs else None
+    text = (
+        jax.jit(maps(case.conv("conv", precision="highest")), in_shardings=shardings).lower(*case.operands()).as_text()
+    )
+    convolutions = re.findall(r"stablehlo\.convolution.*", text)
+    assert len(convolutions) == 1 + 2 * multiplier
+    assert bool(re.search(r"lhs_dilate = \[[^]]*[2-9]", text)) == slabs
+    for convolution in convolutions:
+        assert convolution.count("precision HIGHEST") == 2, convolution
+
+
+def test_the_precision_arrives_in_the_pointwise_half() -> None:
+    x, w, _ = CORE[1].operands()
+    p = CORE[1].draw((1, 1, 6, 4), 20)
+    f = lambda x, w, p: separable_conv(x, w, p, precision="highest")  # noqa: E731
+    text = jax.jit(lambda *z: jax.value_and_grad(lambda *z: f(*z).sum(), (0, 1, 2))(*z)).lower(x, w, p).as_text()
+    dots = re.findall(r"stablehlo\.dot_general.*", text)
+    assert len([dot for dot in dots if "HIGHEST" in dot]) == len(dots) >= 3

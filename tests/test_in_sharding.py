@@ -188,3 +188,17 @@ def test_a_shard_is_sharded_no_further(automatic: Any) -> None:
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(automatic: Any) -> None:
     with jax.set_mesh(automatic), pytest.raises(ValueError, match="3"):
         depthwise_conv(jnp.ones((3, 5, 5, 4)), jnp.ones((3, 3, 4, 1)), in_sharding=BOTH)
+
+
+def test_inside_shard_map_over_another_axis(automatic: Any) -> None:
+    # Manual over "b": x is a shard there, and "c" is left to name.
+    case = CASES[0]
+    x, w, _ = case.operands()
+
+    def local(x: Any, w: Any) -> Any:
+        y = depthwise_conv(x, w, **case.geometry, in_sharding=P(None, None, None, "c"))
+        assert jax.typeof(y).sharding.mesh.axis_names == ("b", "c")
+        return y
+
+    f = jax.shard_map(local, mesh=automatic, in_specs=(P("b"), P()), out_specs=P("b"), axis_names={"b"})
+    assert_close(jax.jit(f)(x, w), case.oracle.conv(x, w), 1e-5)

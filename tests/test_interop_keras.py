@@ -309,6 +309,10 @@ HOSTILE = {
     ),
     "one too many": (lambda file: file.__setitem__(f"{VARS}/2", np.ones(2, np.float32)), "'dw' has a variable '2'"),
     "a group as array": (lambda file: (file.__delitem__(f"{VARS}/0"), file.create_group(f"{VARS}/0")), "is no array"),
+    "two layers under one name": (
+        lambda file: file.copy("layers/depthwise_conv2d", "layers/depthwise_conv2d_1"),
+        "there are two layers 'dw'",
+    ),
     "no such layer": (lambda file: file.__delitem__("layers/depthwise_conv2d"), "no weights for the layer 'dw'"),
 }
 
@@ -445,3 +449,17 @@ def test_read_weights_needs_no_keras(archive):
         f"saved = read_weights({str(archive[0])!r})['dw']; from_keras(saved); assert 'keras' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_bfloat16_arrays(tmp_path, suffix):
+    layer = keras.layers.DepthwiseConv2D(3, name="dw", dtype="bfloat16")
+    model = keras.Sequential([keras.Input((5, 5, 2)), layer])
+    kernel = np.linspace(-3, 3, 18, dtype=np.float32).reshape(3, 3, 2, 1).astype(jnp.bfloat16)
+    model.set_weights([kernel, np.asarray([0.5, -7], jnp.bfloat16)])
+    path = tmp_path / f"model{suffix}"
+    (model.save if suffix == ".keras" else model.save_weights)(path)
+    (saved,) = read_weights(path).values()
+    assert saved.values["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(saved.values["kernel"], kernel)
+    np.testing.assert_array_equal(saved.values["bias"], np.asarray([0.5, -7], jnp.bfloat16))

@@ -160,6 +160,10 @@ def test_output_shapes_without_a_known_number_of_channels():
     assert linen.DepthwiseConv2D(3).compute_output_shape((9, None, 2)) == (7, None, 2)  # no batch axis
     assert linen.DepthwiseConv2D(3).compute_output_shape((2, 0, 9, 9, 2)) == (2, 0, 7, 7, 2)
     assert linen.DepthwiseConv2D(3, activation="glu").compute_output_shape((None, 9, 9, 4)) == (None, 7, 7, 2)
+    assert linen.DepthwiseConv2D(3, activation="glu").compute_output_shape((2, 9, 9, None)) == (2, 7, 7, None)
+    assert linen.DepthwiseConv2D(3, activation="glu", data_format="channels_first").compute_output_shape(
+        (2, None, 9, 9)
+    ) == (2, None, 7, 7)
 
 
 # Keras' tests of the functions: integers in float32, which must come out exactly; strides and dilation together.

@@ -49,9 +49,9 @@ def test_prints_what_is_there_and_exits_with_0() -> None:
 def test_names_the_lowering_and_the_map_that_are_wrong(
     broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = getattr(lowering.taps, broken)
+    right = getattr(lowering.LOWERINGS["taps"], broken)
     # One part in ten thousand, in one place.
-    monkeypatch.setattr(lowering.taps, broken, lambda *args, **kwargs: _nudged(right(*args, **kwargs)))
+    monkeypatch.setattr(lowering.LOWERINGS["taps"], broken, lambda *args, **kwargs: _nudged(right(*args, **kwargs)))
     monkeypatch.setattr(command, "CHECKED", command.CHECKED[:1])
     assert command.main() == 1
     printed = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_a_lowering_that_raises_is_a_failure(
     def forward(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(lowering.conv, "forward", forward)
+    monkeypatch.setattr(lowering.LOWERINGS["conv"], "forward", forward)
     monkeypatch.setattr(command, "CHECKED", command.CHECKED[:1])
     assert command.main() == 1
     assert (

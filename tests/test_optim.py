@@ -378,3 +378,16 @@ def test_constraints_of_an_empty_subtree(empty: Any) -> None:
     project({"a": NonNeg(), "e": NonNeg()}).init(params)
     with pytest.raises(ValueError, match="there is no parameter 'f'"):
         project({"a": None, "f": None}).init(params)
+
+
+@pytest.mark.parametrize(("exact", "norm"), [(False, 8), (True, 16)])
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_rounding_breaks_the_bound_without_a_margin(exact: bool, norm: float, count: int) -> None:
+    # The longer the way into the ball, the coarser the step is rounded: of many slices some end outside.
+    constraint = MaxNorm(BOUND, axis=0, exact=exact)
+    draw = np.random.default_rng(0).standard_normal((2, count, 50_000))
+    params = jnp.asarray(norm * draw[0] / np.sqrt(np.sum(draw[0] ** 2, 0)), jnp.float32)
+    step = project(constraint)
+    updates, _ = step.update(jnp.asarray(0.01 * draw[1], jnp.float32), step.init(params), params)
+    norms = np.sqrt(np.sum(np.asarray(optax.apply_updates(params, updates), np.float64) ** 2, 0))
+    assert BOUND * (1 - 1e-5) < norms.max() <= BOUND + 4 * ulp(BOUND, "float32")

@@ -478,3 +478,13 @@ def test_exactly_one_argument() -> None:
         project()
     with pytest.raises(TypeError, match="either constraints or select"):
         project(NonNeg(), select=lambda path, leaf: None)
+
+
+def test_masked_at_a_subtree_above_the_constraints() -> None:
+    # optax.masked leaves one node for the whole subtree; the constraints beneath it belong to nobody.
+    params = {"a": {"w": jnp.array([-1.0, 2.0]), "b": jnp.array([-3.0])}, "c": jnp.array([-1.0])}
+    constraints = {"a": {"w": NonNeg(), "b": None}, "c": NonNeg()}
+    step = optax.masked(project(constraints), {"a": False, "c": True})
+    updates, _ = step.update(jax.tree.map(jnp.zeros_like, params), step.init(params), params)
+    new = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(new, {**params, "c": jnp.array([0.0])})

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import separable_conv
-from tests.cases import Case
+from tests.cases import LOWERINGS, Case
 from tests.oracle import assert_close, widest
 
 LAST = Case("shard-map", (4, 5, 4, 4), (3, 3, 4, 2), {"strides": (2, 1), "padding": "same"})
@@ -194,3 +194,20 @@ def test_varying_operands_give_a_varying_result(implementation: str, mesh: Any) 
         jax.ShapeDtypeStruct(LAST.kernel, jnp.float32),
     )
     assert seen[-1] == {"b", "c"}
+
+
+@pytest.mark.skipif("native" not in LOWERINGS, reason="no compiled kernels")
+def test_a_shard_that_the_compiler_partitions_further_is_no_single_device(mesh: Any) -> None:
+    x, w, _ = LAST.operands()
+
+    def f(implementation: str | None, axes: set[str]) -> Any:
+        return jax.jit(
+            jax.shard_map(
+                LAST.conv(implementation), mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), axis_names=axes
+            )
+        )
+
+    assert "depthwise_jax." in f(None, {"b", "c"}).lower(x, w).as_text()
+    assert "depthwise_jax." not in f(None, {"b"}).lower(x, w).as_text()
+    with pytest.raises(ValueError, match=r"'native' cannot serve this forward on cpu: .*partition"):
+        f("native", {"b"}).lower(x, w)

@@ -421,3 +421,19 @@ def test_shardings_that_do_not_fit(what: str, lowering: str | None, axis_type: A
     # Under automatic axes and without a word on y, XLA takes what conv gathers for a reason to leave y whole.
     if rows and (lowering is None or axis_type == AxisType.Explicit):
         assert {shard.data.shape[1] for shard in y.addressable_shards} == {1}, "y is not replicated"
+
+
+@pytest.mark.parametrize("lowering", PLAIN)
+def test_gradients_are_sharded_as_their_operands_are(lowering: str, explicit: Any) -> None:
+    # The kernel's channels are sharded and those of x are not, or the other way round: y's are.
+    case = CASES[0]
+    x, w, g = case.operands()
+    for x_spec, w_spec in ((P("b"), P(None, None, "c", None)), (P("b", None, None, "c"), P())):
+        with jax.set_mesh(explicit):
+            xs, ws = typed(explicit, x, x_spec), typed(explicit, w, w_spec)
+            gs = typed(explicit, g, P("b", None, None, "c"))
+            dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(lowering), x, w)[1](g))(xs, ws, gs)
+            assert jax.typeof(dx).sharding == jax.typeof(xs).sharding
+            assert jax.typeof(dw).sharding == jax.typeof(ws).sharding
+        assert_close(dx, case.oracle.input_grad(g, w), 1e-5)
+        assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)

@@ -173,7 +173,8 @@ def test_constraints_as_without_strict_promotion(name: str, dtype: str) -> None:
     step, expected = strict[3]["kernel"], standard[3]["kernel"]
     assert step.dtype == expected.dtype == dtype
     # Of a narrow parameter the update has its dtype, so that the sum is rounded once more.
-    np.testing.assert_allclose(*(np.asarray(a, float) for a in (step, expected)), atol=2 * float(jnp.finfo(dtype).eps))
+    actual, expected = (np.asarray(a, float) for a in (step, expected))
+    np.testing.assert_allclose(actual, expected, atol=2 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -191,12 +192,15 @@ def test_a_narrow_step_stays_feasible(dtype: str, jit: bool) -> None:
         for scale in (1e-3, 0.1, 1.0, 100.0):
             params = step(params, {"w": jnp.asarray(rng.normal(size=(3, 3, 16, 4)) * scale, dtype)})
             limit = 0.0 if isinstance(constraint, Box) else 4 * float(jnp.finfo(dtype).epsneg) * bound
-            assert float(constraint.violation(params["w"])) <= limit, (constraint, scale)
+            violation = constraint.violation(params["w"])
+            assert violation is not None
+            assert float(violation) <= limit, (constraint, scale)
 
 
 def test_a_scheduled_bound() -> None:
-    params = {"kernel": jnp.ones((3, 3, 4, 2), jnp.bfloat16)}
+    params: Any = {"kernel": jnp.ones((3, 3, 4, 2), jnp.bfloat16)}
     scheduled = optax.inject_hyperparams(lambda bound: project(MaxNorm(bound, axis="window")))
     tx = scheduled(bound=lambda count: 1.0 / (1 + count.astype(jnp.float32)))
     updates, _ = tx.update(params, tx.init(params), params)
-    assert optax.apply_updates(params, updates)["kernel"].dtype == jnp.bfloat16
+    new: Any = optax.apply_updates(params, updates)
+    assert new["kernel"].dtype == jnp.bfloat16

@@ -296,6 +296,17 @@ def test_a_nan_in_the_kernel_does_not_reach_through_the_padding(lowering: str) -
     np.testing.assert_array_equal(y[:, 0], [2, np.nan, np.nan, np.nan])
 
 
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "conv"])
+def test_nor_in_a_window_of_many_taps(lowering: str) -> None:
+    # More than 64: taps runs them in a loop. Tap 0 reads the input for the outputs from 34 on, tap 69 for the first 5.
+    w = np.ones((70, 1, 1), np.float32)
+    for tap, broken in ((0, lambda o: o >= 34), (69, lambda o: o < 5)):
+        a = w.copy()
+        a[tap] = np.nan
+        y = depthwise_conv(np.ones((40, 1), np.float32), a, padding="same", implementation=lowering)
+        np.testing.assert_array_equal(np.isnan(y[:, 0]), [broken(o) for o in range(40)])
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_separable(implementation: str, data_format: str, rank: int) -> None:

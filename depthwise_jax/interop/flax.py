@@ -68,11 +68,11 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
         )
     if rank > 3:
         raise ValueError(f"{what} has {rank} spatial axes; a layer of depthwise_jax has one to three")
-    _check_plain(conv, rank, what)
+    _check_plain(conv, what)
     arguments = {
         "kernel_size": size,
         "strides": 1 if conv.strides is None else conv.strides,
-        "padding": _padding(conv.padding, rank),
+        "padding": _padding(conv.padding),
         "depth_multiplier": features // groups,
         "data_format": "channels_last",
         "dilation_rate": 1 if conv.kernel_dilation is None else conv.kernel_dilation,
@@ -200,7 +200,7 @@ def _is_nnx_conv(conv: Any) -> bool:
     return isinstance(conv, nnx.Conv)
 
 
-def _check_plain(conv: Any, rank: int, what: str) -> None:
+def _check_plain(conv: Any, what: str) -> None:
     """Raises ValueError for what a Conv may have and a layer of ours has not."""
     for name in ("mask", "preferred_element_type", "conv_general_dilated_cls"):
         if getattr(conv, name, None) is not None:
@@ -216,7 +216,7 @@ def _check_plain(conv: Any, rank: int, what: str) -> None:
         raise ValueError(f"{what}: promote_dtype={conv.promote_dtype!r} is not flax's own, which a layer follows")
 
 
-def _padding(padding: Any, rank: int) -> Any:
+def _padding(padding: Any) -> Any:
     """Flax takes one integer per axis too."""
     if isinstance(padding, str | int):
         return padding

@@ -195,7 +195,8 @@ def _padding(eqn: JaxprEqn) -> Any:
     if all(isinstance(amount, int) for pair in padding for amount in pair):
         return padding
     numbers, dilation = eqn.params["dimension_numbers"], eqn.params["rhs_dilation"]
-    lhs, rhs = (v.aval.shape for v in eqn.invars)
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    lhs, rhs = (aval.shape for aval in avals)
     spatial = [lhs[axis] for axis in numbers.lhs_spec[2:]]
     extent = [(rhs[axis] - 1) * d + 1 for axis, d in zip(numbers.rhs_spec[2:], dilation, strict=True)]
     return next(
