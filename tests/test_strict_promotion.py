@@ -73,7 +73,7 @@ def test_integers_and_complex_numbers() -> None:
 
 def test_operands_of_two_dtypes_are_refused_as_by_lax() -> None:
     x, k = jnp.ones((1, 6, 3), jnp.bfloat16), jnp.ones((2, 3, 1), jnp.float32)
-    with pytest.raises(TypeError, match="no available implicit dtype promotion path"):
+    with pytest.raises(ValueError, match="no available implicit dtype promotion path"):
         depthwise_conv(x, k)
 
 
