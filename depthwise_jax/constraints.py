@@ -397,9 +397,14 @@ class PerSlice(Constraint):
         return per_instance(self.projection, others)(w.astype(at_least_float32(w.dtype))).astype(w.dtype)
 
 
-def _mapped(method: str) -> Callable[..., Any]:
+def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of `Lifted`: the instance's of that name, mapped over the lifted axes."""
-    return lambda self, w: per_instance(getattr(self.constraint, method), self.axes)(w)
+
+    @functools.wraps(method)
+    def mapped(self: "Lifted", w: jax.Array) -> Any:
+        return per_instance(getattr(self.constraint, method.__name__), self.axes)(w)
+
+    return mapped
 
 
 @dataclass(frozen=True)
@@ -422,9 +427,9 @@ class Lifted(Constraint):
     def keeps_finite(self) -> bool:
         return self.constraint.keeps_finite
 
-    __call__ = _mapped("__call__")
-    project_with_margin = _mapped("project_with_margin")
-    excess = _mapped("excess")
+    __call__ = _mapped(Constraint.__call__)
+    project_with_margin = _mapped(Constraint.project_with_margin)
+    excess = _mapped(Constraint.excess)
 
 
 @dataclass(frozen=True)
