@@ -79,7 +79,10 @@ class _Layer(nnx.Module):
         # Made of the attributes: attributes that are plain values make equal modules equal to nnx.jit.
         arguments = {name: getattr(self, name) for name in fields.names(type(self))}
         made = self._memo.spec
-        if made is None or any(made.arguments[name] is not value for name, value in arguments.items()):
+        # A list or a dict that was assigned may have changed in place since.
+        if made is None or any(
+            made.arguments[name] is not value or isinstance(value, list | dict) for name, value in arguments.items()
+        ):
             made = self._memo.spec = Spec(type(self).__name__, self.rank, arguments)
         return made
 

@@ -523,6 +523,11 @@ def test_an_attribute_assigned_after_calls_counts(copied):
     assert layer.compute_output_shape(X.shape) == expected.shape
     if layer is not original:
         np.testing.assert_array_equal(original(X), before)
+    strides = [1, 1]
+    layer.strides = strides
+    assert layer.compute_output_shape(X.shape) == (2, 4, 3, 3)
+    strides[0] = 2
+    assert layer.compute_output_shape(X.shape) == (2, 2, 3, 3)
     layer.padding = "full"
     with pytest.raises(ValueError, match="padding"):
         layer(X)
