@@ -15,22 +15,18 @@ A pointwise kernel (1, 1, C, F) or a dense one (C, F) has its filters along C: `
 """
 
 import functools
-import math
-import operator
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 
 from depthwise_jax.dtypes import at_least_float32
 from depthwise_jax.introspect import per_instance
+from depthwise_jax.norms import Axis, axes_of, checked_axis, plain_norms, polar, rounded, slice_norms, sum_error
 from depthwise_jax.registry import Registry
-
-Axis = int | tuple[int, ...] | Literal["window"] | None
 
 _KERAS_EPSILON = 1e-7  # keras.config.epsilon()
 _INF = float("inf")
@@ -57,15 +53,15 @@ class Constraint:
         return -_INF, _INF
 
     @property
-    def builtin(self) -> bool:
-        """Whether finite input is known to give finite output, so that nobody needs to try."""
+    def keeps_finite(self) -> bool:
+        """Whether finite input is known to give finite output; `depthwise_jax.optim.project` tries it if not."""
         return False
 
     def __call__(self, w: jax.Array) -> jax.Array:
         """The projection of `w`, of its shape and dtype."""
         return w
 
-    def interior(self, w: jax.Array) -> jax.Array:
+    def project_with_margin(self, w: jax.Array) -> jax.Array:
         """The projection onto a set smaller by what rounding may add later; `self(w)` where there is no such set."""
         return self(w)
 
@@ -154,7 +150,7 @@ class Box(Constraint):
         return self.lower, self.upper
 
     @property
-    def builtin(self) -> bool:
+    def keeps_finite(self) -> bool:
         return True
 
     def __call__(self, w: jax.Array) -> jax.Array:
@@ -186,10 +182,10 @@ class NonNeg(Box):
 
 
 class _Norm(Constraint):
-    """Slices whose Euclidean norm lies in a shell [least, greatest]. Narrow dtypes are computed in float32.
+    """Slices whose Euclidean norm lies in [least, greatest]. Narrow dtypes are computed in float32.
 
     In a narrow dtype, a slice that was scaled down is rounded toward zero and one that was scaled up away from it, so
-    that rounding does not undo the projection. A thin shell (UnitNorm's) has no room for that: to nearest.
+    that rounding does not undo the projection. Bounds too close for that (UnitNorm's) round to nearest.
     """
 
     axis: Any
@@ -197,13 +193,13 @@ class _Norm(Constraint):
     rate: Any = 1.0
 
     @property
-    def builtin(self) -> bool:
+    def keeps_finite(self) -> bool:
         return True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        object.__setattr__(self, "axis", _checked_axis(self.axis, name))
-        least, greatest = self._shell()
+        object.__setattr__(self, "axis", checked_axis(self.axis, name))
+        least, greatest = self._norm_bounds()
         for argument, value in (("min_value", least), ("max_value", greatest)):
             if _is_number(value) and not 0 <= value < _INF:
                 raise ValueError(f"{name}: {argument} must be finite and not negative; got {value!r}")
@@ -211,27 +207,27 @@ class _Norm(Constraint):
             raise ValueError(f"{name}: min_value must not exceed max_value; got {least!r} and {greatest!r}")
         if _is_number(self.rate) and not 0 <= self.rate <= 1:
             raise ValueError(f"{name}: rate must lie in [0, 1]; got {self.rate!r}")
-        if self.exact and not (_is_number(self.rate) and self.rate == 1):
+        if self.exact and not self._at_once:
             raise ValueError(f"{name}: exact=True needs rate=1, since any other is not idempotent; got {self.rate!r}")
 
-    def _shell(self) -> tuple[Any, Any]:
+    def _norm_bounds(self) -> tuple[Any, Any]:
         """The bounds (least, greatest) on the norm."""
         raise NotImplementedError
 
-    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
-        """Keras' formula."""
+    def _keras_formula(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+        """The slices of `x`, whose norms are `norms`, as Keras projects them."""
         raise NotImplementedError
 
     def __call__(self, w: jax.Array) -> jax.Array:
         w = _floating(w)
-        axes = _axes(self.axis, w.ndim, type(self).__name__)
+        axes = axes_of(self.axis, w.ndim, type(self).__name__)
         x = w.astype(at_least_float32(w.dtype))
-        least, greatest = self._shell()
+        least, greatest = self._norm_bounds()
         # Rounding w may change the norm by this much, relative to itself; computing it, by less than 4 eps.
         slack = max(float(jnp.finfo(w.dtype).eps), 4 * float(jnp.finfo(x.dtype).eps))
         thin = least * (1 + 2 * slack) > greatest
         if self.exact:
-            direction, length, norms = _polar(x, axes)
+            direction, length, norms = polar(x, axes)
             zero = jnp.all(direction == 0, axes, keepdims=True)  # norms of subnormal slices underflow
             slightly = 4 * float(jnp.finfo(x.dtype).eps)
             target = jnp.where(
@@ -243,34 +239,35 @@ class _Norm(Constraint):
             member = (norms <= greatest + tolerance) & (norms >= least - tolerance) | zero
             projected = jnp.where(member, x, direction * (target / length))
         else:
-            norms = _plain_norms(x, axes)
-            projected = self._keras(x, norms)
+            norms = plain_norms(x, axes)
+            projected = self._keras_formula(x, norms)
         if w.dtype == x.dtype:
             return projected
         roomy = jnp.logical_not(thin)
-        return _rounded(projected, w.dtype, (norms > greatest) & roomy, (norms < least) & roomy)
+        return rounded(projected, w.dtype, (norms > greatest) & roomy, (norms < least) & roomy)
 
-    def interior(self, w: jax.Array) -> jax.Array:
-        least, greatest = self._shell()
-        if w.dtype != at_least_float32(w.dtype) or not (_is_number(least) and least == 0 and self._strict):
+    def project_with_margin(self, w: jax.Array) -> jax.Array:
+        least, greatest = self._norm_bounds()
+        if w.dtype != at_least_float32(w.dtype) or not (_is_number(least) and least == 0 and self._at_once):
             return self(w)
-        axes = _axes(self.axis, w.ndim, type(self).__name__)
-        # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; a plain sum
-        # of squares count half-eps, both here and in `excess`.
-        margin = 8 + (_count(w, axes) / 2 if _is_short(w, axes) else 0)
+        axes = axes_of(self.axis, w.ndim, type(self).__name__)
+        # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; the norm
+        # has half the error of its sum of squares, here and again in `excess`.
+        margin = 8 + sum_error(w, axes)
         target = greatest * (1 - margin * float(jnp.finfo(w.dtype).eps))
-        norms = _norms(w, axes)
+        norms = slice_norms(w, axes)
         if self.exact:
             return w * (target / jnp.maximum(jnp.maximum(norms, target), jnp.finfo(w.dtype).tiny))
         return w * (jnp.minimum(norms, target) / (_KERAS_EPSILON + norms))
 
     @property
-    def _strict(self) -> bool:
+    def _at_once(self) -> bool:
+        """Whether one projection reaches the bounds."""
         return _is_number(self.rate) and self.rate == 1
 
     def excess(self, w: jax.Array) -> jax.Array:
-        least, greatest = self._shell()
-        norms = _norms(w.astype(at_least_float32(w.dtype)), _axes(self.axis, w.ndim, type(self).__name__))
+        least, greatest = self._norm_bounds()
+        norms = slice_norms(w.astype(at_least_float32(w.dtype)), axes_of(self.axis, w.ndim, type(self).__name__))
         return jnp.maximum(jnp.maximum(norms - greatest, least - norms), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -310,10 +307,10 @@ class MaxNorm(_Norm):
     _: KW_ONLY
     exact: bool = False
 
-    def _shell(self) -> tuple[Any, Any]:
+    def _norm_bounds(self) -> tuple[Any, Any]:
         return 0, self.max_value
 
-    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+    def _keras_formula(self, x: jax.Array, norms: jax.Array) -> jax.Array:
         return x * (jnp.clip(norms, 0, self.max_value) / (_KERAS_EPSILON + norms))
 
 
@@ -339,10 +336,10 @@ class MinMaxNorm(_Norm):
     _: KW_ONLY
     exact: bool = False
 
-    def _shell(self) -> tuple[Any, Any]:
+    def _norm_bounds(self) -> tuple[Any, Any]:
         return self.min_value, self.max_value
 
-    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+    def _keras_formula(self, x: jax.Array, norms: jax.Array) -> jax.Array:
         desired = self.rate * jnp.clip(norms, self.min_value, self.max_value) + (1 - self.rate) * norms
         return x * (desired / (_KERAS_EPSILON + norms))
 
@@ -363,10 +360,10 @@ class UnitNorm(_Norm):
     _: KW_ONLY
     exact: bool = False
 
-    def _shell(self) -> tuple[Any, Any]:
+    def _norm_bounds(self) -> tuple[Any, Any]:
         return 1, 1
 
-    def _keras(self, x: jax.Array, norms: jax.Array) -> jax.Array:
+    def _keras_formula(self, x: jax.Array, norms: jax.Array) -> jax.Array:
         return x / (_KERAS_EPSILON + norms)
 
 
@@ -391,13 +388,23 @@ class PerSlice(Constraint):
     def __post_init__(self) -> None:
         if not callable(self.projection):
             raise TypeError(f"PerSlice: projection must be callable; got {self.projection!r}")
-        object.__setattr__(self, "axis", _checked_axis(self.axis, "PerSlice"))
+        object.__setattr__(self, "axis", checked_axis(self.axis, "PerSlice"))
 
     def __call__(self, w: jax.Array) -> jax.Array:
         w = _floating(w)
-        axes = _axes(self.axis, w.ndim, "PerSlice")
+        axes = axes_of(self.axis, w.ndim, "PerSlice")
         others = tuple(axis for axis in range(w.ndim) if axis not in axes)
         return per_instance(self.projection, others)(w.astype(at_least_float32(w.dtype))).astype(w.dtype)
+
+
+def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `Lifted`: the instance's of that name, mapped over the lifted axes."""
+
+    @functools.wraps(method)
+    def mapped(self: "Lifted", w: jax.Array) -> Any:
+        return per_instance(getattr(self.constraint, method.__name__), self.axes)(w)
+
+    return mapped
 
 
 @dataclass(frozen=True)
@@ -417,17 +424,12 @@ class Lifted(Constraint):
         return self.constraint.interval
 
     @property
-    def builtin(self) -> bool:
-        return self.constraint.builtin
+    def keeps_finite(self) -> bool:
+        return self.constraint.keeps_finite
 
-    def __call__(self, w: jax.Array) -> jax.Array:
-        return per_instance(self.constraint, self.axes)(w)
-
-    def interior(self, w: jax.Array) -> jax.Array:
-        return per_instance(self.constraint.interior, self.axes)(w)
-
-    def excess(self, w: jax.Array) -> jax.Array | None:
-        return per_instance(self.constraint.excess, self.axes)(w)
+    __call__ = _mapped(Constraint.__call__)
+    project_with_margin = _mapped(Constraint.project_with_margin)
+    excess = _mapped(Constraint.excess)
 
 
 @dataclass(frozen=True)
@@ -459,17 +461,17 @@ class _Composition(Constraint):
         return functools.reduce(_greater, lowers), functools.reduce(_lesser, uppers)
 
     @property
-    def builtin(self) -> bool:
-        return all(part.builtin for part in self.parts)
+    def keeps_finite(self) -> bool:
+        return all(part.keeps_finite for part in self.parts)
 
     def __call__(self, w: jax.Array) -> jax.Array:
         for part in self.parts:
             w = part(w)
         return w
 
-    def interior(self, w: jax.Array) -> jax.Array:
+    def project_with_margin(self, w: jax.Array) -> jax.Array:
         for part in self.parts:
-            w = part.interior(w)
+            w = part.project_with_margin(w)
         return w
 
     def excess(self, w: jax.Array) -> jax.Array | None:
@@ -518,105 +520,3 @@ def _floating(w: Any) -> jax.Array:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"a constraint expects a real floating-point array; got {w.dtype} of shape {w.shape}")
     return w
-
-
-def _checked_axis(axis: Any, name: str) -> Axis:
-    if axis is None or (isinstance(axis, str) and axis == "window"):
-        return axis
-    try:
-        if isinstance(axis, list | tuple):
-            return tuple(_index(entry) for entry in axis)
-        return _index(axis)
-    except TypeError:
-        raise TypeError(f"{name}: axis must be an int, a tuple of ints, 'window' or None; got {axis!r}") from None
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return operator.index(value)
-
-
-def _axes(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
-    """The axes that `axis` names in an array of rank `ndim`, not negative."""
-    if axis == "window":
-        if ndim < 3:
-            raise ValueError(f"{name}: axis='window' needs a kernel (*window, C, M) of rank 3 or more; got rank {ndim}")
-        return tuple(range(ndim - 2))
-    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)  # type: ignore[arg-type]
-    positive = tuple(entry + ndim if entry < 0 else entry for entry in axes)
-    if len(set(positive)) < len(axes) or not all(0 <= entry < ndim for entry in positive):
-        raise ValueError(f"{name}: axis={axis!r} must name different axes of an array of rank {ndim}")
-    return positive
-
-
-def _sqrt(x: jax.Array) -> jax.Array:
-    """The square root, its derivative 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
-
-
-def _count(x: jax.Array, axes: tuple[int, ...]) -> int:
-    """The numbers in a slice."""
-    return max(1, math.prod(x.shape[axis] for axis in axes))
-
-
-def _is_short(x: jax.Array, axes: tuple[int, ...]) -> bool:
-    """Whether a plain sum over a slice is right to a few eps, whatever the numbers: windows up to 5 x 5."""
-    return _count(x, axes) <= 32
-
-
-def _plain_norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return _sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
-
-
-def _norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Each slice's norm, right to a few eps; of short slices the cheap way, which overflows where Keras' does."""
-    return _plain_norms(x, axes) if _is_short(x, axes) else _polar(x, axes)[2]
-
-
-def _polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each slice as direction / length, and its norm, whatever its magnitude and number of elements.
-
-    Returns:
-        direction, x over a power of two near its largest element; the direction's length, 1 instead of 0; the norm of
-        x. Both are right to 3 eps / 2 plus what little the last sum adds.
-    """
-    info = jnp.finfo(x.dtype)
-    x, unit = _without_subnormal_slices(x, axes)
-    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-    power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
-    power = lax.stop_gradient(jnp.clip(power, info.tiny, 1 / info.tiny))  # 1 / power is a normal number too
-    direction = x * (1 / power)
-    # The squares, at most 16, are cut at a grid so coarse that the sum of the heads is exact in any order; the tails
-    # are tiny, and so is the error of their sum. A plain sum would lose many small elements beside one large one.
-    squares = jnp.square(direction)
-    grid = 2.0 ** (info.nmant - 3 - math.ceil(math.log2(_count(x, axes))))
-    heads = (squares * grid).astype(jnp.int32 if info.bits == 32 else jnp.int64)
-    tails = squares - heads.astype(x.dtype) * (1 / grid)
-    total = jnp.sum(heads, axes, keepdims=True, dtype=heads.dtype).astype(x.dtype) * (1 / grid)
-    length = _sqrt(total + jnp.sum(tails, axes, keepdims=True))
-    return direction, jnp.where(length == 0, 1, length), power * length * unit
-
-
-def _without_subnormal_slices(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """x, slices of subnormal numbers alone as multiples of the least one, and each slice's unit.
-
-    Arithmetic may take a subnormal number for zero, as XLA's on CPU does; its bits are an integer multiple.
-    """
-    info = jnp.finfo(x.dtype)
-    bits = lax.bitcast_convert_type(x, jnp.int32 if info.bits == 32 else jnp.int64)
-    magnitude = bits & jnp.iinfo(bits.dtype).max
-    subnormal = jnp.max(magnitude, axes, keepdims=True, initial=0) < 1 << info.nmant
-    multiple = jnp.where(bits < 0, -magnitude, magnitude).astype(x.dtype)
-    unit = jnp.where(subnormal, info.smallest_subnormal, jnp.ones((), x.dtype))
-    return jnp.where(subnormal, multiple, x), unit
-
-
-def _rounded(x: jax.Array, dtype: Any, down: jax.Array, up: jax.Array) -> jax.Array:
-    """`x` in a narrower dtype: toward zero where `down`, away from it where `up`, else to nearest."""
-    # XLA may keep more precision than asked for; behind the barrier it does not.
-    nearest = lax.optimization_barrier(x.astype(dtype))
-    change = jnp.abs(nearest.astype(x.dtype)) - jnp.abs(x)
-    inward = jnp.nextafter(nearest, jnp.zeros_like(nearest))
-    outward = jnp.nextafter(nearest, jnp.copysign(jnp.asarray(_INF, dtype), nearest))
-    return jnp.where(down & (change > 0), inward, jnp.where(up & (change < 0), outward, nearest))

@@ -1,6 +1,5 @@
 """The layers as Flax Linen modules: Keras' arguments, names and numbers, Flax's conventions."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -8,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jax import Array, lax
-from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax import Array
+from jax.typing import ArrayLike
 
-from depthwise_jax import introspect, regularizers, settings, spec
-from depthwise_jax.window import Padding
+from depthwise_jax import fields, introspect, regularizers, settings
+from depthwise_jax.fields import DepthwiseFields, SeparableFields
+from depthwise_jax.spec import Parameter, Spec, arguments_from_config, data_format
 
 
 class _Layer(nn.Module):
@@ -22,25 +21,25 @@ class _Layer(nn.Module):
     def __post_init__(self) -> None:
         # Read once, at construction, as Keras does: clones keep it.
         given = settings.image_data_format() if self.data_format is None else self.data_format
-        object.__setattr__(self, "data_format", spec.data_format(given))
-        arguments = {field: getattr(self, field) for field in _arguments(type(self))}
-        object.__setattr__(self, "_spec", spec.Spec(type(self).__name__, self.rank, arguments))
+        object.__setattr__(self, "data_format", data_format(given))
+        arguments = {name: getattr(self, name) for name in fields.names(type(self))}
+        object.__setattr__(self, "spec", Spec(type(self).__name__, self.rank, arguments))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: ArrayLike) -> Array:
         x = jnp.asarray(x)
-        shapes = self._spec.shapes(x.shape)
-        values = {p.name: _value(self, p, shapes[p.name], self._spec.param_dtype) for p in self._spec.parameters}
-        y = self._spec(x, values, sharded=not self.is_initializing())
+        shapes = self.spec.shapes(x.shape)
+        values = {p.name: _value(self, p, shapes[p.name], self.spec.param_dtype) for p in self.spec.parameters}
+        y = self.spec(x, values, sharded=not self.is_initializing())
         if self.is_mutable_collection("losses") and not self.is_initializing():
-            for parameter in self._spec.parameters:
+            for parameter in self.spec.parameters:
                 if parameter.regularizer is not None:
                     loss = regularizers.penalty(parameter.regularizer, values[parameter.name])
                     # Once per parameter, however often the layer is called.
                     self.sow("losses", parameter.name, loss, init_fn=_zero, reduce_fn=lambda _, new: new)
-            if self._spec.activity_regularizer is not None:
-                loss = self._spec.activity_loss(y)
+            if self.spec.activity_regularizer is not None:
+                loss = self.spec.activity_loss(y)
                 self.sow("losses", "activity", loss, init_fn=_zero, reduce_fn=lambda total, new: total + new)
         return y
 
@@ -53,7 +52,7 @@ class _Layer(nn.Module):
         Raises:
             ValueError: the input does not fit the layer, or the output would be empty.
         """
-        return self._spec.compute_output_shape(input_shape)
+        return self.spec.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
         """Keras' configuration of this layer, which Keras' own class of the same name accepts.
@@ -61,7 +60,7 @@ class _Layer(nn.Module):
         Raises:
             ValueError: Keras has no word for one of the arguments.
         """
-        return self._spec.get_config(self.name)
+        return self.spec.get_config(self.name)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -74,14 +73,14 @@ class _Layer(nn.Module):
         Raises:
             ValueError: it is another layer's, or names what is not built in.
         """
-        return cls(**spec.arguments_from_config(cls.__name__, _arguments(cls), config))
+        return cls(**arguments_from_config(cls.__name__, fields.names(cls), config))
 
 
 def _zero() -> Any:
     return 0.0
 
 
-def _value(module: nn.Module, parameter: spec.Parameter, shape: tuple[int, ...], dtype: Any) -> Array:
+def _value(module: nn.Module, parameter: Parameter, shape: tuple[int, ...], dtype: Any) -> Array:
     """The parameter's value, initialised if need be. No method: Flax would give it a name in the profile."""
     if module.has_variable("params", parameter.name):
         stored = meta.unbox(module.get_variable("params", parameter.name))
@@ -92,16 +91,23 @@ def _value(module: nn.Module, parameter: spec.Parameter, shape: tuple[int, ...],
     return module.param(parameter.name, init, shape, dtype)
 
 
-def _arguments(cls: type[nn.Module]) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls) if field.name not in ("parent", "name")]
+class DepthwiseConv1D(DepthwiseFields, _Layer):
+    """A depthwise convolution over one spatial axis.
+
+    The input is `(*batch, steps, C)`, or `(*batch, C, steps)` with channels_first, and the parameter `kernel` is
+    `(kernel_size, C, depth_multiplier)`. The arguments, the output and the errors are those of `DepthwiseConv2D`.
+    """
+
+    rank = 1
 
 
-class _DepthwiseConv(_Layer):
-    """A depthwise convolution: each input channel is convolved with its own `depth_multiplier` kernels.
+class DepthwiseConv2D(DepthwiseFields, _Layer):
+    """A depthwise convolution over two spatial axes: each channel has `depth_multiplier` kernels of its own.
 
-    The input is `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first, with any number of batch axes.
-    The output has `C*depth_multiplier` channels; channel `c*depth_multiplier + m` is input channel `c` under its `m`-th
-    kernel. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`, `(C*depth_multiplier,)`.
+    The input is `(*batch, height, width, C)`, or `(*batch, C, height, width)` with channels_first, with any number of
+    batch axes. The output has `C*depth_multiplier` channels; channel `c*depth_multiplier + m` is input channel `c`
+    under its `m`-th kernel. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`,
+    `(C*depth_multiplier,)`.
 
     Args:
         kernel_size: the window, one integer or one per spatial axis.
@@ -134,38 +140,7 @@ class _DepthwiseConv(_Layer):
 
     Raises:
         ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
-    """
 
-    kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Padding = "valid"
-    depth_multiplier: int = 1
-    data_format: str | None = None
-    dilation_rate: int | Sequence[int] = 1
-    activation: Any = None
-    use_bias: bool = True
-    depthwise_initializer: Any = "glorot_uniform"
-    bias_initializer: Any = "zeros"
-    depthwise_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    depthwise_constraint: Any = None
-    bias_constraint: Any = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
-    implementation: str | None = None
-    in_sharding: PartitionSpec | None = None
-
-
-class DepthwiseConv1D(_DepthwiseConv):
-    __doc__ = f"Over one spatial axis. {_DepthwiseConv.__doc__}"
-
-    rank = 1
-
-
-class DepthwiseConv2D(_DepthwiseConv):
-    __doc__ = f"""Over two spatial axes. {_DepthwiseConv.__doc__}
     Examples:
         >>> import jax
         >>> layer = DepthwiseConv2D(3, strides=3, activation="relu", depthwise_constraint="max_norm")
@@ -179,64 +154,46 @@ class DepthwiseConv2D(_DepthwiseConv):
     rank = 2
 
 
-class DepthwiseConv3D(_DepthwiseConv):
-    __doc__ = f"Over three spatial axes; Keras has no such layer. {_DepthwiseConv.__doc__}"
+class DepthwiseConv3D(DepthwiseFields, _Layer):
+    """A depthwise convolution over three spatial axes; Keras has no such layer.
+
+    The input is `(*batch, height, width, depth, C)`, or `(*batch, C, height, width, depth)` with channels_first, and
+    the parameter `kernel` is `(*kernel_size, C, depth_multiplier)`. The arguments, the output and the errors are those
+    of `DepthwiseConv2D`.
+    """
 
     rank = 3
 
 
-class _SeparableConv(_Layer):
-    """A depthwise convolution, then a pointwise one that mixes the channels, then bias and activation.
+class SeparableConv1D(SeparableFields, _Layer):
+    """A depthwise convolution over one spatial axis, then a pointwise one, then bias and activation.
 
-    The input is `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first, with any number of batch axes.
-    The output has `filters` channels. The parameters are `depthwise_kernel`, `(*kernel_size, C, depth_multiplier)`,
-    `pointwise_kernel`, `(1, ..., 1, C*depth_multiplier, filters)` with as many axes, and `bias`, `(filters,)`.
+    The input is `(*batch, steps, C)`, or `(*batch, C, steps)` with channels_first; the parameters are
+    `depthwise_kernel`, `(kernel_size, C, depth_multiplier)`, `pointwise_kernel`, `(1, C*depth_multiplier, filters)`,
+    and `bias`, `(filters,)`. The arguments, the output and the errors are those of `SeparableConv2D`.
+    """
+
+    rank = 1
+
+
+class SeparableConv2D(SeparableFields, _Layer):
+    """A depthwise convolution over two spatial axes, then a pointwise one over the channels, then bias and activation.
+
+    The input is `(*batch, height, width, C)`, or `(*batch, C, height, width)` with channels_first, with any number of
+    batch axes. The output has `filters` channels. The parameters are `depthwise_kernel`,
+    `(*kernel_size, C, depth_multiplier)`, `pointwise_kernel`, `(1, 1, C*depth_multiplier, filters)`, and `bias`,
+    `(filters,)`.
 
     Args:
         filters: output channels.
         pointwise_initializer, pointwise_regularizer, pointwise_constraint: as the depthwise ones, of the pointwise
             kernel. The norm constraints' default axis has size 1 there: give axis=-2 for a norm per filter.
 
-    The other arguments are DepthwiseConv's, and `depth_multiplier` comes after `dilation_rate`, as in Keras.
+    The other arguments are those of `DepthwiseConv2D`, and `depth_multiplier` comes after `dilation_rate`, as in Keras.
 
     Raises:
-        ValueError, TypeError: as DepthwiseConv's.
-    """
+        ValueError, TypeError: as `DepthwiseConv2D`.
 
-    filters: int
-    kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Padding = "valid"
-    data_format: str | None = None
-    dilation_rate: int | Sequence[int] = 1
-    depth_multiplier: int = 1
-    activation: Any = None
-    use_bias: bool = True
-    depthwise_initializer: Any = "glorot_uniform"
-    pointwise_initializer: Any = "glorot_uniform"
-    bias_initializer: Any = "zeros"
-    depthwise_regularizer: Any = None
-    pointwise_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    depthwise_constraint: Any = None
-    pointwise_constraint: Any = None
-    bias_constraint: Any = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
-    implementation: str | None = None
-    in_sharding: PartitionSpec | None = None
-
-
-class SeparableConv1D(_SeparableConv):
-    __doc__ = f"Over one spatial axis. {_SeparableConv.__doc__}"
-
-    rank = 1
-
-
-class SeparableConv2D(_SeparableConv):
-    __doc__ = f"""Over two spatial axes. {_SeparableConv.__doc__}
     Examples:
         >>> import jax
         >>> layer = SeparableConv2D(16, 3, padding="same", use_bias=False)
@@ -248,8 +205,14 @@ class SeparableConv2D(_SeparableConv):
     rank = 2
 
 
-class SeparableConv3D(_SeparableConv):
-    __doc__ = f"Over three spatial axes; Keras has no such layer. {_SeparableConv.__doc__}"
+class SeparableConv3D(SeparableFields, _Layer):
+    """A depthwise convolution over three spatial axes, then a pointwise one; Keras has no such layer.
+
+    The input is `(*batch, height, width, depth, C)`, or `(*batch, C, height, width, depth)` with channels_first; the
+    parameters are `depthwise_kernel`, `(*kernel_size, C, depth_multiplier)`, `pointwise_kernel`,
+    `(1, 1, 1, C*depth_multiplier, filters)`, and `bias`, `(filters,)`. The arguments, the output and the errors are
+    those of `SeparableConv2D`.
+    """
 
     rank = 3
 

@@ -13,30 +13,50 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
 from flax.traverse_util import unflatten_dict
-from jax import Array, lax
-from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax import Array
+from jax.typing import ArrayLike
 
-from depthwise_jax import introspect, regularizers, settings, spec
-from depthwise_jax.window import Padding, per_axis
+from depthwise_jax import fields, introspect, regularizers, settings
+from depthwise_jax.fields import DepthwiseFields, SeparableFields
+from depthwise_jax.spec import Spec, arguments_from_config
+from depthwise_jax.window import per_axis
 
 
 class Loss(nnx.Intermediate):
     """The type of variable in which `nnx.capture(model, Loss)` collects the activity penalties of a call."""
 
 
+class _Memo:
+    """Keeps a layer's spec. All are equal and copies are empty, since NNX tells layers apart by their attributes."""
+
+    spec: Spec | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Memo)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __reduce__(self) -> Any:
+        return _Memo, ()
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class _Layer(nnx.Module):
     rank: ClassVar[int]
+
     in_features: int
-    data_format: str | None
+    _: dataclasses.KW_ONLY
+    rngs: dataclasses.InitVar[nnx.Rngs]
 
     def __post_init__(self, rngs: nnx.Rngs) -> None:
         (self.in_features,) = per_axis(self.in_features, 1, "in_features")
         if self.data_format is None:  # read once, at construction, as Keras does
             self.data_format = settings.image_data_format()
-        for name, value in self._spec.values().items():
+        self._memo = _Memo()
+        for name, value in self.spec.values().items():
             setattr(self, name, nnx.static(value))  # even where an array was given, which NNX takes for data
-        contract = self._spec
+        contract = self.spec
         shapes = contract.shapes(contract.layout.arrange((), (1,) * self.rank, self.in_features))
         for name in shapes:
             setattr(self, name, nnx.data(None))
@@ -54,12 +74,20 @@ class _Layer(nnx.Module):
             setattr(self, parameter.name, nnx.Param(value, **tags))
 
     @property
-    def _spec(self) -> spec.Spec:
-        # Made of the attributes when needed: attributes that are plain values make equal modules equal to nnx.jit.
-        return spec.Spec(type(self).__name__, self.rank, {name: getattr(self, name) for name in _arguments(type(self))})
+    def spec(self) -> Spec:
+        """The arguments, checked and resolved."""
+        # Made of the attributes: attributes that are plain values make equal modules equal to nnx.jit.
+        arguments = {name: getattr(self, name) for name in fields.names(type(self))}
+        made = self._memo.spec
+        # A list or a dict that was assigned may have changed in place since.
+        if made is None or any(
+            made.arguments[name] is not value or isinstance(value, list | dict) for name, value in arguments.items()
+        ):
+            made = self._memo.spec = Spec(type(self).__name__, self.rank, arguments)
+        return made
 
     def __call__(self, x: ArrayLike) -> Array:
-        x, contract = jnp.asarray(x), self._spec
+        x, contract = jnp.asarray(x), self.spec
         shapes = contract.shapes(x.shape)
         values = {parameter.name: getattr(self, parameter.name)[...] for parameter in contract.parameters}
         for parameter in contract.parameters:
@@ -80,7 +108,7 @@ class _Layer(nnx.Module):
         Raises:
             ValueError: the input does not fit the layer, or the output would be empty.
         """
-        return self._spec.compute_output_shape(input_shape)
+        return self.spec.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
         """Keras' configuration of this layer, which Keras' own class of the same name accepts.
@@ -88,7 +116,7 @@ class _Layer(nnx.Module):
         Raises:
             ValueError: Keras has no word for one of the arguments.
         """
-        return self._spec.get_config(None)
+        return self.spec.get_config(None)
 
     @classmethod
     def from_config(cls, in_features: int, config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Self:
@@ -102,19 +130,39 @@ class _Layer(nnx.Module):
         Raises:
             ValueError: it is another layer's, or names what is not built in.
         """
-        arguments = spec.arguments_from_config(cls.__name__, _arguments(cls), config)
+        arguments = arguments_from_config(cls.__name__, fields.names(cls), config)
         arguments.pop("name", None)
         return cls(in_features, **arguments, rngs=rngs)  # pyright: ignore[reportCallIssue]
 
 
-def _arguments(cls: type) -> list[str]:
-    """The names of the arguments that the Linen layers have too."""
-    return [field.name for field in dataclasses.fields(cls) if field.init and field.name != "in_features"]
+@dataclasses.dataclass(eq=False, repr=False)
+class _DepthwiseConv(DepthwiseFields, _Layer):
+    kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class _DepthwiseConv(_Layer):
-    """A depthwise convolution: each input channel is convolved with its own `depth_multiplier` kernels.
+class _SeparableConv(SeparableFields, _Layer):
+    depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+
+
+class DepthwiseConv1D(_DepthwiseConv):
+    """A depthwise convolution over one spatial axis.
+
+    The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
+    """
+
+    rank = 1
+
+
+class DepthwiseConv2D(_DepthwiseConv):
+    """A depthwise convolution over two spatial axes: each channel has `depth_multiplier` kernels of its own.
 
     Every argument is an attribute too.
 
@@ -126,48 +174,12 @@ class _DepthwiseConv(_Layer):
         in_features: the input's channels, C.
         rngs: the random numbers for the parameters, by name only.
 
-    The other arguments, their defaults and the shapes are those of the layer in `depthwise_jax.linen` of this name.
-    Penalties come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
+    The other arguments, their defaults and the shapes are those of `depthwise_jax.linen.DepthwiseConv2D`. Penalties
+    come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
 
     Raises:
         ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
-    """
 
-    in_features: int
-    kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Padding = "valid"
-    depth_multiplier: int = 1
-    data_format: str | None = None
-    dilation_rate: int | Sequence[int] = 1
-    activation: Any = None
-    use_bias: bool = True
-    depthwise_initializer: Any = "glorot_uniform"
-    bias_initializer: Any = "zeros"
-    depthwise_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    depthwise_constraint: Any = None
-    bias_constraint: Any = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
-    implementation: str | None = None
-    in_sharding: PartitionSpec | None = None
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-    _: dataclasses.KW_ONLY
-    rngs: dataclasses.InitVar[nnx.Rngs]
-
-
-class DepthwiseConv1D(_DepthwiseConv):
-    __doc__ = f"Over one spatial axis. {_DepthwiseConv.__doc__}"
-
-    rank = 1
-
-
-class DepthwiseConv2D(_DepthwiseConv):
-    __doc__ = f"""Over two spatial axes. {_DepthwiseConv.__doc__}
     Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
@@ -180,20 +192,40 @@ class DepthwiseConv2D(_DepthwiseConv):
 
 
 class DepthwiseConv3D(_DepthwiseConv):
-    __doc__ = f"Over three spatial axes; Keras has no such layer. {_DepthwiseConv.__doc__}"
+    """A depthwise convolution over three spatial axes; Keras has no such layer.
+
+    The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
+    """
 
     rank = 3
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _SeparableConv(_Layer):
-    """A depthwise convolution, then a pointwise one that mixes the channels, then bias and activation.
+class SeparableConv1D(_SeparableConv):
+    """A depthwise convolution over one spatial axis, then a pointwise one.
+
+    The arguments, the errors and the penalties are those of `SeparableConv2D`; every argument is an attribute too.
+
+    Attributes:
+        depthwise_kernel: an nnx.Param of shape `(kernel_size, in_features, depth_multiplier)`.
+        pointwise_kernel: an nnx.Param of shape `(1, in_features*depth_multiplier, filters)`.
+        bias: an nnx.Param of shape `(filters,)`, or None without a bias.
+    """
+
+    rank = 1
+
+
+class SeparableConv2D(_SeparableConv):
+    """A depthwise convolution over two spatial axes, then a pointwise one over the channels, then bias and activation.
 
     Every argument is an attribute too.
 
     Attributes:
         depthwise_kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
-        pointwise_kernel: an nnx.Param of shape `(1, ..., 1, in_features*depth_multiplier, filters)`, with as many axes.
+        pointwise_kernel: an nnx.Param of shape `(1, 1, in_features*depth_multiplier, filters)`.
         bias: an nnx.Param of shape `(filters,)`, or None without a bias.
 
     Args:
@@ -201,59 +233,26 @@ class _SeparableConv(_Layer):
         filters: the output's channels.
         rngs: the random numbers for the parameters, by name only.
 
-    The other arguments, their defaults and the shapes are those of the layer in `depthwise_jax.linen` of this name.
-    Penalties come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
+    The other arguments, their defaults and the shapes are those of `depthwise_jax.linen.SeparableConv2D`. Penalties
+    come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
 
     Raises:
-        ValueError, TypeError: as DepthwiseConv's.
+        ValueError, TypeError: as `DepthwiseConv2D`.
     """
-
-    in_features: int
-    filters: int
-    kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Padding = "valid"
-    data_format: str | None = None
-    dilation_rate: int | Sequence[int] = 1
-    depth_multiplier: int = 1
-    activation: Any = None
-    use_bias: bool = True
-    depthwise_initializer: Any = "glorot_uniform"
-    pointwise_initializer: Any = "glorot_uniform"
-    bias_initializer: Any = "zeros"
-    depthwise_regularizer: Any = None
-    pointwise_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    depthwise_constraint: Any = None
-    pointwise_constraint: Any = None
-    bias_constraint: Any = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
-    implementation: str | None = None
-    in_sharding: PartitionSpec | None = None
-    depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-    _: dataclasses.KW_ONLY
-    rngs: dataclasses.InitVar[nnx.Rngs]
-
-
-class SeparableConv1D(_SeparableConv):
-    __doc__ = f"Over one spatial axis. {_SeparableConv.__doc__}"
-
-    rank = 1
-
-
-class SeparableConv2D(_SeparableConv):
-    __doc__ = f"Over two spatial axes. {_SeparableConv.__doc__}"
 
     rank = 2
 
 
 class SeparableConv3D(_SeparableConv):
-    __doc__ = f"Over three spatial axes; Keras has no such layer. {_SeparableConv.__doc__}"
+    """A depthwise convolution over three spatial axes, then a pointwise one; Keras has no such layer.
+
+    The arguments, the errors and the penalties are those of `SeparableConv2D`; every argument is an attribute too.
+
+    Attributes:
+        depthwise_kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
+        pointwise_kernel: an nnx.Param of shape `(1, 1, 1, in_features*depth_multiplier, filters)`.
+        bias: an nnx.Param of shape `(filters,)`, or None without a bias.
+    """
 
     rank = 3
 

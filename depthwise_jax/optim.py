@@ -295,7 +295,7 @@ def _show(path: Path) -> str:
 def _check(path: Path, param: Any, constraint: Constraint) -> None:
     """What can be known of a constraint before the first step."""
     jax.eval_shape(lambda w: _apply(path, constraint, w), param)
-    if constraint.builtin:
+    if constraint.keeps_finite:
         return
     with jax.ensure_compile_time_eval():
         probes = [jnp.linspace(-1, 1, max(1, param.size))[: param.size].reshape(param.shape).astype(param.dtype)]
@@ -329,7 +329,7 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
 
     XLA may compute an expression anew wherever it is used, contract a * b + c to one rounding, and so make the sum here
     differ in the last bit from the sum in `optax.apply_updates`. So nothing that must hold exactly depends on that sum:
-    the projection has a margin (`Constraint.interior`), and the bounds of an interval depend on `param` alone.
+    the projection is `Constraint.project_with_margin`, and the bounds of an interval depend on `param` alone.
     """
     config: Any = jax.config
     strict = config.jax_numpy_dtype_promotion == "strict"  # optax could not add float32 to a narrower parameter
@@ -338,9 +338,9 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
     # The select, which changes no sum, keeps a product in `update` from being contracted with it.
     update = jnp.where(param == param, update.astype(dtype), jnp.nan)
     new = jax.lax.optimization_barrier((base + update).astype(param.dtype))
-    target = _apply(path, constraint.interior, new)
+    target = _apply(path, constraint.project_with_margin, new)
     step = jnp.where(target == new, update, target.astype(dtype) - base)
-    excess = constraint.excess(new)  # as large as the parameter's where nothing moved; interior(new) has computed most
+    excess = constraint.excess(new)  # as large as the parameter's where nothing moved; `target` has computed most
     if excess is not None:
         step = jnp.where((update == 0) & (excess <= 0), update, step)
     return _within(param, base, step, *constraint.interval)

@@ -1,7 +1,9 @@
 """The NNX layers: the Linen layers' arguments, numbers, errors and configurations, under NNX's transformations."""
 
+import copy
 import dataclasses
 import inspect
+import pickle
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from flax import nnx
 import depthwise_jax
 from depthwise_jax import constraints, initializers, linen, optim, regularizers, settings
 from depthwise_jax.nnx import Loss, regularization_loss
+from depthwise_jax.spec import Spec
 from tests.cases import CASES, CORE, Case
 from tests.test_keras_conformance import LAYERS, draw
 
@@ -281,6 +284,8 @@ def test_equal_layers_share_one_trace():
             depthwise_regularizer="l2",
             rngs=nnx.Rngs(seed),
         )
+        if seed == 1:
+            layer(X)  # a layer that was called is no other layer
         run(layer, X)
     assert len(traces) == 1
 
@@ -488,6 +493,44 @@ def test_partitioning_metadata_of_an_initializer_is_kept():
     boxed = nn.with_partitioning(nn.initializers.ones_init(), (None, None, None, None))
     with pytest.raises(TypeError, match=r"depthwise_initializer gives Linen's Partitioned.*nnx\.with_partitioning"):
         depthwise_jax.nnx.DepthwiseConv2D(3, 3, depthwise_initializer=boxed, rngs=nnx.Rngs(0))
+
+
+def test_calls_check_the_arguments_once(monkeypatch):
+    made = []
+
+    def count(*args: Any) -> Spec:
+        made.append(args)
+        return Spec(*args)
+
+    layer = constrained(nnx.Rngs(0))
+    monkeypatch.setattr(depthwise_jax.nnx, "Spec", count)
+    for module in (layer, nnx.clone(layer), nnx.merge(*nnx.split(layer))):
+        module(X)
+        module.get_config()
+    assert not made
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda layer: layer, nnx.clone, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_an_attribute_assigned_after_calls_counts(copied):
+    original = constrained(nnx.Rngs(0))
+    before = original(X)
+    layer = copied(original)
+    layer.padding, layer.strides = "valid", 2
+    expected = depthwise_jax.depthwise_conv(X, layer.kernel[...], layer.bias[...], strides=2)
+    np.testing.assert_array_equal(layer(X), expected)
+    assert layer.compute_output_shape(X.shape) == expected.shape
+    if layer is not original:
+        np.testing.assert_array_equal(original(X), before)
+    strides = [1, 1]
+    layer.strides = strides
+    assert layer.compute_output_shape(X.shape) == (2, 4, 3, 3)
+    strides[0] = 2
+    assert layer.compute_output_shape(X.shape) == (2, 2, 3, 3)
+    layer.padding = "full"
+    with pytest.raises(ValueError, match="padding"):
+        layer(X)
 
 
 def test_every_argument_is_an_attribute():

@@ -294,7 +294,7 @@ def _saved(name: str, class_name: str, config: Any, places: Mapping[str, Any], p
             if key in ("kernel_size", "depth_multiplier", "use_bias", "filters")
         }
         try:
-            contract = getattr(linen, class_name)(**arguments, data_format="channels_last")._spec
+            contract = getattr(linen, class_name)(**arguments, data_format="channels_last").spec
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: the layer {name!r}: {error}") from error
         check_values(contract, channels_of(contract, values, f"{path}: {name}"), values, f"{path}: {name}")

@@ -42,7 +42,7 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
                 f"{what}: the parameter {name!r} is {value.dtype}, which JAX has with jax_enable_x64 alone"
             )
     params = {name: jnp.asarray(value) for name, value in values.items()}
-    contract: Spec = module._spec
+    contract: Spec = module.spec
     channels = channels_of(contract, params, what)
     check_values(contract, channels, params, what)
     if framework == "linen":
@@ -70,7 +70,7 @@ def parts(module: Any, params: Mapping[str, Any] | None) -> tuple[Spec, dict[str
         TypeError: no layer of ours, or `params` missing or too much.
         ValueError: `params` do not fit the layer.
     """
-    contract = getattr(module, "_spec", None)
+    contract = getattr(module, "spec", None)
     if not isinstance(contract, Spec):
         raise TypeError(
             f"module must be a layer of depthwise_jax.linen or depthwise_jax.nnx; got {type(module).__name__}"

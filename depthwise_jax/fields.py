@@ -1,0 +1,78 @@
+"""The layers' arguments as dataclass fields, in Keras' order and with Keras' defaults: those of Linen and of NNX."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from depthwise_jax.window import Padding
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseFields:
+    """The arguments of a depthwise layer; `linen.DepthwiseConv2D` documents each."""
+
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "valid"
+    depth_multiplier: int = 1
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableFields:
+    """The arguments of a separable layer; `linen.SeparableConv2D` documents each."""
+
+    filters: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Padding = "valid"
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    depth_multiplier: int = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = "glorot_uniform"
+    pointwise_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    pointwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    pointwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
+
+
+_FRAMEWORK = ("parent", "name", "in_features")  # fields that only Linen or only NNX has
+
+
+@functools.cache
+def names(layer: type) -> tuple[str, ...]:
+    """The names of a layer class's arguments, with those that a subclass adds."""
+    return tuple(field.name for field in dataclasses.fields(layer) if field.init and field.name not in _FRAMEWORK)
