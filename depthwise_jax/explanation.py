@@ -10,7 +10,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from depthwise_jax import dtypes, lowering, primitives, sharding
-from depthwise_jax.functional import Request
+from depthwise_jax.functional import Request, kernel_layout
 from depthwise_jax.sharding import Partitioning
 from depthwise_jax.window import Padding
 
@@ -67,11 +67,9 @@ def explain(
         'conv'
     """
     request = Request.of(
-        kernel.shape,
-        "kernel",
+        kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,
         padding=padding,
-        data_format=data_format,
         dilation_rate=dilation_rate,
         activation=None,
         precision=None,

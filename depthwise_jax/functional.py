@@ -81,11 +81,9 @@ def depthwise_conv(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     request = Request.of(
-        kernel.shape,
-        "kernel",
+        kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,
         padding=padding,
-        data_format=data_format,
         dilation_rate=dilation_rate,
         activation=activation,
         precision=precision,
@@ -140,11 +138,9 @@ def separable_conv(
     """
     x, kernel, pointwise = jnp.asarray(x), jnp.asarray(depthwise_kernel), jnp.asarray(pointwise_kernel)
     request = Request.of(
-        kernel.shape,
-        "depthwise_kernel",
+        kernel_layout(kernel.shape, data_format, "depthwise_kernel"),
         strides=strides,
         padding=padding,
-        data_format=data_format,
         dilation_rate=dilation_rate,
         activation=activation,
         precision=precision,
@@ -181,34 +177,21 @@ class Request:
     @classmethod
     def of(
         cls,
-        kernel: Sequence[int],
-        name: str,
+        layout: Layout,
         *,
         strides: int | Sequence[int],
         padding: Padding,
-        data_format: str,
         dilation_rate: int | Sequence[int],
         activation: Any,
         precision: lax.PrecisionLike,
         implementation: str | None,
         in_sharding: PartitionSpec | None,
     ) -> Request:
-        """Checks what needs no more than the shape of the kernel, (*window, C, M), an argument of this name.
+        """Checks what needs no shape; `geometry` checks the rest.
 
         Raises:
             TypeError, ValueError: an argument that does not fit.
         """
-        rank = len(kernel) - 2
-        if not 1 <= rank <= 3:
-            raise ValueError(
-                f"{name} must have shape (*window, channels, multiplier) with one to three window axes, "
-                f"got shape {tuple(kernel)}"
-            )
-        if 0 in kernel:
-            raise ValueError(
-                f"{name} must have no empty axis, (*window, channels, multiplier), got shape {tuple(kernel)}"
-            )
-        layout = Layout(rank, data_format)
         lowering.check_implementation(implementation)
         sharding.check_in_sharding(in_sharding)
         return cls(
@@ -240,6 +223,23 @@ class Request:
         if input_padding is not None:
             spatial = tuple(n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True))
         return Convolution(window, layout, spatial, self.precision), input_padding
+
+
+def kernel_layout(kernel: Sequence[int], data_format: str, name: str) -> Layout:
+    """The layout that a kernel of this shape asks for, (*window, C, M), an argument of this name.
+
+    Raises:
+        ValueError: the shape is not a kernel's, or the data format is unknown.
+    """
+    rank = len(kernel) - 2
+    if not 1 <= rank <= 3:
+        raise ValueError(
+            f"{name} must have shape (*window, channels, multiplier) with one to three window axes, "
+            f"got shape {tuple(kernel)}"
+        )
+    if 0 in kernel:
+        raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier), got shape {tuple(kernel)}")
+    return Layout(rank, data_format)
 
 
 def convolve(

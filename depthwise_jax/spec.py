@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,13 +14,10 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array
 
 from depthwise_jax import activations, constraints, initializers, regularizers
-from depthwise_jax.convolution import hashable_precision
-from depthwise_jax.functional import depthwise_conv, separable_conv
+from depthwise_jax.functional import Request, convolve, convolve_separably
 from depthwise_jax.initializers import Initializer
 from depthwise_jax.layout import DATA_FORMATS, Layout
-from depthwise_jax.lowering import check_implementation
 from depthwise_jax.registry import check_depth, closest
-from depthwise_jax.sharding import check_in_sharding
 from depthwise_jax.window import canonical_padding, per_axis
 
 Shape = tuple[int, ...]
@@ -97,7 +94,7 @@ class Spec:
             raise ValueError(
                 f"strides > 1 is incompatible with dilation_rate > 1 in a layer; got strides={arguments['strides']!r} "
                 f"and dilation_rate={arguments['dilation_rate']!r}. "
-                f"The function {self._function.__name__} computes both together"
+                f"The function {'separable_conv' if self.separable else 'depthwise_conv'} computes both together"
             )
         self.padding = canonical_padding(arguments["padding"], rank)
         self.layout = Layout(rank, data_format(arguments["data_format"]))
@@ -105,7 +102,13 @@ class Spec:
         (self.filters,) = per_axis(arguments["filters"], 1, "filters") if self.separable else (None,)
         if not isinstance(arguments["use_bias"], bool | np.bool_):
             raise TypeError(f"use_bias must be True or False; got {arguments['use_bias']!r}")
-        activations.get(arguments["activation"])
+        self.request = Request.of(
+            self.layout,
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            **{name: arguments[name] for name in ("activation", "precision", "implementation", "in_sharding")},
+        )
         self.activity_regularizer = _regularizer(arguments["activity_regularizer"], "activity_regularizer")
         names = _SEPARABLE if self.separable else _DEPTHWISE
         self.parameters = tuple(
@@ -115,9 +118,6 @@ class Spec:
         self.param_dtype = _floating(arguments["param_dtype"], "param_dtype")
         if self.param_dtype is None:
             raise TypeError("param_dtype must be a floating dtype; got None")
-        hashable_precision(arguments["precision"])
-        check_implementation(arguments["implementation"])
-        check_in_sharding(arguments["in_sharding"])
 
     def values(self) -> dict[str, Any]:
         """The arguments by name, each as a plain value that can be compared and hashed: configurations as objects."""
@@ -127,10 +127,6 @@ class Spec:
             **{name: getattr(self, name) for name in names},
             "data_format": self.layout.data_format,
         }
-
-    @property
-    def _function(self) -> Callable[..., Array]:
-        return separable_conv if self.separable else depthwise_conv
 
     def _parameter(self, name: str, prefix: str) -> Parameter:
         argument = f"{prefix}_initializer"
@@ -184,17 +180,8 @@ class Spec:
             which the input and the parameters promote.
         """
         operands = promote_dtype(x, *(values[p.name] for p in self.parameters), dtype=self.dtype)
-        return self._function(
-            *operands,
-            strides=self.strides,
-            padding=self.padding,
-            data_format=self.layout.data_format,
-            dilation_rate=self.dilation_rate,
-            activation=self.arguments["activation"],
-            precision=self.arguments["precision"],
-            implementation=self.arguments["implementation"],
-            in_sharding=self.arguments["in_sharding"] if sharded else None,
-        )
+        request = self.request if sharded else replace(self.request, in_sharding=None)
+        return (convolve_separably if self.separable else convolve)(request, *operands)
 
     def activity_loss(self, y: Array) -> Array:
         """The activity_regularizer's penalty on the output, divided by the batch size: that of all leading axes."""

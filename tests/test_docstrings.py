@@ -63,7 +63,7 @@ def test_examples_run(module: str) -> None:
     [
         "depthwise_jax.functional.depthwise_conv",
         "depthwise_jax.functional.separable_conv",
-        "depthwise_jax.functional.explain",
+        "depthwise_jax.explanation.explain",
         "depthwise_jax.drop_in.conv_general_dilated",
         "depthwise_jax.linen.DepthwiseConv2D",
         "depthwise_jax.linen.SeparableConv2D",
