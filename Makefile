@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 JOBS ?= 2
 ARGS ?=
-ITERATIONS ?= 2000
+ITERATIONS ?= 1000
 SEED ?= 1
+ISAS := avx512 avx2 baseline neon
 CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
 .PHONY: demo test test-torch test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
@@ -60,8 +61,8 @@ sanitize-address sanitize-thread:
 	CMAKE_GENERATOR="$(if $(shell command -v ninja),Ninja,Unix Makefiles)" cmake -S depthwise_jax/lowering/csrc \
 		-B build/$@ -DDEPTHWISE_HARNESS=ON -DDEPTHWISE_SANITIZE=$(SANITIZERS)
 	cmake --build build/$@ --parallel $(JOBS)
-	set -e; for isa in avx512 avx2 baseline neon; do for mode in "$(ITERATIONS) $(SEED)" sweep failures; do \
-		DEPTHWISE_JAX_ISA=$$isa build/$@/harness $$mode; done; done
+	printf '%s\n' $(foreach isa,$(ISAS),'$(isa) $(ITERATIONS) $(SEED)' '$(isa) sweep' '$(isa) failures') | \
+		xargs -P $(JOBS) -L 1 sh -c 'DEPTHWISE_JAX_ISA=$$0 build/$@/harness "$$@"'
 	$(if $(filter sanitize-address,$@),build/$@/harness large)
 
 # Without build isolation, and with a folder for the build in each environment: scikit-build-core compiles everything
