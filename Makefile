@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 JOBS ?= 2
 ARGS ?=
-ITERATIONS ?= 5000
+ITERATIONS ?= 1000
 SEED ?= 1
+ISAS := avx512 avx2 baseline neon
+CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
 .PHONY: demo test test-torch test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
@@ -37,25 +39,31 @@ test-tpu:
 lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # The API reference into site/, warnings as errors; it needs no network. The package is imported from this folder.
 docs: $(VENV)/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The compiled kernels under sanitizers: random convolutions, on every instruction set that this machine has.
+# The compiled kernels under sanitizers, on every instruction set that this machine has: random convolutions, every small
+# window with every stride, allocations that fail; and arrays of more than 2^31 elements.
 sanitize: sanitize-address sanitize-thread
 
 sanitize-address: SANITIZERS = address,undefined
 sanitize-thread: SANITIZERS = thread
 sanitize-address sanitize-thread:
-	cmake -S depthwise_jax/lowering/csrc -B build/$@ -DDEPTHWISE_HARNESS=ON -DDEPTHWISE_SANITIZE=$(SANITIZERS)
+	CMAKE_GENERATOR="$(if $(shell command -v ninja),Ninja,Unix Makefiles)" cmake -S depthwise_jax/lowering/csrc \
+		-B build/$@ -DDEPTHWISE_HARNESS=ON -DDEPTHWISE_SANITIZE=$(SANITIZERS)
 	cmake --build build/$@ --parallel $(JOBS)
-	set -e; for isa in avx512 avx2 baseline neon; do DEPTHWISE_JAX_ISA=$$isa build/$@/harness $(ITERATIONS) $(SEED); done
+	printf '%s\n' $(foreach isa,$(ISAS),'$(isa) $(ITERATIONS) $(SEED)' '$(isa) sweep' '$(isa) failures') | \
+		xargs -P $(JOBS) -L 1 sh -c 'DEPTHWISE_JAX_ISA=$$0 build/$@/harness "$$@"'
+	$(if $(filter sanitize-address,$@),build/$@/harness large)
 
 # Without build isolation, and with a folder for the build in each environment: scikit-build-core compiles everything
 # anew where the environment is another than the folder's last one, and an isolated build has a new one each time.

@@ -30,8 +30,8 @@ from tests.cases import Case
 
 CHAIN = 8
 _TINY = 1e-30
-_COPIES = 3
-_PAIRS = list(itertools.product(range(_COPIES), repeat=2))[:CHAIN]
+COPIES = 3
+PAIRS = list(itertools.product(range(COPIES), repeat=2))[:CHAIN]
 
 
 class UnsupportedError(Exception):
@@ -151,10 +151,10 @@ def _in_jax(make: Callable[[Case], Convolution], implementation: str | None = "c
         # XLA would compute only the one element of taps that the next call needs. In a loop it cannot; but it computes
         # its own convolutions otherwise in loops, so those and the compiled kernels stand in a row, as in a model.
         if direction == "dw":
-            xs, gs = zip(*(map(jnp.array, arguments) for _ in range(_COPIES)), strict=True)
-            pairs = jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in _PAIRS])
+            xs, gs = zip(*(map(jnp.array, arguments) for _ in range(COPIES)), strict=True)
+            pairs = jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in PAIRS])
             return Task(lambda: jax.block_until_ready(pairs(xs, gs))[0], np.asarray)
-        chain = (_looped if lowering == "taps" else _unrolled)(function)
+        chain = (_looped if lowering == "taps" else unrolled)(function)
         return Task(lambda: jax.block_until_ready(chain(*arguments)), np.asarray)
 
     return contestant
@@ -164,7 +164,7 @@ def _first(array: Any) -> Any:
     return lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
 
 
-def _unrolled(function: Callable[..., Any], length: int = CHAIN) -> Callable[..., Any]:
+def unrolled(function: Callable[..., Any], length: int = CHAIN) -> Callable[..., Any]:
     """`length` calls in a row."""
 
     def chain(first: Any, second: Any, *rest: Any) -> Any:
@@ -202,7 +202,7 @@ def latency(implementation: str | None) -> dict[str, Callable[[], Any]]:
     def conv(x: Any, w: Any) -> Any:
         return depthwise_conv(x, w, padding="same", implementation=implementation)
 
-    chains = [_unrolled(conv, length=length) for length in (CHAIN, 8 * CHAIN)]
+    chains = [unrolled(conv, length=length) for length in (CHAIN, 8 * CHAIN)]
     return {
         name: lambda chain=chain: jax.block_until_ready(chain(x, w))
         for name, chain in zip(("short", "long"), chains, strict=True)
@@ -301,13 +301,13 @@ def _torch(channels_last: bool) -> Contestant:
                     torch.cuda.synchronize()
             return result
 
-        copies = [(saved.clone(), g.clone()) for _ in range(_COPIES)] if direction == "dw" and chained else []
+        copies = [(saved.clone(), g.clone()) for _ in range(COPIES)] if direction == "dw" and chained else []
 
         def chain() -> Any:
             kernel = w
             result = None
             with torch.inference_mode():
-                for i, j in _PAIRS:
+                for i, j in PAIRS:
                     result = None  # its memory serves the next one
                     if direction == "dw":
                         result = gradient(copies[j][1], w, [False, True, False], copies[i][0])[1]

@@ -1,20 +1,18 @@
-// The kernels alone, without XLA and Python, against a plain loop in double. Built with sanitizers by `make sanitize`.
+// The library without XLA and Python, against a plain loop in double. Built with sanitizers by `make sanitize`.
 //
-//   harness ITERATIONS [SEED [FIRST]]   random convolutions; then the kernels that never ran, which fails if there are any
+//   harness ITERATIONS [SEED [FIRST]]   random convolutions; from 10000 on it fails if a compiled loop never ran
 //   harness sweep                       every small window with every stride up to 130
 //   harness failures                    allocations that fail, one after the other
 //   harness large                       arrays of more than 2^31 elements, in sparse mappings
 //
-// Iterations FIRST, FIRST + 1, ... are each drawn from SEED and their own number, so a failure repeats alone with the command
-// that it prints. The environment variable DEPTHWISE_JAX_ISA picks the instruction set.
+// Iterations FIRST, FIRST + 1, ... are each drawn from SEED and their own number, so a failure repeats alone with the
+// command that it prints. The environment variable DEPTHWISE_JAX_ISA picks the instruction set.
 //
-// In one half of the iterations all values are small integers: every order of the sums gives the same float, so results must be
-// the rounded truth to the bit. In the other half they are real numbers, with the bound n*u*sum|terms| of a sum of n terms at
-// the unit roundoff u, and one rounding to the result's dtype. Every eighth holds infinities and NaN. Arrays begin right behind
-// a page that cannot be touched, or end right before one, or fill an allocation of their size, for AddressSanitizer.
-#include "depthwise.h"
-#include "kernels.h"
-
+// In one half of the iterations all values are small integers: every order of the sums gives the same float, so results
+// must be the rounded truth to the bit. In the other half they are real numbers, with the bound n*u*sum|terms| of a sum
+// of n terms at the unit roundoff u, and one rounding to the result's dtype. Every eighth holds infinities and NaN.
+// Arrays begin right behind a page that cannot be touched, or end right before one, or fill an allocation of their
+// size, for AddressSanitizer.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -36,11 +34,16 @@
 #include <thread>
 #include <vector>
 
+#include "depthwise.h"
+#include "dispatch.h"
+#include "loops.h"
+#include "tuning.h"
+
 using namespace depthwise;
 
 namespace {
 
-// The reference is not what the sanitizers are to watch, and takes the longest under them.
+// The sanitizers need not watch the reference, which takes the longest under them.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define UNWATCHED __attribute__((no_sanitize("address", "thread", "undefined")))
 #else
@@ -137,9 +140,9 @@ double read(const char* p, Dtype dtype) {
   std::memcpy(&bits, p, format_of(dtype).size);
   if (dtype == Dtype::f16) {
     const std::uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const double magnitude = exponent == 31   ? (fraction ? NAN : INFINITY)
+    const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
                              : exponent == 0 ? fraction * 0x1p-24
-                                              : std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25);
+                                             : std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25);
     return bits & 0x8000 ? -magnitude : magnitude;
   }
   if (dtype == Dtype::bf16) bits <<= 16;
@@ -150,8 +153,8 @@ double read(const char* p, Dtype dtype) {
 
 // ---------------------------------------------------------------------------------------------------- Memory
 
-// Where an array lies: in an allocation of its size; or in pages of its own, right behind or right before one that cannot be
-// touched.
+// Where an array lies: in an allocation of its size; or in pages of its own, right behind or right before one that
+// cannot be touched.
 enum class Place { allocation, behind_guard, before_guard };
 
 // An array of a dtype. What an output leaves around itself in its pages must stay as it was.
@@ -167,11 +170,12 @@ class Buffer {
     }
     const Index page = sysconf(_SC_PAGESIZE);
     inner_ = std::max<Index>((bytes_ + page - 1) / page, 1) * page;
-    void* const mapped = mmap(nullptr, inner_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const mapped =
+        mmap(nullptr, inner_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) std::abort();
     memory_ = static_cast<char*>(mapped) + page;
     if (mprotect(memory_, inner_, PROT_READ | PROT_WRITE)) std::abort();
-    std::memset(memory_, kPattern, inner_);  // in every dtype no number: what is not written shows
+    std::memset(memory_, kPattern, inner_);  // a NaN in every dtype: what is not written shows
     data_ = place == Place::behind_guard ? memory_ : memory_ + inner_ - bytes_;
   }
   Buffer(Dtype dtype, const std::vector<double>& values, Place place) : Buffer(dtype, values.size(), place) {
@@ -222,7 +226,7 @@ struct Allocations {
 
 // ---------------------------------------------------------------------------------------------------- Threads
 
-// Claims a number of threads and has its own: tasks that it runs late, or after their caller has returned, must do.
+// Claims a number of threads and has another: tasks may run late, or after their caller has returned.
 class Threads : public Pool {
  public:
   explicit Threads(int workers) {
@@ -324,10 +328,10 @@ UNWATCHED void for_each_product(const Geometry& g, const F& f) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- Kernels
+// ---------------------------------------------------------------------------------------------------- Loops
 
-// One of the kernels of the instruction set that runs, and the windows it is for.
-struct KernelEntry {
+// One of the loops of the instruction set in use, and the windows that it serves.
+struct LoopEntry {
   enum Use { direct, staged, wide, wide_staged, general, grad, general_grad };
   Use use;
   Dtype dtype;
@@ -336,48 +340,48 @@ struct KernelEntry {
   const void* code;
 };
 
-Kernels kernels_of(Dtype dtype) {
+Loops loops_of(Dtype dtype) {
   const std::string name = instruction_set();
 #if defined(__x86_64__)
-  if (name == "avx512") return avx512::kernels(dtype);
-  if (name == "avx2") return avx2::kernels(dtype);
+  if (name == "avx512") return avx512::loops(dtype);
+  if (name == "avx2") return avx2::loops(dtype);
 #endif
 #if defined(__aarch64__)
-  return neon::kernels(dtype);
+  return neon::loops(dtype);
 #else
-  return baseline::kernels(dtype);
+  return baseline::loops(dtype);
 #endif
 }
 
-// Every kernel of the instruction set, from the lists that the driver chooses from.
-std::vector<KernelEntry> all_kernels() {
-  std::vector<KernelEntry> result;
+// Every loop of the instruction set, from the lists that the maps choose from.
+std::vector<LoopEntry> all_loops() {
+  std::vector<LoopEntry> result;
   for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::f16, Dtype::bf16}) {
-    const Kernels kernels = kernels_of(dtype);
-    auto add = [&](KernelEntry::Use use, Index taps, Index stride, const TileShape* shapes) {
-      for (; shapes->kernel; ++shapes) {
-        result.push_back({use, dtype, taps, stride, shapes->width, shapes->height, kernels.lanes,
-                          reinterpret_cast<const void*>(shapes->kernel)});
+    const Loops loops = loops_of(dtype);
+    auto add = [&](LoopEntry::Use use, Index taps, Index stride, const auto* shapes) {
+      for (; shapes->loop; ++shapes) {
+        result.push_back({use, dtype, taps, stride, shapes->width, shapes->height, loops.lanes,
+                          reinterpret_cast<const void*>(shapes->loop)});
       }
     };
-    auto add_all = [&](KernelEntry::Use use, const WindowTiles* list) {
+    auto add_all = [&](LoopEntry::Use use, const auto* list) {
       for (; list->shapes; ++list) add(use, list->taps, list->stride, list->shapes);
     };
-    add_all(KernelEntry::direct, kernels.direct.certain);
-    add(KernelEntry::wide, 0, 1, kernels.direct.wide);
-    if (kernels.widen) {  // the others are the direct ones
-      add_all(KernelEntry::staged, kernels.staged.certain);
-      add(KernelEntry::wide_staged, 0, 1, kernels.staged.wide);
+    add_all(LoopEntry::direct, loops.direct.specialized);
+    add(LoopEntry::wide, 0, 1, loops.direct.wide);
+    if (loops.widen) {  // other types stage for their direct loops
+      add_all(LoopEntry::staged, loops.staged.specialized);
+      add(LoopEntry::wide_staged, 0, 1, loops.staged.wide);
     }
-    add(KernelEntry::general, 0, 0, kernels.general);
-    add_all(KernelEntry::grad, kernels.grads);
-    result.push_back({KernelEntry::general_grad, dtype, 0, 0, 1, 1, kernels.lanes,
-                      reinterpret_cast<const void*>(kernels.general_grad)});
+    add(LoopEntry::general, 0, 0, loops.general);
+    add_all(LoopEntry::grad, loops.grads);
+    result.push_back(
+        {LoopEntry::general_grad, dtype, 0, 0, 1, 1, loops.lanes, reinterpret_cast<const void*>(loops.general_grad)});
   }
   return result;
 }
 
-// How often each kernel ran.
+// How often each loop ran.
 class Runs {
  public:
   void add(const void* code) {
@@ -397,18 +401,18 @@ class Runs {
     }
     return 0;
   }
-  // Prints the kernels that never ran, and how many.
+  // Prints the loops that never ran, and how many.
   Index report_idle() const {
     static const char* const uses[] = {"direct", "staged", "wide", "wide staged", "general", "grad", "general grad"};
-    const std::vector<KernelEntry> all = all_kernels();
+    const std::vector<LoopEntry> all = all_loops();
     Index idle = 0;
-    for (const KernelEntry& entry : all) {
+    for (const LoopEntry& entry : all) {
       if (of(entry.code)) continue;
       ++idle;
       std::printf("never ran: %s %s, %td taps, stride %td, tile %dx%d\n", format_of(entry.dtype).name, uses[entry.use],
                   entry.taps, entry.stride, entry.width, entry.height);
     }
-    std::printf("%s: %td of %zu kernels never ran\n", instruction_set(), idle, all.size());
+    std::printf("%s: %td of %zu loops never ran\n", instruction_set(), idle, all.size());
     return idle;
   }
 
@@ -424,7 +428,7 @@ class Runs {
 
 Index product(const Index* sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
-constexpr Index kLimit = Index{1} << 31;  // that `problem` has for sizes, strides, dilations and paddings
+constexpr Index kLimit = Index{1} << 31;  // that `geometry_error` has for sizes, strides, dilations and paddings
 
 // Multiply-adds: mostly few, up to enough for all threads.
 double draw_budget(Random& random) {
@@ -443,7 +447,8 @@ double work_of(const Geometry& g) {
   return outputs * taps + inputs;
 }
 
-// A window along one axis of `in` positions, whatever it may be: numbers on a logarithmic scale, and such that they meet.
+// A window along one axis of `in` positions, whatever it may be: numbers on a logarithmic scale, and such that they
+// meet.
 void draw_axis(Random& random, Geometry& g, int axis, Index largest) {
   g.window[axis] = random.logarithmic(random.pick({4, 9, 31, 100}));
   g.stride[axis] = random.logarithmic(random.pick({3, 6, 70, 200}));
@@ -452,7 +457,9 @@ void draw_axis(Random& random, Geometry& g, int axis, Index largest) {
   // Beyond any map: then outputs, taps and paddings are about so far apart, for some of them to meet the map.
   if (random.one_in(15)) {
     const Index scale = random.logarithmic(kLimit), near = random.between(-3, 3);
-    auto some = [&](Index otherwise) { return random.one_in(3) ? otherwise : std::clamp(scale + near, Index{1}, kLimit); };
+    auto some = [&](Index otherwise) {
+      return random.one_in(3) ? otherwise : std::clamp(scale + near, Index{1}, kLimit);
+    };
     g.window[axis] = random.between(1, 4);
     g.stride[axis] = some(g.stride[axis]);
     g.dilation[axis] = some(g.dilation[axis]);
@@ -499,19 +506,20 @@ Geometry draw_geometry(Random& random, double budget) {
       // The maps need no output that fits: what lies outside contributes nothing, however far it is.
       if (random.one_in(12)) g.out[axis] = random.between(1, 30);
     }
-    if (problem(g)) continue;
+    if (geometry_error(g)) continue;
     const double work = work_of(g);
     if (work <= budget && work >= budget / 300) return g;
   }
 }
 
-// One that a kernel may serve: a few tiles and what is left beside them, and channels about a vector.
-Geometry draw_geometry_for(Random& random, const KernelEntry& entry) {
+// One that a loop may serve: a few tiles and what is left beside them, and channels about a vector.
+Geometry draw_geometry_for(Random& random, const LoopEntry& entry) {
   Geometry g{};
   g.stack = 1;
   g.multiplier = random.pick({1, 1, 1, 2});
   g.batch = random.pick({1, 1, 2});
-  g.channels = random.pick({entry.lanes - 1, entry.lanes, entry.lanes + 1, 2 * entry.lanes, random.between(1, 5 * entry.lanes)});
+  g.channels =
+      random.pick({entry.lanes - 1, entry.lanes, entry.lanes + 1, 2 * entry.lanes, random.between(1, 5 * entry.lanes)});
   g.channels = std::max<Index>(g.channels, 1);
   g.window[0] = g.stride[0] = g.dilation[0] = g.in[0] = g.out[0] = 1;
   if (random.one_in(8)) {
@@ -524,23 +532,24 @@ Geometry draw_geometry_for(Random& random, const KernelEntry& entry) {
   g.window[1] = random.pick({g.window[2], g.window[2], 1, random.between(1, 9)});
   g.stride[1] = random.pick({g.stride[2], g.stride[2], 1, 2});
   g.dilation[1] = random.pick({1, 1, 1, 2});
-  g.dilation[2] = entry.use == KernelEntry::general || entry.use == KernelEntry::general_grad ? random.between(1, 3) : 1;
-  // Narrow floats are converted ahead from so many taps on.
-  if (entry.use == KernelEntry::staged) g.window[1] = (63 + g.window[2]) / g.window[2] + random.between(0, 2);
-  if (entry.use == KernelEntry::wide_staged) g.window[2] = random.between(8, 30);
-  if (entry.use == KernelEntry::wide) g.window[2] = random.between(6, 30);
+  g.dilation[2] = entry.use == LoopEntry::general || entry.use == LoopEntry::general_grad ? random.between(1, 3) : 1;
+  if (entry.use == LoopEntry::staged)
+    g.window[1] = (kStagedTaps - 1 + g.window[2]) / g.window[2] + random.between(0, 2);
+  if (entry.use == LoopEntry::wide_staged) g.window[2] = random.between(kStagedTapsAcross, 30);
+  if (entry.use == LoopEntry::wide) g.window[2] = random.between(kWideTaps, 30);
   const int sizes[] = {0, entry.height, entry.width};
   for (int axis = 1; axis < 3; ++axis) {
     const Index span = (g.window[axis] - 1) * g.dilation[axis] + 1;
     g.out[axis] = random.pick({sizes[axis], sizes[axis], 2 * sizes[axis], random.between(1, 15)});
     g.low[axis] = random.pick({0, span / 2, random.between(0, span - 1)});
-    const Index reach = (g.out[axis] - 1) * g.stride[axis] + span - g.low[axis];  // up to the last tap of the last output
+    const Index reach =
+        (g.out[axis] - 1) * g.stride[axis] + span - g.low[axis];  // up to the last tap of the last output
     g.in[axis] = std::max<Index>(reach - random.between(0, span - 1), 1);
   }
   return g;
 }
 
-// Results of 8 MiB and more are stored past the caches, and from 32 MiB on their pages are advised.
+// Large results are stored past the caches, and larger ones ask for huge pages.
 Geometry draw_large_geometry(Random& random) {
   Geometry g{};
   g.stack = g.multiplier = g.batch = 1;
@@ -558,8 +567,9 @@ Geometry draw_large_geometry(Random& random) {
   return g;
 }
 
-// Small maps under windows that reach over them, of so many channels that columns share few of the caches' sets: packed first.
-Geometry draw_crowded_geometry(Random& random) {
+// Small maps under windows that reach over them, with channel counts that leave the columns few of the caches' sets:
+// packed first.
+Geometry draw_conflicting_geometry(Random& random) {
   Geometry g{};
   g.stack = g.batch = 1;
   g.multiplier = random.pick({1, 1, 2});
@@ -595,7 +605,8 @@ struct Trial {
   bool integers = true, specials = false, biased = false;
   int threads = 1;
 
-  // Where the next array lies: an allocation is seldom aligned to vectors, a page always, and the end of a page sometimes.
+  // Where the next array lies: an allocation is seldom aligned to vectors, a page always, and the end of a page
+  // sometimes.
   static Place place(Random& random) { return static_cast<Place>(random.between(0, 2)); }
 
   // False after a report of what is wrong.
@@ -643,11 +654,12 @@ struct Trial {
   std::string describe() const {
     const char* activations[] = {"identity", "relu", "relu6"};
     return std::string(format_of(dtype).name) + ", stack " + std::to_string(g.stack) + ", multiplier " +
-           std::to_string(g.multiplier) + ", batch " + std::to_string(g.batch) + ", channels " + std::to_string(g.channels) +
-           ", in " + text(g.in) + ", out " + text(g.out) + ", window " + text(g.window) + ", stride " + text(g.stride) +
-           ", low " + text(g.low) + ", dilation " + text(g.dilation) + ", " + activations[static_cast<int>(activation)] +
-           (biased ? ", bias" : "") + (integers ? ", integers" : ", reals") + (specials ? ", not finite" : "") +
-           ", threads " + std::to_string(threads);
+           std::to_string(g.multiplier) + ", batch " + std::to_string(g.batch) + ", channels " +
+           std::to_string(g.channels) + ", in " + text(g.in) + ", out " + text(g.out) + ", window " + text(g.window) +
+           ", stride " + text(g.stride) + ", low " + text(g.low) + ", dilation " + text(g.dilation) + ", " +
+           activations[static_cast<int>(activation)] + (biased ? ", bias" : "") +
+           (integers ? ", integers" : ", reals") + (specials ? ", not finite" : "") + ", threads " +
+           std::to_string(threads);
   }
 
  private:
@@ -692,61 +704,65 @@ struct Trial {
   }
 };
 
-// The trial of one iteration: for one of the kernels, from all that is accepted, or what needs large arrays.
-Trial draw_trial(Random& random, const KernelEntry& entry) {
+// The trial of one iteration: for one of the loops, from all that is accepted, or what needs large arrays.
+Trial draw_trial(Random& random, const LoopEntry& entry) {
   Trial trial;
-  const bool large = random.one_in(4000), crowded = random.one_in(100), certain = !random.one_in(3);
-  trial.g = large     ? draw_large_geometry(random)
-            : crowded ? draw_crowded_geometry(random)
-            : certain ? draw_geometry_for(random, entry)
-                      : draw_geometry(random, draw_budget(random));
+  const bool large = random.one_in(4000), conflicting = random.one_in(100), certain = !random.one_in(3);
+  trial.g = large         ? draw_large_geometry(random)
+            : conflicting ? draw_conflicting_geometry(random)
+            : certain     ? draw_geometry_for(random, entry)
+                          : draw_geometry(random, draw_budget(random));
   trial.dtype = large ? Dtype::f32 : certain ? entry.dtype : static_cast<Dtype>(random.between(0, 3));
   trial.integers = random.one_in(2);
   trial.specials = random.one_in(8);
   trial.activation = static_cast<Activation>(random.between(0, 2));
   trial.biased = random.one_in(2);
-  trial.threads = static_cast<int>(random.pick({1, 2, 2, 3, 4, 8, random.one_in(8) ? 24 : 2, random.one_in(8) ? 200 : 2}));
+  trial.threads =
+      static_cast<int>(random.pick({1, 2, 2, 3, 4, 8, random.one_in(8) ? 24 : 2, random.one_in(8) ? 200 : 2}));
   return trial;
 }
 
-// In half of all iterations the machine's memories are small: every result is larger than the caches then, or than what the
-// allocator keeps.
-Memories draw_memories(Random& random, const Memories& real) {
+// In half of all iterations the machine's memories are small: every result is larger than the caches then, or than what
+// the allocator keeps.
+MemorySizes draw_memory_sizes(Random& random, const MemorySizes& real) {
   if (random.one_in(2)) return real;
-  return {random.pick({0, real.last_level_cache}), random.pick({0, 4096}), random.pick({0, Index{1} << 16, real.allocator})};
+  return {random.pick({0, real.last_level_cache_bytes}), random.pick({0, 4096}),
+          random.pick({0, Index{1} << 16, real.reused_by_malloc_bytes})};
 }
 
 int fuzz(std::uint64_t iterations, std::uint64_t seed, std::uint64_t first, const char* program) {
-  Threads pool(18);  // more than there are seats for threads that wait
-  const std::vector<KernelEntry> kernels = all_kernels();
-  const Memories real = memories();
+  Threads pool(kWaitingWorkers + 2);  // more than may wait for the next call
+  const std::vector<LoopEntry> loops = all_loops();
+  const MemorySizes real = memory_sizes();
   int failures = 0;
   for (std::uint64_t i = first; i < first + iterations && failures < 10; ++i) {
     Random random(seed, i);
-    const Trial trial = draw_trial(random, kernels[i % kernels.size()]);  // each in turn
-    memories() = draw_memories(random, real);
+    const Trial trial = draw_trial(random, loops[i % loops.size()]);  // each in turn
+    memory_sizes() = draw_memory_sizes(random, real);
     if (!trial.run(random, pool)) {
-      std::printf("  in %s\n  again: DEPTHWISE_JAX_ISA=%s %s 1 %llu %llu\n", trial.describe().c_str(), instruction_set(),
-                  program, static_cast<unsigned long long>(seed), static_cast<unsigned long long>(i));
+      std::printf("  in %s\n  again: DEPTHWISE_JAX_ISA=%s %s 1 %llu %llu\n", trial.describe().c_str(),
+                  instruction_set(), program, static_cast<unsigned long long>(seed),
+                  static_cast<unsigned long long>(i));
       ++failures;
     }
   }
-  std::printf("%s: %llu iterations from seed %llu, %s\n", instruction_set(), static_cast<unsigned long long>(iterations),
-              static_cast<unsigned long long>(seed), failures ? "failed" : "no failure");
-  // Fewer iterations need not meet all kernels.
+  std::printf("%s: %llu iterations from seed %llu, %s\n", instruction_set(),
+              static_cast<unsigned long long>(iterations), static_cast<unsigned long long>(seed),
+              failures ? "failed" : "no failure");
+  // Fewer iterations need not meet all loops.
   const bool all = iterations < 10000 || runs.report_idle() == 0;
   return failures || !all ? 1 : 0;
 }
 
 // ---------------------------------------------------------------------------------------------------- Sweep
 
-// Windows of 1 to 9 taps, strides of 1 to 130 and dilations of 1 to 3 along the last axis; as many channels as do not fill a
-// vector, fill one, and more.
+// Windows of 1 to 9 taps, strides of 1 to 130 and dilations of 1 to 3 along the last axis; as many channels as do not
+// fill a vector, fill one, and more.
 int sweep() {
   Threads pool(1);
   Index trials = 0;
   for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-    const Index lanes = kernels_of(dtype).lanes;
+    const Index lanes = loops_of(dtype).lanes;
     for (Index taps = 1; taps <= 9; ++taps) {
       for (Index stride = 1; stride <= 130; ++stride) {
         for (Index dilation = 1; dilation <= 3; ++dilation) {
@@ -757,7 +773,16 @@ int sweep() {
             const Index span = (taps - 1) * dilation + 1, low = random.between(0, span - 1);
             const Index outputs = random.between(2, 4), reach = (outputs - 1) * stride + span - low;
             const Index in = std::max<Index>(reach - random.between(0, span - 1), 1);
-            trial.g = {1, 1, 1, channels, {1, 1, in}, {1, 1, outputs}, {1, 1, taps}, {1, 1, stride}, {0, 0, low}, {1, 1, dilation}};
+            trial.g = {1,
+                       1,
+                       1,
+                       channels,
+                       {1, 1, in},
+                       {1, 1, outputs},
+                       {1, 1, taps},
+                       {1, 1, stride},
+                       {0, 0, low},
+                       {1, 1, dilation}};
             if (!trial.run(random, pool)) {
               std::printf("  in %s\n", trial.describe().c_str());
               return 1;
@@ -773,14 +798,15 @@ int sweep() {
 
 // ---------------------------------------------------------------------------------------------------- No memory
 
-// Each allocation of each map fails in turn, alone or with all that follow: the map says so or does without, and is right when
-// it is called again.
+// Each allocation of each map fails in turn, alone or with all that follow: the map says so or does without, and is
+// right when it is called again.
 int failures() {
   Threads pool(3);
   const Geometry geometries[] = {
       {1, 1, 2, 40, {1, 9, 16}, {1, 9, 16}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
-      {1, 2, 1, 33, {3, 9, 30}, {3, 5, 15}, {1, 3, 9}, {1, 2, 2}, {0, 1, 4}, {1, 1, 1}},   // phases, staged narrow floats
-      {2, 1, 1, 1024, {1, 4, 7}, {1, 4, 7}, {1, 5, 5}, {1, 1, 1}, {0, 2, 2}, {1, 1, 1}},   // packed
+      {1, 2, 1, 33, {3, 9, 30}, {3, 5, 15}, {1, 3, 9}, {1, 2, 2}, {0, 1, 4}, {1, 1, 1}},  // phases, staged narrow
+                                                                                          // floats
+      {2, 1, 1, 1024, {1, 4, 7}, {1, 4, 7}, {1, 5, 5}, {1, 1, 1}, {0, 2, 2}, {1, 1, 1}},  // packed
       {1, 1, 1, 24, {1, 1, 2000}, {1, 1, 2000}, {1, 1, 4}, {1, 1, 1}, {0, 0, 3}, {1, 1, 1}},
       {1, 1, 1, 8, {1, 6, 6000}, {1, 6, 6000}, {1, 3, 9}, {1, 1, 1}, {0, 1, 4}, {1, 1, 1}},  // more than a thread keeps
       {1, 1, 1, 1700, {1, 2, 3}, {1, 2, 3}, {1, 13, 13}, {1, 1, 1}, {0, 6, 6}, {1, 1, 1}}};
@@ -791,7 +817,8 @@ int failures() {
     const Index y_count = g.stack * g.multiplier * g.batch * product(g.out) * g.channels;
     for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
       const std::vector<double> ones(std::max({x_count, w_count, y_count}), 1.0);
-      const Buffer x(dtype, ones, Place::behind_guard), w(dtype, ones, Place::behind_guard), cotangent(dtype, ones, Place::behind_guard);
+      const Buffer x(dtype, ones, Place::behind_guard), w(dtype, ones, Place::behind_guard),
+          cotangent(dtype, ones, Place::behind_guard);
       for (int map = 0; map < 3; ++map) {
         const Index count = map == 0 ? y_count : map == 1 ? x_count : w_count;
         const Buffer expected(dtype, count, Place::behind_guard), result(dtype, count, Place::behind_guard);
@@ -814,8 +841,10 @@ int failures() {
               ++trials;
               refused += !done;
               if (!result.guarded()) return wrong("a map", "wrote outside its result"), 1;
-              if (done && !result.same(expected)) return wrong("a map", "wrong although it said that there was memory"), 1;
-              if (!call(result) || !result.same(expected)) return wrong("a map", "wrong after a call without memory"), 1;
+              if (done && !result.same(expected))
+                return wrong("a map", "wrong although it said that there was memory"), 1;
+              if (!call(result) || !result.same(expected))
+                return wrong("a map", "wrong after a call without memory"), 1;
             }
             if (!reached) break;
           }
@@ -829,11 +858,13 @@ int failures() {
 
 // ---------------------------------------------------------------------------------------------------- Large arrays
 
-// A sparse array of bfloat16: zeros in no memory; or, to be written, pages that stand for many, but for the first and the last.
+// A sparse array of bfloat16: zeros in no memory; or, to be written, pages that stand for many, but for the first and
+// the last.
 class Sparse {
  public:
   explicit Sparse(Index count) : bytes_((2 * count + kChunk - 1) / kChunk * kChunk) {
-    void* const mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const mapped =
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) std::abort();
     data_ = static_cast<char*>(mapped);
   }
@@ -857,8 +888,8 @@ class Sparse {
   char* data_;
 };
 
-// Maps of more than 2^31 elements whose last positions alone hold numbers: under two taps, and a row with a stride that reads it
-// in few places.
+// Maps of more than 2^31 elements whose last positions alone hold numbers: under two taps, and a row with a stride that
+// reads it in few places.
 int large() {
   Threads pool(1);
   pool.claimed = 2;
@@ -869,7 +900,8 @@ int large() {
   bool ok = true;
   {
     const Index rows = 16389, columns = 8197, channels = 16, count = rows * columns * channels, last = count - channels;
-    const Geometry g{1, 1, 1, channels, {1, rows, columns}, {1, rows, columns}, {1, 2, 1}, {1, 1, 1}, {0, 1, 0}, {1, 1, 1}};
+    const Geometry g{1,         1,         1,         channels, {1, rows, columns}, {1, rows, columns},
+                     {1, 2, 1}, {1, 1, 1}, {0, 1, 0}, {1, 1, 1}};
     Sparse x(count), y(count);
     y.share_pages();
     x.set(last + 5, 3);
@@ -887,7 +919,8 @@ int large() {
   }
   {
     const Index in = kLimit, stride = Index{1} << 29, channels = 3;
-    const Geometry g{1, 1, 1, channels, {1, 1, in}, {1, 1, 4}, {1, 1, 2}, {1, 1, stride}, {0, 0, 0}, {1, 1, stride - 1}};
+    const Geometry g{
+        1, 1, 1, channels, {1, 1, in}, {1, 1, 4}, {1, 1, 2}, {1, 1, stride}, {0, 0, 0}, {1, 1, stride - 1}};
     Sparse x(in * channels);
     for (Index i = 0; i < 4; ++i) x.set(((i + 1) * stride - 1) * channels + 2, static_cast<double>(i + 1));
     const std::vector<double> ones(4 * channels, 1);
@@ -906,8 +939,7 @@ int large() {
 }  // namespace
 
 namespace depthwise {
-void runs_kernel(TileKernel kernel) { runs.add(reinterpret_cast<const void*>(kernel)); }
-void runs_kernel(void (*kernel)(const Grad&)) { runs.add(reinterpret_cast<const void*>(kernel)); }
+void count_run(const void* loop) { runs.add(loop); }
 }  // namespace depthwise
 
 // All allocations of this program, so that some can fail.
@@ -945,6 +977,8 @@ int main(int argc, char** argv) {
   }
   const std::map<std::string, int (*)()> modes = {{"sweep", sweep}, {"failures", failures}, {"large", large}};
   if (const auto mode = modes.find(argv[1]); mode != modes.end()) return mode->second();
-  const auto number = [&](int i, std::uint64_t otherwise) { return argc > i ? std::strtoull(argv[i], nullptr, 0) : otherwise; };
+  const auto number = [&](int i, std::uint64_t otherwise) {
+    return argc > i ? std::strtoull(argv[i], nullptr, 0) : otherwise;
+  };
   return fuzz(number(1, 0), number(2, 1), number(3, 0), argv[0]);
 }

@@ -1,10 +1,11 @@
-// Depthwise convolution on CPUs: what the kernels, their driver and the FFI handlers share.
+// The library's interface: the three maps of a depthwise convolution on CPUs. ffi.cc calls them for XLA.
 //
-// Everything is brought to one form: three spatial axes, channels last, and the M kernels per channel outermost.
+// Every convolution is brought to one form: three spatial axes, channels last, and the M kernels per channel outermost.
 //
 //   x (stack, batch, in..., C)   w (stack, M, window..., C)   y (stack, M, batch, out..., C)
 //
-// Each index of `stack` is a convolution of its own. All arrays are of one type; narrow floats are summed in float.
+// Each index of `stack` is a convolution of its own. All arrays of a call have one type; narrow floats are summed in
+// float.
 #pragma once
 
 #include <cstddef>
@@ -16,14 +17,19 @@ namespace depthwise {
 using Index = std::ptrdiff_t;
 
 enum class Dtype { f32, f64, f16, bf16 };
-enum class Activation { identity, relu, relu6 };
 
+enum class Activation { identity, relu, relu6 };
+constexpr int kActivations = 3;
+static_assert(static_cast<int>(Activation::relu6) + 1 == kActivations);
+
+// Output o reads position o*stride + t*dilation - low of the input through tap t, on each axis.
 struct Geometry {
   Index stack, multiplier, batch, channels;
   Index in[3], out[3], window[3], stride[3], low[3], dilation[3];
 };
 
-// Threads to spread work over. `schedule` may run the task at any time, or after parallel_for has returned.
+// Threads to spread work over. `schedule` may run the task at any time, even after the call that scheduled it has
+// returned.
 class Pool {
  public:
   virtual ~Pool() = default;
@@ -31,30 +37,30 @@ class Pool {
   virtual void schedule(std::function<void()> task) = 0;
 };
 
-// Null if the geometry is sound, else what is wrong with it. The three maps below trust a geometry that passed.
-const char* problem(const Geometry& geometry);
+// What is wrong with a geometry, or null. The maps below trust a geometry that passed.
+const char* geometry_error(const Geometry& geometry);
 
-// The maps are false where there is no memory: for w and bias as float where they are narrow, and for the partial sums of
-// dw, at most 8 MiB, and dw as float where it is narrow.
+// Each map returns false if it runs out of memory. The maps allocate float copies of narrow w and bias, what they stage
+// of x, and the partial sums of dw, at most kPartialSumsBytes.
 //
 // y = activation(conv(x, w) + bias); bias (stack, M, C) may be null.
 bool forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const void* bias,
              Activation activation, void* y, Pool& pool);
-// dx = the transpose of forward in x, of g shaped as y.
+// dx: the transpose of `forward` in x, applied to g, which has the shape of y.
 bool input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void* w, void* dx, Pool& pool);
-// dw = the transpose of forward in w. The order of its sums depends on the geometry only.
+// dw: the transpose of `forward` in w. The order of its sums depends on the geometry only.
 bool kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, void* dw, Pool& pool);
 
-// Sizes of this machine's memories, in bytes, that decide how results are written; the harness changes them.
-struct Memories {
-  Index last_level_cache;
-  Index streamed;   // results from this size on are stored past the caches
-  Index allocator;  // results above this size are new memory at every call
+// The sizes that decide how results are written. The harness changes them.
+struct MemorySizes {
+  Index last_level_cache_bytes;
+  Index stream_from_bytes;       // results from this size on are stored past the caches
+  Index reused_by_malloc_bytes;  // larger results are new memory at every call
 };
-Memories& memories();
+MemorySizes& memory_sizes();
 
-// The instruction set that is used: "avx512", "avx2", "baseline" or "neon". The environment variable
-// DEPTHWISE_JAX_ISA, read once, names a lower one; null if it names one that is not there.
+// The instruction set in use: "avx512", "avx2", "baseline" or "neon". The environment variable DEPTHWISE_JAX_ISA, read
+// once, selects another one; null if this machine does not support it.
 const char* instruction_set();
 
 }  // namespace depthwise

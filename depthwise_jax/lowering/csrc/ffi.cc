@@ -1,17 +1,18 @@
-// The handlers that XLA calls. They take nothing on trust: whatever does not fit is an error, never a read out of bounds.
+// The handlers that XLA calls. They check everything: a wrong call is an error, never a read out of bounds.
+#include "xla/ffi/api/ffi.h"
+
 #include <new>
 #include <string>
 #include <utility>
 
 #include "depthwise.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace depthwise {
 namespace {
 
-// Part of every symbol's name; native.py has the same number. Raised when shapes or attributes change their meaning.
+// Part of every symbol's name; native.py has the same number. Raise it when shapes or attributes change their meaning.
 #define DEPTHWISE_ABI 3
 #define DEPTHWISE_NAME(name, abi) DEPTHWISE_NAME_(name, abi)
 #define DEPTHWISE_NAME_(name, abi) depthwise_jax_##name##_v##abi
@@ -28,9 +29,7 @@ class XlaPool : public Pool {
   ffi::ThreadPool& pool_;
 };
 
-ffi::Error invalid(const std::string& message) {
-  return ffi::Error::InvalidArgument("depthwise_jax: " + message);
-}
+ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("depthwise_jax: " + message); }
 
 std::string text(ffi::AnyBuffer::Dimensions shape) {
   std::string result = "(";
@@ -48,10 +47,10 @@ ffi::ErrorOr<Dtype> dtype_of(ffi::DataType type) {
   }
 }
 
-// The geometry of x (*stack, batch, in..., C), w (*stack, M, window..., C), y (*stack, M, batch, out..., C), with as many
-// spatial axes as the attributes have numbers, up to three. M may be left out of both w and y, and is 1 then.
-ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride, Attribute low,
-                                   Attribute dilation) {
+// The geometry of x (*stack, batch, in..., C), w (*stack, M, window..., C), y (*stack, M, batch, out..., C), with one
+// spatial axis per number in the attributes, up to three. w and y may both lack the axis M, which is 1 then.
+ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y, Attribute stride,
+                                   Attribute low, Attribute dilation) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y.dimensions();
   auto fail = [&](const std::string& what) {
     return ffi::Unexpected(invalid(what + "; got x " + text(a) + ", w " + text(b) + ", y " + text(c)));
@@ -74,12 +73,12 @@ ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyB
   g.multiplier = multiplied ? b[stacked] : 1;
   g.batch = a[stacked];
   g.channels = a[a.size() - 1];
-  if ((multiplied && c[stacked] != g.multiplier) || c[stacked + multiplied] != g.batch || c[c.size() - 1] != g.channels ||
-      b[b.size() - 1] != g.channels) {
+  if ((multiplied && c[stacked] != g.multiplier) || c[stacked + multiplied] != g.batch ||
+      c[c.size() - 1] != g.channels || b[b.size() - 1] != g.channels) {
     return fail("expected the same multiplier, batch and channels");
   }
   for (std::size_t i = 0; i < 3; ++i) {
-    g.in[i] = g.out[i] = g.window[i] = g.stride[i] = g.dilation[i] = 1;  // the axes that are not there, which lead
+    g.in[i] = g.out[i] = g.window[i] = g.stride[i] = g.dilation[i] = 1;  // missing axes come first
     if (i < 3 - axes) continue;
     const std::size_t axis = i + axes - 3;
     g.in[i] = a[stacked + 1 + axis];
@@ -89,7 +88,7 @@ ffi::ErrorOr<Geometry> geometry_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyB
     g.low[i] = low[axis];
     g.dilation[i] = dilation[axis];
   }
-  if (const char* what = problem(g)) return fail(what);
+  if (const char* what = geometry_error(g)) return fail(what);
   return g;
 }
 
@@ -113,7 +112,7 @@ ffi::ErrorOr<Call> call_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y,
   return Call{*geometry, *dtype};
 }
 
-// The error that a map's handler gives, or XLA's for want of memory: nothing is thrown through XLA's C interface.
+// The error of a map's handler, or XLA's error for lack of memory: no exception may pass through XLA's C interface.
 template <class F>
 ffi::Error handled(const F& handler) {
   constexpr auto kExhausted = ffi::ErrorCode::kResourceExhausted;
@@ -126,7 +125,7 @@ ffi::Error handled(const F& handler) {
     }
     return ffi::Error(kExhausted, "depthwise_jax: no memory beside the operands and the result");
   } catch (const std::bad_alloc&) {
-    return ffi::Error(kExhausted, "no memory");  // short enough to need none
+    return ffi::Error(kExhausted, "no memory");  // short enough to be stored without an allocation
   }
 }
 
@@ -148,9 +147,11 @@ ffi::ErrorOr<bool> checked_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ff
     }
     b = buffer->untyped_data();
   }
-  if (activation < 0 || activation > 2) return ffi::Unexpected(invalid("expected an activation of 0, 1 or 2"));
+  if (activation < 0 || activation >= kActivations)
+    return ffi::Unexpected(invalid("expected an activation of 0, 1 or 2"));
   XlaPool pool(threads);
-  return forward(dtype, g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation), y.untyped_data(), pool);
+  return forward(dtype, g, x.untyped_data(), w.untyped_data(), b, static_cast<Activation>(activation), y.untyped_data(),
+                 pool);
 }
 
 ffi::Error run_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::RemainingArgs bias,
@@ -165,7 +166,8 @@ ffi::Error run_input_grad(ffi::ThreadPool threads, ffi::AnyBuffer cotangent, ffi
     auto call = call_of(*dx, w, cotangent, stride, low, dilation);
     if (call.has_error()) return ffi::Unexpected(call.error());
     XlaPool pool(threads);
-    return input_grad(call->dtype, call->geometry, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(), pool);
+    return input_grad(call->dtype, call->geometry, cotangent.untyped_data(), w.untyped_data(), dx->untyped_data(),
+                      pool);
   });
 }
 
@@ -175,7 +177,8 @@ ffi::Error run_kernel_grad(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBu
     auto call = call_of(x, *dw, cotangent, stride, low, dilation);
     if (call.has_error()) return ffi::Unexpected(call.error());
     XlaPool pool(threads);
-    return kernel_grad(call->dtype, call->geometry, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(), pool);
+    return kernel_grad(call->dtype, call->geometry, x.untyped_data(), cotangent.untyped_data(), dw->untyped_data(),
+                       pool);
   });
 }
 
@@ -196,8 +199,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(forward, DEPTHWISE_ABI), depthwise:
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
-                                  .GEOMETRY_ATTRIBUTES
-                                  .Attr<std::int64_t>("activation"));
+                                  .GEOMETRY_ATTRIBUTES.Attr<std::int64_t>("activation"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(input_grad, DEPTHWISE_ABI), depthwise::run_input_grad,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

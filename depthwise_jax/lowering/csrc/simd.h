@@ -1,7 +1,7 @@
 // Vectors of one instruction set, and loads and stores of every element type as vectors of the type of the sums.
 //
-// Included by kernels.cc only, which is compiled once per instruction set: all is in an unnamed namespace, so that the
-// linker cannot merge code of different instruction sets.
+// Only loops.cc includes this file. It is compiled once per instruction set: everything is in an unnamed namespace,
+// because the linker must not merge code of different instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +16,11 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64;
+constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
-constexpr int kBytes = 32;
+constexpr int kVectorBytes = 32;
 #else
-constexpr int kBytes = 16;
+constexpr int kVectorBytes = 16;
 #endif
 
 template <class T, int N>
@@ -38,24 +38,24 @@ inline void store_vector(void* p, typename VectorOf<T, N>::type v) {
   *static_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
 }
 
-// Each element type: Sum, the type of the sums; lanes; the sizes of what is stored and of what is loaded; load and store.
-// `load_some` and `store_some` touch n lanes only.
+// What each element type has: Sum, the type of its sums; lanes, how many of them a vector holds; the size of an element
+// of y (stored_bytes) and of x (loaded_bytes); load and store. `load_partial` and `store_partial` touch n lanes only.
 template <class Self, class Stored, class SumType>
 struct ElementBase {
   using Sum = SumType;
-  static constexpr int lanes = kBytes / sizeof(Sum);
-  static constexpr int size = sizeof(Stored), loaded = size;
+  static constexpr int lanes = kVectorBytes / sizeof(Sum);
+  static constexpr int stored_bytes = sizeof(Stored), loaded_bytes = stored_bytes;
   using V = typename VectorOf<Sum, lanes>::type;
 
-  static inline V load_some(const char* p, int n) {
-    alignas(64) char buffer[lanes * size] = {};
-    std::memcpy(buffer, p, n * size);
+  static inline V load_partial(const char* p, int n) {
+    alignas(64) char buffer[lanes * stored_bytes] = {};
+    std::memcpy(buffer, p, n * stored_bytes);
     return Self::load(buffer);
   }
-  static inline void store_some(char* p, V v, int n) {
-    alignas(64) char buffer[lanes * size];
+  static inline void store_partial(char* p, V v, int n) {
+    alignas(64) char buffer[lanes * stored_bytes];
     Self::store(buffer, v);
-    std::memcpy(p, buffer, n * size);
+    std::memcpy(p, buffer, n * stored_bytes);
   }
 };
 
@@ -78,8 +78,8 @@ struct Full : ElementBase<Full<T>, T, T> {
 using F32 = Full<float>;
 using F64 = Full<double>;
 
-// The upper half of a float. Conversion is to the nearest, ties to even. What is no number stays none without being looked
-// for: all that is summed was narrow once, so that its lower half is zero, and rounding carries nothing into the upper half.
+// The upper half of a float, rounded to nearest, ties to even. NaNs survive without a check: every operand was narrow
+// once, its lower half is zero, and rounding carries nothing into the upper half.
 struct BF16 : ElementBase<BF16, std::uint16_t, float> {
 #if defined(__AVX512F__)
   // A permutation of words would do it at once, but takes turns with the multiplications on some processors.
@@ -92,8 +92,8 @@ struct BF16 : ElementBase<BF16, std::uint16_t, float> {
     __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
-    const __m512i from = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0, 0,
-                                           0, 0, 0, 0, 0, 0);
+    const __m512i from = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d,
+                                           0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(0xffff, from, rounded));
   }
   static inline void store(char* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
@@ -200,10 +200,10 @@ struct F16 : ElementBase<F16, std::uint16_t, float> {
 #endif
 };
 
-// The same, with an input that is of the type of the sums already.
+// The same for an input that is already in the type of the sums.
 template <class E>
 struct Staged : E {
-  static constexpr int loaded = sizeof(typename E::Sum);
+  static constexpr int loaded_bytes = sizeof(typename E::Sum);
   static inline typename E::V load(const char* p) { return load_vector<typename E::Sum, E::lanes>(p); }
 };
 

@@ -1,0 +1,194 @@
+"""Times two builds of the compiled kernels against each other, in turn in one process.
+
+    python -m benchmarks.builds OLD.so NEW.so
+    python -m benchmarks.builds OLD.so NEW.so --layers k3,k5,k7,s2 --modes single --rounds 15
+
+Both libraries are loaded at once, and the calls of both are made of the same operands, without anything of the package
+around them. Every result is compared with a float64 reference before it is timed. A row is a layer of tests/cases.py, a
+direction, and single calls or chains of calls in one program; its ratio is the median over rounds of new / old, so less
+than 1 says that the new build is faster. The range beside it holds the middle half of the rounds: where it is wide, the
+machine was busy, and the ratio of the fastest samples of both says more. The geometric means at the end are what to
+judge by. On a busy machine, --threads 1 waits for no other thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import environment, work
+from benchmarks.contestants import CHAIN, COPIES, PAIRS, unrolled
+from benchmarks.timing import interleaved
+from depthwise_jax.lowering import native
+from depthwise_jax.lowering.call import MAPS
+from tests.cases import NETWORKS, Case
+
+BUILDS = ("old", "new")
+MODES = ("single", "chain")
+# More than the samples of any layer take: none gets fewer rounds.
+_SECONDS = 600
+_DIRECTIONS: dict[str, str] = dict(zip(("forward", "dx", "dw"), MAPS, strict=True))
+
+
+def load(build: str, path: Path) -> str:
+    """Registers the maps of a library as `benchmark.<build>.<map>`; returns the instruction set that it uses.
+
+    Raises:
+        OSError: it cannot be loaded.
+        AttributeError: its calls are not those of the package.
+        ValueError: this machine does not support DEPTHWISE_JAX_ISA.
+    """
+    library = ctypes.CDLL(str(path.resolve()))
+    library.depthwise_jax_instruction_set.restype = ctypes.c_char_p
+    instruction_set = library.depthwise_jax_instruction_set()
+    if instruction_set is None:
+        raise ValueError("DEPTHWISE_JAX_ISA must name an instruction set that this machine supports")
+    for name in MAPS:
+        handler = getattr(library, f"depthwise_jax_{name}_v{native._ABI}")
+        jax.ffi.register_ffi_target(f"benchmark.{build}.{name}", jax.ffi.pycapsule(handler), platform="cpu")
+    return instruction_set.decode()
+
+
+def maps(build: str, case: Case, dtype: str) -> dict[str, Callable[..., Any]]:
+    """The maps of a case by direction, on operands as `arranged` makes them."""
+    oracle = case.oracle
+    channels, multiplied = oracle.channels, () if oracle.multiplier == 1 else (oracle.multiplier,)
+    batch = int(np.prod(oracle.batch))
+    shapes = {
+        "forward": (*multiplied, batch, *oracle.out, channels),
+        "dx": (batch, *oracle.spatial, channels),
+        "dw": (*multiplied, *oracle.window, channels),
+    }
+    geometry: dict[str, Any] = {
+        "stride": np.array(oracle.strides, np.int64),
+        "low": np.array(oracle.low, np.int64),
+        "dilation": np.array(oracle.dilation, np.int64),
+    }
+    return {
+        direction: partial(
+            jax.ffi.ffi_call(f"benchmark.{build}.{_DIRECTIONS[direction]}", jax.ShapeDtypeStruct(shape, dtype)),
+            **geometry,
+            **({"activation": np.int64(0)} if direction == "forward" else {}),
+        )
+        for direction, shape in shapes.items()
+    }
+
+
+def arranged(case: Case, operands: work.Operands) -> work.Operands:
+    """x, w and g as the kernels take them: a channel's M kernels outermost in w and g, left out where M is 1."""
+    multiplier = case.oracle.multiplier
+    w, g = operands["w"], operands["g"]
+    g = np.moveaxis(g.reshape(*g.shape[:-1], -1, multiplier), -1, 0)
+    w = np.moveaxis(w, -1, 0)
+    return {"x": operands["x"], "w": w, "g": g} if multiplier > 1 else {"x": operands["x"], "w": w[0], "g": g[0]}
+
+
+def restored(case: Case, direction: str, result: work.Array) -> work.Array:
+    """A result of the kernels as the reference has it."""
+    if case.oracle.multiplier > 1 and direction != "dx":
+        result = np.moveaxis(result, 0, -1)
+    elif direction == "dw":
+        result = result[..., None]
+    return result.reshape(case.oracle.y_shape) if direction == "forward" else result
+
+
+def programs(function: Callable[..., Any], direction: str, arguments: tuple[Any, Any]) -> dict[str, Callable[[], Any]]:
+    """By mode, what is timed: a single call, and a chain of CHAIN calls; each returns finished results."""
+    single = jax.jit(function)
+    if direction == "dw":
+        xs, gs = zip(*(map(jnp.array, arguments) for _ in range(COPIES)), strict=True)
+        pairs = jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in PAIRS])
+        chain = partial(pairs, xs, gs)
+    else:
+        chain = partial(unrolled(function), *arguments)
+    return {
+        "single": lambda: jax.block_until_ready(single(*arguments)),
+        "chain": lambda: jax.block_until_ready(chain()),
+    }
+
+
+def measure(case: Case, dtype: str, modes: tuple[str, ...], rounds: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """Prints a row for each direction and mode of a layer; returns the ratio of each, by the median and by the fastest.
+
+    Raises:
+        ValueError: a result is wrong.
+    """
+    operands = work.operands(case)
+    arrays = {name: jnp.asarray(array, dtype) for name, array in arranged(case, operands).items()}
+    ratios = {}
+    for direction, (first, second) in {"forward": ("x", "w"), "dx": ("g", "w"), "dw": ("x", "g")}.items():
+        truth = work.truth(case, direction, operands)
+        arguments = (arrays[first], arrays[second])
+        made: dict[str, Mapping[str, Callable[[], Any]]] = {}
+        for build in BUILDS:
+            made[build] = programs(maps(build, case, dtype)[direction], direction, arguments)
+            result = restored(case, direction, np.asarray(made[build]["single"](), np.float64))
+            error = float(np.max(np.abs(result - truth)) / np.max(np.abs(truth)))
+            if error > work.tolerance(direction, dtype):
+                raise ValueError(f"{case.name} {direction}: the {build} build has a relative error of {error:.2e}")
+        for mode in modes:
+            functions = {build: made[build][mode] for build in BUILDS}
+            for function in functions.values():
+                function()
+            samples = interleaved(functions, rounds, 60)
+            each = np.divide(samples["new"], samples["old"])
+            low, ratio, high = (float(q) for q in np.quantile(each, (0.25, 0.5, 0.75)))
+            fastest = min(samples["new"]) / min(samples["old"])
+            calls = CHAIN if mode == "chain" else 1
+            old, new = (1e3 * float(np.median(samples[build])) / calls for build in BUILDS)
+            print(
+                f"{case.name} {direction} {mode}: {old:.4f} -> {new:.4f} ms, median {ratio:.3f} ({low:.3f} to "
+                f"{high:.3f}), fastest {fastest:.3f}",
+                flush=True,
+            )
+            ratios[direction, mode] = ratio, fastest
+    jax.clear_caches()
+    return ratios
+
+
+def means(ratios: Sequence[tuple[float, float]]) -> list[str]:
+    """The geometric mean of each column."""
+    return [f"{mean:.3f}" for mean in np.exp(np.mean(np.log(ratios), axis=0))]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path, help="a library")
+    parser.add_argument("new", type=Path, help="the library to compare with it")
+    parser.add_argument("--layers", default="", help="comma-separated; layers whose name contains one of these")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", choices=environment.INSTRUCTION_SETS)
+    arguments = parser.parse_args()
+    modes = tuple(arguments.modes.split(","))
+    if not set(modes) <= set(MODES):
+        raise SystemExit(f"--modes must name some of {', '.join(MODES)}, got {arguments.modes!r}")
+    cases = [case for case in NETWORKS if any(part in case.name for part in arguments.layers.split(","))]
+    if not cases:
+        raise SystemExit(f"--layers must match layers of tests/cases.py, got {arguments.layers!r}")
+    environment.enter("benchmarks.builds", arguments.threads, arguments.isa)
+    for build, path in zip(BUILDS, (arguments.old, arguments.new), strict=True):
+        print(f"{build}: {path}, {load(build, path)}")
+    rows: list[tuple[str, tuple[float, float]]] = []
+    for case in cases:
+        found = measure(case, arguments.dtype, modes, arguments.rounds)
+        rows += [(f"{direction} {mode}", ratios) for (direction, mode), ratios in found.items()]
+    print("\ngeometric means of new / old, by the median and by the fastest:")
+    for kind in dict.fromkeys(kind for kind, _ in rows):
+        print(kind, *means([ratios for other, ratios in rows if other == kind]))
+    print(f"all {len(rows)} rows of {len(cases)} layers", *means([ratios for _, ratios in rows]))
+
+
+if __name__ == "__main__":
+    main()
