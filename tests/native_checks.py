@@ -263,7 +263,7 @@ def _call(
         **attributes,
     }
     attributes.pop(missing, None)
-    call = jax.ffi.ffi_call(f"depthwise_jax.{direction}.v3", [jax.ShapeDtypeStruct(*result)])
+    call = jax.ffi.ffi_call(f"depthwise_jax.{direction}.v4", [jax.ShapeDtypeStruct(*result)])
     extra = [jnp.ones(*b) for b in bias]
     return [np.asarray(a) for a in call(*(jnp.ones(shape, dtype) for shape, dtype in operands), *extra, **attributes)]
 

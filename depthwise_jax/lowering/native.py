@@ -32,7 +32,7 @@ from depthwise_jax.lowering import library
 from depthwise_jax.lowering.call import MAPS, Call
 
 # What the shapes and attributes of the calls mean; csrc/ffi.cc has the same number in its symbols' names.
-_ABI = 3
+_ABI = 4
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 # What the kernels count along an axis, and the steps in it, are at most this.
 _LARGEST = 2**31

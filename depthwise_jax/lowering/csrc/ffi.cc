@@ -13,7 +13,7 @@ namespace depthwise {
 namespace {
 
 // Part of every symbol's name; native.py has the same number. Raise it when shapes or attributes change their meaning.
-#define DEPTHWISE_ABI 3
+#define DEPTHWISE_ABI 4
 #define DEPTHWISE_NAME(name, abi) DEPTHWISE_NAME_(name, abi)
 #define DEPTHWISE_NAME_(name, abi) depthwise_jax_##name##_v##abi
 
