@@ -942,7 +942,7 @@ namespace depthwise {
 void count_run(const void* loop) { runs.add(loop); }
 }  // namespace depthwise
 
-// All allocations of this program, so that some can fail.
+// All allocations of this program: some can be made to fail.
 void* allocate(std::size_t bytes, std::size_t alignment) {
   if (allocations.fails()) return nullptr;
   return std::aligned_alloc(alignment, (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment);
