@@ -51,8 +51,9 @@ def load(build: str, path: Path) -> str:
     instruction_set = library.depthwise_jax_instruction_set()
     if instruction_set is None:
         raise ValueError("DEPTHWISE_JAX_ISA must name an instruction set that this machine supports")
+    abi = next((abi for abi in range(native._ABI, 0, -1) if hasattr(library, f"depthwise_jax_forward_v{abi}")), None)
     for name in MAPS:
-        handler = getattr(library, f"depthwise_jax_{name}_v{native._ABI}")
+        handler = getattr(library, f"depthwise_jax_{name}_v{abi}")
         jax.ffi.register_ffi_target(f"benchmark.{build}.{name}", jax.ffi.pycapsule(handler), platform="cpu")
     return instruction_set.decode()
 
