@@ -12,6 +12,12 @@ def promoted(a: Any, b: Any) -> Any:
         return jnp.promote_types(a, b)
 
 
+def added(a: Any, b: Any) -> Any:
+    """`a + b`, as JAX's standard rules promote them, whatever the promotion mode is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.add(a, b)
+
+
 def at_least_float32(dtype: Any) -> Any:
     """The dtype to sum in: float32 for narrower floats, `dtype` itself for wider ones."""
     return promoted(dtype, jnp.float32)

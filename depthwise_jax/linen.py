@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from depthwise_jax import fields, introspect, regularizers, settings
+from depthwise_jax.dtypes import added
 from depthwise_jax.fields import DepthwiseFields, SeparableFields
 from depthwise_jax.spec import Parameter, Spec, arguments_from_config, data_format
 
@@ -40,7 +41,7 @@ class _Layer(nn.Module):
                     self.sow("losses", parameter.name, loss, init_fn=_zero, reduce_fn=lambda _, new: new)
             if self.spec.activity_regularizer is not None:
                 loss = self.spec.activity_loss(y)
-                self.sow("losses", "activity", loss, init_fn=_zero, reduce_fn=lambda total, new: total + new)
+                self.sow("losses", "activity", loss, init_fn=_zero, reduce_fn=added)
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -266,5 +267,5 @@ def regularization_loss(
         def penalty(instance: Array, regularizer: Any = parameter.regularizer) -> Array:
             return regularizers.penalty(regularizer, instance)
 
-        total += jnp.sum(introspect.per_instance(penalty, parameter.lifted_axes, reduces=True)(value))
+        total = added(total, jnp.sum(introspect.per_instance(penalty, parameter.lifted_axes, reduces=True)(value)))
     return total

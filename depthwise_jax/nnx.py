@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from depthwise_jax import fields, introspect, regularizers, settings
+from depthwise_jax.dtypes import added
 from depthwise_jax.fields import DepthwiseFields, SeparableFields
 from depthwise_jax.spec import Spec, arguments_from_config
 from depthwise_jax.window import per_axis
@@ -96,7 +97,7 @@ class _Layer(nnx.Module):
         # Outside of nnx.capture, sow would keep the value in the module for good.
         if contract.activity_regularizer is not None and hasattr(self, "__captures__"):
             loss = contract.activity_loss(y)
-            self.sow(Loss, "activity", loss, init_fn=lambda: jnp.zeros(()), reduce_fn=lambda total, new: total + new)
+            self.sow(Loss, "activity", loss, init_fn=lambda: jnp.zeros(()), reduce_fn=added)
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -296,7 +297,7 @@ def regularization_loss(model: nnx.Module) -> Array:
             def penalty(instance: Array, regularizer: Any = found.regularizer) -> Array:
                 return regularizers.penalty(regularizer, instance)
 
-            total += jnp.sum(introspect.per_instance(penalty, found.lifted_axes, reduces=True)(param[...]))
+            total = added(total, jnp.sum(introspect.per_instance(penalty, found.lifted_axes, reduces=True)(param[...])))
     return total
 
 

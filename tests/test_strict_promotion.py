@@ -117,7 +117,7 @@ def test_layers_train(dtypes: tuple[Any, Any], separable: bool) -> None:
     assert jnp.isfinite(regularization_loss(layer, params, x))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_nnx_layers(dtype: str) -> None:
     layer = depthwise_jax.nnx.DepthwiseConv2D(
         8, 3, **ARGUMENTS, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
@@ -125,6 +125,11 @@ def test_nnx_layers(dtype: str) -> None:
     x = jnp.ones((2, 6, 6, 8), dtype)
     grads = nnx.grad(lambda layer: layer(x).sum())(layer)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    expected = 0.01 * (np.abs(kernel).sum() + np.square(kernel).sum())
+    assert_close(depthwise_jax.nnx.regularization_loss(layer), expected, 1e-6)
+    y, losses = nnx.capture(layer, depthwise_jax.nnx.Loss)(x)
+    assert_close(losses["activity"][...], 0.01 * np.square(np.asarray(y, np.float64)).sum() / 2, 1e-6)
 
 
 CONSTRAINTS: dict[str, Callable[[], Any]] = {
