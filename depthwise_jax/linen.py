@@ -105,12 +105,12 @@ class _DepthwiseConv(_Layer):
 
     Args:
         kernel_size: the window, one integer or one per spatial axis.
-        strides: steps of the window, likewise; above 1 incompatible with dilation_rate above 1.
+        strides: steps of the window, likewise.
         padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), and what `depthwise_conv` takes
             besides.
         depth_multiplier: output channels per input channel.
         data_format: "channels_last" or "channels_first"; None means `settings.image_data_format()` at construction.
-        dilation_rate: distance between the window's taps, one integer or one per spatial axis.
+        dilation_rate: distance between the window's taps, one integer or one per spatial axis; goes with any strides.
         activation: None, one of Keras' names or a callable, applied last. "softmax", "log_softmax", "glu" and
             "sparsemax" act along the channels.
         use_bias: whether a bias is added.

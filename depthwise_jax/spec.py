@@ -96,12 +96,6 @@ class Spec:
         self.kernel_size = per_axis(arguments["kernel_size"], rank, "kernel_size")
         self.strides = per_axis(arguments["strides"], rank, "strides")
         self.dilation_rate = per_axis(arguments["dilation_rate"], rank, "dilation_rate")
-        if max(self.strides) > 1 and max(self.dilation_rate) > 1:
-            raise ValueError(
-                f"strides > 1 is incompatible with dilation_rate > 1 in a layer; got strides={arguments['strides']!r} "
-                f"and dilation_rate={arguments['dilation_rate']!r}. "
-                f"The function {self._function.__name__} computes both together"
-            )
         self.padding = canonical_padding(arguments["padding"], rank)
         self.layout = Layout(rank, data_format(arguments["data_format"]))
         (self.depth_multiplier,) = per_axis(arguments["depth_multiplier"], 1, "depth_multiplier")
