@@ -79,7 +79,7 @@ def layers_from_torch(module: Any, *, data_format: str = "channels_first", frame
         try:
             converted[path] = _from_module(part, path, data_format, framework)
         except ValueError as error:
-            skipped[path] = str(error).removeprefix(path).lstrip(": ").removeprefix("is ")
+            skipped[path] = _without_name(error, path)
     return Converted(converted, skipped)
 
 
@@ -111,36 +111,34 @@ def params_from_state_dict(state: Mapping[str, Any], *, groups: Mapping[str, int
     groups = dict(groups or {})
     converted, skipped = {}, {}
     for key, value in state.items():
-        path, _, name = key.rpartition(".")
-        # Weights that are computed from others, and PyTorch's quantized ones.
-        owner = next((end for end in _COMPUTED if key.endswith(end)), None)
-        if owner is not None:
-            shape = tuple(getattr(value, "shape", ()))
-            if len(shape) >= 3 or owner == "_packed_params":
-                skipped[key.removesuffix(owner).rstrip(".")] = f"its weight is computed from {key!r}; use the module"
+        end = next((end for end in ("weight", *_COMPUTED) if key == end or key.endswith(f".{end}")), None)
+        shape: Any = tuple(getattr(value, "shape", ()))
+        if end is None or not 3 <= len(shape) <= 5 or 0 in shape:
             continue
-        shape = tuple(getattr(value, "shape", ()))
-        if name != "weight" or not 3 <= len(shape) <= 5 or 0 in shape:
-            continue
+        path = key.removesuffix(end).rstrip(".")
         channels = groups.pop(path, shape[0] if shape[1] == 1 else 1)
         if channels == 1:
+            continue
+        if end != "weight":
+            skipped[path] = f"its weight is computed from {key!r}; convert the module, by layers_from_torch"
             continue
         try:
             _, converted[path] = from_state_dict(state, path, groups=channels)
         except ValueError as error:
-            skipped[path] = str(error).removeprefix(path).lstrip(": ").removeprefix("is ")
+            skipped[path] = _without_name(error, path)
     if groups:
         raise ValueError(f"groups has {next(iter(groups))!r}; the state dict has no such convolution")
     return Converted(converted, skipped)
 
 
-# Ends of a state dict's keys that stand for a weight: of parametrizations, weight_norm, spectral_norm, pruning, qint8.
-_COMPUTED = (
-    "parametrizations.weight.original",
-    "parametrizations.weight.original0",
-    "parametrizations.weight.original1",
-)
-_COMPUTED += ("weight_g", "weight_v", "weight_orig", "weight_mask", "_packed_params")
+# Ends of keys with the shape of a weight that is computed from them: parametrizations, spectral_norm, pruning and
+# weight_norm, as modules and as hooks.
+_COMPUTED = ("parametrizations.weight.original", "parametrizations.weight.original1", "weight_orig", "weight_v")
+
+
+def _without_name(error: ValueError, name: str) -> str:
+    """A refusal for a table that has the name already."""
+    return str(error).removeprefix(name).lstrip(": ").removeprefix("is ")
 
 
 def from_state_dict(state: Mapping[str, Any], name: str, *, groups: int, **arguments: Any) -> tuple[Any, Any]:
