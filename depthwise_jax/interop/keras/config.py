@@ -32,7 +32,7 @@ class Entry:
         config: its own configuration.
         custom: whether its class is not built into Keras; None where the configuration does not tell.
         inside_custom: whether it lies in one of a class that is not, which may do with it as it likes.
-        shared: what Keras calls the object if it is there more than once, or None.
+        shared: what Keras calls an object that is there more than once; the first time it may not, and then has None.
     """
 
     names: Names
@@ -49,6 +49,12 @@ class Entry:
             return False
         groups = self.config.get("groups", 1)
         return self.class_name in LAYERS or (self.class_name in CONVS and isinstance(groups, int) and groups > 1)
+
+    def may_be(self, other: "Entry") -> bool:
+        """Whether this entry of a shared object may be of the one that another entry is of."""
+        if self.shared == other.shared:
+            return True
+        return other.shared is None and _without_numbers(self.config) == _without_numbers(other.config)
 
 
 def entries(config: dict[str, Any]) -> list[Entry]:
@@ -67,7 +73,7 @@ def entries(config: dict[str, Any]) -> list[Entry]:
                 found.append(
                     Entry(
                         names[1:] or names,
-                        class_name.replace("Convolution", "Conv"),  # Keras has both
+                        class_name.rpartition(">")[2].replace("Convolution", "Conv"),  # Keras has both
                         inner,
                         custom,
                         inside_custom,
@@ -81,8 +87,15 @@ def entries(config: dict[str, Any]) -> list[Entry]:
     return found
 
 
+def _without_numbers(value: Any) -> Any:
+    """A configuration without Keras' names of objects."""
+    if isinstance(value, dict):
+        return {key: _without_numbers(inner) for key, inner in value.items() if key != "shared_object_id"}
+    return [_without_numbers(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _is_custom(node: dict[str, Any], class_name: str) -> bool | None:
-    if node.get("registered_name") not in (None, class_name):
+    if node.get("registered_name") not in (None, class_name) or ">" in class_name:
         return True
     module = node.get("module")
     if isinstance(module, str):
@@ -123,7 +136,8 @@ def class_of_group(step: str, name: str) -> str | None:
         match = re.fullmatch(r"(depthwise_|separable_)?conv([123])d(_transpose)?(_\d+)?", given)
         if match:
             kind = (match[1] or "").rstrip("_").title()
-            return f"{kind}Conv{match[2]}D{'Transpose' if match[3] else ''}"
+            class_name = f"{kind}Conv{match[2]}D{'Transpose' if match[3] else ''}"
+            return class_name if class_name in LAYERS or class_name in _BUILT_IN else None
     return None
 
 

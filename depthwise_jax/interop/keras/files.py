@@ -196,18 +196,21 @@ def _layers(
         if saved is not None:
             layers[name] = saved
             read[layer.names] = saved
-    by_object = {entry.shared: read[entry.names] for entry in known if entry.shared is not None and entry.names in read}
     weighted = {layer.names for layer in found}
-    seen = {entry.shared for entry in known if entry.names in weighted} - {None}
     for entry in known:
         if not entry.is_ours or entry.names in weighted:
             continue
         name = "/".join(entry.names)
-        if entry.shared in by_object:  # Keras writes a shared layer once
-            layers[name] = replace(by_object[entry.shared], name=name, config=entry.config)
+        # Keras writes a shared layer once, under its first name.
+        first = [other for other in known if other.names in weighted and entry.shared and entry.may_be(other)]
+        if len(first) == 1:
+            if first[0].names in read:
+                layers[name] = replace(read[first[0].names], name=name, config=entry.config)
+        elif first:
+            unknown.append(f"{name} (shared, and written under another name)")
         elif entry.inside_custom:
             unknown.append(f"{name} (made by a custom class)")
-        elif entry.shared not in seen:
+        else:
             raise ValueError(f"{path}: there are no weights for the layer {name!r}")
     if unknown:
         warnings.warn(
@@ -257,7 +260,7 @@ def _looks_depthwise(layer: _Found) -> bool:
         return True
     if len(shapes) > 2 or (len(shapes) == 2 and shapes[1] not in ((channels * multiplier,),)):
         return False
-    if layer.hint is not None:  # Keras' convolution, whose groups the file does not tell
+    if layer.entry is None and layer.hint is not None:  # Keras' convolution, whose groups the file does not tell
         return layer.hint in CONVS and channels == 1 and multiplier > 1
     return True
 

@@ -268,10 +268,12 @@ def _values(layer: Any, class_name: str) -> dict[str, Any]:
     if len(weights) != len(found):
         raise ValueError(
             f"{layer.name}: a {class_name} has the weights {list(found) or list(names)}; this layer has "
-            f"{[weight.path for weight in weights]}" + ("" if layer.built else ": build it first")
+            f"{[weight.path for weight in weights]}"
         )
     values = {name: to_numpy(getattr(value, "value", value)) for name, value in found.items()}
     if class_name in CONVS:
+        if "kernel" not in values:
+            raise ValueError(f"{layer.name} has no weights; build it first")
         *window, inputs, outputs = values["kernel"].shape
         if inputs != 1 or outputs % layer.groups:
             raise ValueError(
