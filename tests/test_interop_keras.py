@@ -1,11 +1,14 @@
 """Keras' layers and files, and our layers: round trips, every format, hostile files."""
 
+import dataclasses
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 
 from depthwise_jax import linen
 from depthwise_jax.interop.keras import SavedLayer, from_keras, read_weights, to_keras
+from tests import keras_fuzz
 from tests.keras_reference import keras
 from tests.test_keras_conformance import LAYERS, build, draw, weights_for
 
@@ -463,3 +467,138 @@ def test_read_weights_needs_no_keras(archive):
         f"saved = read_weights({str(archive[0])!r})['dw']; from_keras(saved); assert 'keras' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_files_are_refused_or_read(tmp_path):
+    """A sample; `python -m tests.keras_fuzz 2000` reads more."""
+    assert keras_fuzz.run(100, tmp_path, seed=1) > 50
+
+
+def peak_of_reading(path: Path) -> tuple[float, str]:
+    """How much a process grows that reads a file, in MiB, and what it says."""
+    code = (
+        "import resource, sys; from depthwise_jax.interop.keras import read_weights; import h5py\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\n"
+        "try: print(list(read_weights(sys.argv[1])))\n"
+        "except ValueError as error: print(error)\n"
+        "print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+    *said, growth = done.stdout.splitlines()
+    return float(growth), "\n".join(said)
+
+
+def chunked(array: np.ndarray, chunks: Any, **kwargs: Any) -> Any:
+    return replace_kernel(array, chunks=chunks, **kwargs)
+
+
+SIZE = 1 << 28  # bytes of a bomb
+
+
+def huge(shape: tuple[int, ...], chunks: tuple[int, ...], stored: int | None = None) -> Any:
+    """Zeros that deflate to a thousandth, and again to a hundredth; or a chunk that holds more than it says."""
+
+    def edit(file):
+        del file[f"{VARS}/0"]
+        limits = {"maxshape": (3, 3, None, 1)}
+        made = file.create_dataset(f"{VARS}/0", shape, "f4", chunks=chunks, compression="gzip", **limits)
+        packed = zlib.compress(bytes(stored or int(np.prod(chunks)) * 4), 9)
+        for place in np.ndindex(*(-(-n // chunk) for n, chunk in zip(shape, chunks, strict=True))):
+            made.id.write_direct_chunk(tuple(p * chunk for p, chunk in zip(place, chunks, strict=True)), packed)
+
+    return edit
+
+
+WIDE = SIZE // 4 // 9
+BOMBS: dict[str, tuple[Any, str]] = {
+    "an array": (huge((3, 3, WIDE, 1), (3, 3, WIDE // 64, 1)), "would take 2684"),
+    "a chunk": (huge((3, 3, 2, 1), (3, 3, WIDE, 1)), "a chunk of the array .* would take 2684"),
+    "a chunk of more than it says": (huge((3, 3, 2, 1), (3, 3, 2, 1), stored=SIZE), r"a chunk of (73|\d{6}) bytes"),
+    "a configuration": (None, "the archive's member 'config.json' would take 2684"),
+}
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_takes_little_memory(archive, name, deflated):
+    edit, message = BOMBS[name]
+    path, members = archive
+    if edit is None:
+        if not deflated:
+            return  # such a file is not small
+        members["config.json"] = members["config.json"] + b" " * SIZE
+    else:
+        members["model.weights.h5"] = edited(members["model.weights.h5"], edit)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED) as file:
+        for member, content in members.items():
+            file.writestr(member, content)
+    del members
+    growth, said = peak_of_reading(path)
+    assert re.search(message, said) or "would take" in said
+    assert growth < 64  # MiB, most of which is h5py's own
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True}, {"shuffle": True}]
+)
+@pytest.mark.parametrize("chunks", [(3, 3, 2, 1), (2, 3, 1, 1), (1, 1, 1, 1)])
+def test_compressed_arrays_are_read(archive, kwargs, chunks):
+    """Keras compresses nothing, but h5repack does."""
+    path, members = archive
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 2, 1)).astype(np.float32)
+    members["model.weights.h5"] = edited(members["model.weights.h5"], chunked(kernel, chunks, **kwargs))
+    np.testing.assert_array_equal(read_weights(pack(path, members))["dw"].values["kernel"], kernel)
+
+
+@pytest.mark.parametrize("kwargs", [{"compression": "lzf"}, {"fletcher32": True}, {"scaleoffset": 2}])
+def test_other_filters_are_refused(archive, kwargs):
+    path, members = archive
+    edit = chunked(np.ones((3, 3, 2, 1), np.float32), (3, 3, 2, 1), **kwargs)
+    members["model.weights.h5"] = edited(members["model.weights.h5"], edit)
+    with pytest.raises(ValueError, match="other filters than shuffle and gzip"):
+        read_weights(pack(path, members))
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">f2", "<f2"])
+def test_arrays_of_any_byte_order(archive, dtype):
+    path, members = archive
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 2, 1)).astype(dtype)
+    members["model.weights.h5"] = edited(members["model.weights.h5"], replace_kernel(kernel))
+    saved = read_weights(pack(path, members))["dw"]
+    assert saved.values["kernel"].dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(saved.values["kernel"], kernel)
+    direct = dataclasses.replace(saved, values={**saved.values, "kernel": kernel})
+    if np.dtype(dtype).itemsize == 8:
+        with pytest.raises(ValueError, match=r"'kernel' is .*float64.*jax_enable_x64|'kernel' is >f8"):
+            from_keras(direct)
+        return
+    np.testing.assert_array_equal(
+        np.asarray(from_keras(direct)[1]["kernel"]), kernel.astype(saved.values["kernel"].dtype)
+    )
+
+
+def test_long_doubles_and_complex_numbers_are_refused(archive):
+    path, members = archive
+    weights = members["model.weights.h5"]
+    for dtype, message in (
+        (np.longdouble, "long double"),
+        (np.complex64, "real floating-point numbers; got complex64"),
+    ):
+        kernel = np.ones((3, 3, 2, 1), dtype)
+        members["model.weights.h5"] = edited(weights, replace_kernel(kernel))
+        with pytest.raises(ValueError, match=message):
+            read_weights(pack(path, members))
+        with pytest.raises(ValueError, match=message):
+            from_keras(SavedLayer("dw", "DepthwiseConv2D", {"name": "dw", "kernel_size": 3}, {"kernel": kernel}))
+
+
+def test_an_error_of_ours_is_no_damage(archive, monkeypatch):
+    """What fails in our own code is not called a damaged file."""
+    path, _ = archive
+    monkeypatch.setattr("depthwise_jax.interop.keras.files.entries", lambda config: config["missing"])
+    with pytest.raises(KeyError):
+        read_weights(path)
