@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from depthwise_jax import activations, lowering, primitives
+from depthwise_jax import activations, hints, lowering, primitives
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.layout import Layout
 from depthwise_jax.registry import closest
@@ -45,7 +45,8 @@ def depthwise_conv(
     and rounded once.
 
     Args:
-        x: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first; any number of leading batch axes.
+        x: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first; any number of leading batch axes,
+            none included: with a kernel of one window axis `(B, C)` is one series of B steps, not a batch of B.
         kernel: `(*window, C, M)`, one to three window axes; its rank decides how many spatial axes x has.
         bias: `(C*M,)`, added to the convolution.
         strides: steps of the window in input positions, one or one per spatial axis.
@@ -242,7 +243,7 @@ def _arguments(
     if not 1 <= rank <= 3:
         raise ValueError(
             f"{name} must have shape (*window, channels, multiplier) with one to three window axes; "
-            f"got shape {kernel.shape}"
+            f"got shape {kernel.shape}{hints.of_kernel(kernel.shape, None, name)}"
         )
     if 0 in kernel.shape:
         raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier), got shape {kernel.shape}")
@@ -282,7 +283,9 @@ def _geometry(
         f"x must have shape ({', '.join(axes)}) with {channels} channels, to fit the kernel of shape {kernel.shape}"
     )
     if len(shape) < rank + 1 or shape[layout.channels] != channels:
-        raise ValueError(f"{expected} and data_format={layout.data_format!r}; got shape {tuple(shape)}")
+        given = shape[layout.channels] if len(shape) > rank else None
+        hint = hints.of_kernel(kernel.shape, given)
+        raise ValueError(f"{expected} and data_format={layout.data_format!r}; got shape {tuple(shape)}{hint}")
     spatial = layout.spatial_shape(shape)
     window, input_padding = resolve(spatial, kernel.shape[:rank], strides, padding, dilation_rate)
     if input_padding is not None:

@@ -19,6 +19,10 @@ from depthwise_jax.window import Padding
 class _Layer(nn.Module):
     rank: ClassVar[int]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        spec.check_spelling(cls.__name__, [field.name for field in dataclasses.fields(cls)], kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         # Read once, at construction, as Keras does: clones keep it.
         given = settings.image_data_format() if self.data_format is None else self.data_format

@@ -30,6 +30,10 @@ class _Layer(nnx.Module):
     in_features: int
     data_format: str | None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        spec.check_spelling(cls.__name__, [field.name for field in dataclasses.fields(cls)], kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self, rngs: nnx.Rngs) -> None:
         (self.in_features,) = per_axis(self.in_features, 1, "in_features")
         if self.data_format is None:  # read once, at construction, as Keras does

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import Array
 
-from depthwise_jax import activations, constraints, initializers, regularizers
+from depthwise_jax import activations, constraints, hints, initializers, regularizers
 from depthwise_jax.functional import (
     check_implementation,
     check_in_sharding,
@@ -58,6 +58,8 @@ class Parameter:
         Raises:
             ValueError: the initializer refuses the shape or gives another one.
         """
+        if self.prefix == "depthwise" and shape[-2] > 1:
+            initializers.warn_of_fans(self.initializer)
         try:
             value = self.initializer(key, shape, dtype)
         except ValueError as error:
@@ -72,8 +74,13 @@ class Parameter:
         if tuple(shape) != tuple(expected):
             raise ValueError(
                 f"the parameter {self.name!r} has the shape {tuple(shape)}; this layer expects {tuple(expected)} "
-                "for the input's number of channels"
+                f"for the input's number of channels{self._hint(shape, expected)}"
             )
+
+    def _hint(self, shape: Shape, expected: Shape) -> str:
+        if self.prefix != "depthwise":
+            return ""
+        return hints.of_kernel(shape, expected[-2], f"params[{self.name!r}]")
 
 
 class Spec:
@@ -281,6 +288,13 @@ class Spec:
                 f"{prefix}_constraint": constraints.serialize(parameter.constraint, f"{prefix}_constraint", axes),
             }
         return config
+
+
+def check_spelling(layer: str, valid: Sequence[str], given: Iterable[str]) -> None:
+    """Raises TypeError for arguments that are another library's words for ours."""
+    message = hints.of_arguments(layer, [name for name in given if name not in valid])
+    if message is not None:
+        raise TypeError(message)
 
 
 def data_format(value: Any) -> str:

@@ -26,7 +26,7 @@ from depthwise_jax.interop.keras.config import (
     named,
     tell,
 )
-from depthwise_jax.interop.keras.hdf5 import Array, Budget, Group, damage
+from depthwise_jax.interop.keras.hdf5 import Array, Budget, Group, damage, open_file
 from depthwise_jax.interop.keras.layers import OURS, SavedLayer
 from depthwise_jax.interop.modules import channels_of, check_values
 
@@ -156,13 +156,9 @@ class _Found:
 def _read_h5(
     file: Any, config: dict[str, Any] | None, budget: Budget, classes: Mapping[str, str]
 ) -> dict[str, SavedLayer]:
-    import h5py
-
     path = budget.path
-    with damage(path):
-        opened = h5py.File(file, "r")
+    opened, top = open_file(file, budget)
     try:
-        top = Group(opened, budget)
         legacy = config is None and ("model_weights" in top or top.texts("layer_names") is not None)
         if legacy and (text := top.text("model_config")) is not None:
             config = _json(text, path)

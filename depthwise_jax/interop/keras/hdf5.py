@@ -1,8 +1,10 @@
 """HDF5 read without trust: all of it in one file, every size checked before anything is inflated, no filter run."""
 
 import contextlib
+import io
 import itertools
 import math
+import mmap
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +54,69 @@ def damage(path: str) -> Iterator[None]:
         yield
     except (*_ERRORS, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def open_file(file: Any, budget: Budget) -> tuple[Any, "Group"]:
+    """Opens a file for reading.
+
+    Args:
+        file: a file, or a stream of bytes.
+        budget: what reading it may take.
+
+    Returns:
+        The h5py.File, to be closed, and its top group.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    import h5py
+
+    in_memory = isinstance(file, io.BytesIO)
+    with damage(budget.path):
+        data = file.getbuffer() if in_memory else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with data, memoryview(data) as view:
+        _check_heaps(view, budget.path)
+    with damage(budget.path):
+        opened = h5py.File(file, "r")
+    return opened, Group(opened, budget)
+
+
+# How a global heap begins, where HDF5 keeps texts: its signature and version; then come 8 bytes of its size.
+_HEAP = b"GCOL\x01\0\0\0"
+
+
+def _check_heaps(data: memoryview, path: str) -> None:
+    """Raises ValueError for a global heap whose objects do not fit in it: HDF5 walks such a heap for ever.
+
+    An object is 2 bytes of its number, 6 that do not matter here, 8 of its size, and as many, rounded up to eights.
+    Number 0 is the free space, whose size counts these 16 bytes too.
+    """
+    if len(data) < 16:
+        raise ValueError(f"{path} is damaged: it ends in the head of the file")
+    lengths = data[10] if data[8] >= 2 else data[14]  # bytes of a size, by the version of the file's head
+    if lengths != 8:
+        raise ValueError(f"{path} is damaged: sizes of {lengths} bytes, where HDF5 writes 8")
+    for start in _places(data, _HEAP):
+        at, end = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
+        if end > len(data):
+            continue  # which HDF5 refuses
+        while at + 16 <= end:
+            number, size = int.from_bytes(data[at : at + 2], "little"), int.from_bytes(data[at + 8 : at + 16], "little")
+            taken = size if number == 0 else 16 + -(-size // 8) * 8
+            if taken < 16 or at + taken > end:
+                raise ValueError(f"{path} is damaged: an object of {size} bytes in the heap of texts at {start}")
+            at += taken
+
+
+def _places(data: memoryview, wanted: bytes) -> Iterator[int]:
+    """Where some bytes are in others, searched a piece at a time."""
+    step, overlap = 1 << 24, len(wanted) - 1
+    for start in range(0, len(data), step):
+        piece = bytes(data[start : start + step + overlap])
+        at = piece.find(wanted)
+        while at >= 0:
+            yield start + at
+            at = piece.find(wanted, at + 1)
 
 
 class Group:
