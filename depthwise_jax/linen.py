@@ -20,7 +20,7 @@ class _Layer(nn.Module):
     rank: ClassVar[int]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        spec.check_spelling(cls.__name__, [field.name for field in dataclasses.fields(cls)], kwargs)
+        spec.check_spelling(cls.__name__, _arguments(cls), kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class _Layer(nnx.Module):
     data_format: str | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        spec.check_spelling(cls.__name__, [field.name for field in dataclasses.fields(cls)], kwargs)
+        spec.check_spelling(cls.__name__, ["rngs", *_arguments(cls)], kwargs)
         return super().__new__(cls)
 
     def __post_init__(self, rngs: nnx.Rngs) -> None:

@@ -218,7 +218,10 @@ class Group:
             if name not in self._group.attrs:
                 return None
             attribute = h5py.h5a.open(self._group.id, name.encode())
-            size = math.prod(attribute.shape or ()) * attribute.get_type().get_size()
+            kind = attribute.get_type()
+            size = math.prod(attribute.shape or ()) * kind.get_size()
+        if not isinstance(kind, h5py.h5t.TypeStringID) and size:  # HDF5 itself may crash at others
+            raise ValueError(f"{self._path}: {what} must hold text")
         self._budget.take(size, what)
         with damage(self._path):
             value = self._group.attrs[name]
