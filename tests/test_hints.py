@@ -49,7 +49,7 @@ def test_a_kernel_of_another_library_gets_its_reshape(name):
     ours = eval(expression, {"kernel": kernel, "jnp": jnp})  # as a reader would type it
     letters = "DHW"[3 - rank :]
     expected = jax.lax.conv_general_dilated(
-        x, grouped, (1,) * rank, "VALID", feature_group_count=CHANNELS,
+        jnp.asarray(x), jnp.asarray(grouped), (1,) * rank, "VALID", feature_group_count=CHANNELS,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     )  # fmt: skip
     np.testing.assert_allclose(depthwise_conv(x, ours), expected, rtol=1e-5, atol=1e-5)
@@ -89,12 +89,13 @@ SPELLINGS = {
 @pytest.mark.parametrize("given", SPELLINGS)
 def test_arguments_of_other_libraries_get_ours(given):
     message = rf"has no argument {given} \(here: .*{SPELLINGS[given]}"
+    arguments: dict[str, Any] = {given: 1}
     with pytest.raises(TypeError, match=f"^DepthwiseConv2D {message}"):
-        linen.DepthwiseConv2D(kernel_size=3, **{given: 1})
+        linen.DepthwiseConv2D(kernel_size=3, **arguments)
     with pytest.raises(TypeError, match=f"^SeparableConv1D {message}"):
-        linen.SeparableConv1D(4, 3, **{given: 1})
+        linen.SeparableConv1D(4, 3, **arguments)
     with pytest.raises(TypeError, match=f"^DepthwiseConv3D {message}"):
-        depthwise_jax.nnx.DepthwiseConv3D(4, 3, **{given: 1}, rngs=nnx.Rngs(0))
+        depthwise_jax.nnx.DepthwiseConv3D(4, 3, **arguments, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         linen.DepthwiseConv2D(3, nonsense=1)  # pyright: ignore[reportCallIssue]
 
@@ -119,9 +120,9 @@ def test_a_fan_in_of_jax_is_told_once(name):
         kernel = layer.init(jax.random.key(0), x)["params"]["kernel"]
     layer.init(jax.random.key(0), x)  # not again
     right = foreign(jax.random.key(0), (3, 3, 1, 64), jnp.float32)
-    assert float(np.std(kernel)) * 8 == pytest.approx(float(np.std(right)), rel=0.1)
+    assert float(jnp.std(jnp.asarray(kernel))) * 8 == pytest.approx(float(jnp.std(right)), rel=0.1)
     cured = linen.DepthwiseConv2D(3, depthwise_initializer=cure).init(jax.random.key(0), x)["params"]["kernel"]
-    assert float(np.std(cured)) == pytest.approx(float(np.std(right)), rel=0.1)
+    assert float(jnp.std(jnp.asarray(cured))) == pytest.approx(float(jnp.std(right)), rel=0.1)
     initializers._warn_of_fans_once.cache_clear()
     with pytest.warns(UserWarning, match=r"sqrt\(C\) too small"):
         depthwise_jax.nnx.DepthwiseConv1D(4, 3, depthwise_initializer=foreign, rngs=nnx.Rngs(0))

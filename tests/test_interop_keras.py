@@ -441,7 +441,8 @@ def test_a_lambda_in_a_layer_is_not_run_and_can_be_replaced(archive, argument):
         from_keras(saved)
     assert "4wEA" not in str(refused.value)
     given = jax.nn.initializers.ones if argument.endswith("initializer") else jnp.tanh
-    module, _ = from_keras(saved, **{argument: given})
+    arguments: dict[str, Any] = {argument: given}
+    module, _ = from_keras(saved, **arguments)
     assert getattr(module, argument) is given
 
 

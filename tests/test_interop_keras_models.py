@@ -63,7 +63,7 @@ class Doubling(L.DepthwiseConv2D):
         return 2 * super().call(inputs)
 
 
-class ComputeOutput(L.SeparableConv1D):
+class Called(L.SeparableConv1D):
     def __call__(self, inputs):
         return 2 * super().__call__(inputs)
 
@@ -73,8 +73,7 @@ class Mixin:
         return 2 * super().call(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Mixed(Mixin, L.Conv2D):
-    pass
+MIXED: Any = type("Mixed", (Mixin, L.Conv2D), {})
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -231,8 +230,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"overrides Doubling\.call of Keras' DepthwiseConv2D",
     ),
-    "__call__": (lambda: built(ComputeOutput(2, 3), *SERIES), TypeError, r"overrides ComputeOutput\.__call__"),
-    "mixin": (lambda: built(Mixed(4, 3, groups=4)), TypeError, r"Mixed overrides Mixin\.call"),
+    "__call__": (lambda: built(Called(2, 3), *SERIES), TypeError, r"overrides Called\.__call__"),
+    "mixin": (lambda: built(MIXED(4, 3, groups=4)), TypeError, r"Mixed overrides Mixin\.call"),
     "call of the instance": (lambda: replaced(dw(), call=lambda x: x), TypeError, "overrides call"),
     "custom class": (lambda: built(DepthwiseConv3D((2, 2, 2)), *CLIPS), TypeError, r"DepthwiseConv3D.*as_class="),
     "other groups": (lambda: built(L.Conv2D(8, 3, groups=2)), ValueError, r"not depthwise.*groups=2, 4 input channels"),

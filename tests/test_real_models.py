@@ -102,12 +102,13 @@ def torch_models() -> dict[str, Any]:
     return {name: lambda name=name: torchvision(name) for name in names} | {"efficientnet_lite": efficientnet_lite}
 
 
+# How many depthwise convolutions they have.
+PYTORCH = {"mobilenet_v2": 17, "mobilenet_v3_small": 11, "convnext_tiny": 18, "efficientnet_lite": 16}
+
+
 @pytest.mark.models
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("mobilenet_v2", 17), ("mobilenet_v3_small", 11), ("convnext_tiny", 18), ("efficientnet_lite", 16)],
-)
-def test_models_of_pytorch(name, count):
+@pytest.mark.parametrize("name", PYTORCH)
+def test_models_of_pytorch(name):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: the extra `torch` brings it")
     try:
         model = torch_models()[name]().eval()

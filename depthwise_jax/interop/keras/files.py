@@ -43,7 +43,7 @@ def read_weights(path: str | PathLike[str], *, classes: Mapping[str, str] | None
     Args:
         path: a `.keras` or `.weights.h5` file of Keras 3, or a legacy `.h5` file of Keras 2 or 3, told by its content.
         classes: what the file does not tell: the layer of ours or of Keras, such as "DepthwiseConv3D" or "Conv2D", by
-            the name of a custom class, or of a layer as it is returned; both may hold the wildcards * and ?.
+            the name of a custom class, or of a layer as it is returned; both may hold the wildcards `*` and `?`.
 
     Returns:
         The layers by name. A `.weights.h5` file holds no configurations, nor does any file for layers that a custom

@@ -100,7 +100,7 @@ def layers_from_keras(model: Any, *, framework: str = "linen", classes: Mapping[
         model: a built model or layer of Keras 3, on any backend.
         framework: "linen" or "nnx", the kind of layers to make.
         classes: what custom classes stand for, as for `read_weights`: a layer of ours by the name of a class or of a
-            layer, both with the wildcards * and ?.
+            layer, both with the wildcards `*` and `?`.
 
     Returns:
         A dict of `(module, params)` by name, after those of the models and wrappers that it lies in: "encoder/dw". Its
