@@ -10,7 +10,7 @@ SEED ?= 1
 ISAS := avx512 avx2 baseline neon
 CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
-.PHONY: demo test test-torch test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test test-torch test-models test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python notebooks/demo.py
@@ -22,6 +22,13 @@ test: $(VENV)/test.installed
 test-torch: $(VENV)/test.installed $(VENV)/torch.installed
 	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
 	$(BIN)/python -m pytest -q tests/test_interop_torch.py tests/test_comparison.py
+
+# Whole models of Keras, torchvision and efficientnet-lite-pytorch, and 2,000 damaged files. torchvision and
+# efficientnet-lite-pytorch come without what they depend on, PyTorch for CUDA: the model classes need none of it.
+test-models: $(VENV)/test.installed $(VENV)/torch.installed
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pillow \
+		efficientnet-lite-pytorch==0.1.0
+	$(BIN)/python -m pytest -q -m models $(ARGS) tests/test_real_models.py
 
 # Executes notebooks/*.py in new kernels and writes the .ipynb beside them; ARGS may name some, such as 01_quickstart.
 notebooks: $(VENV)/notebooks.installed

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from depthwise_jax import activations, dtypes, fused, lowering, primitives, sharding
+from depthwise_jax import activations, dtypes, fused, hints, lowering, primitives, sharding
 from depthwise_jax.convolution import Convolution, hashable_precision
 from depthwise_jax.layout import Layout
 from depthwise_jax.window import InputPadding, Padding, resolve
@@ -42,7 +42,8 @@ def depthwise_conv(
     and rounded once.
 
     Args:
-        x: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first; any number of leading batch axes.
+        x: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first; any number of leading batch axes,
+            none included: with a kernel of one window axis `(B, C)` is one series of B steps, not a batch of B.
         kernel: `(*window, C, M)`, one to three window axes; its rank decides how many spatial axes x has.
         bias: `(C*M,)`, added to the convolution.
         strides: steps of the window in input positions, one or one per spatial axis.
@@ -214,9 +215,10 @@ class Request:
         layout, channels = self.layout, kernel[-2]
         axes = layout.arrange(["*batch"], [f"spatial{i}" for i in range(layout.rank)], "channels")
         if len(x) < layout.rank + 1 or x[layout.channels] != channels:
+            hint = hints.of_kernel(kernel, x[layout.channels] if len(x) > layout.rank else None)
             raise ValueError(
                 f"x must have shape ({', '.join(axes)}) with {channels} channels, to fit the kernel of shape "
-                f"{tuple(kernel)} and data_format={layout.data_format!r}; got shape {tuple(x)}"
+                f"{tuple(kernel)} and data_format={layout.data_format!r}; got shape {tuple(x)}{hint}"
             )
         spatial = layout.spatial_shape(x)
         window, input_padding = resolve(spatial, kernel[: layout.rank], self.strides, self.padding, self.dilation_rate)
@@ -235,7 +237,7 @@ def kernel_layout(kernel: Sequence[int], data_format: str, name: str) -> Layout:
     if not 1 <= rank <= 3:
         raise ValueError(
             f"{name} must have shape (*window, channels, multiplier) with one to three window axes, "
-            f"got shape {tuple(kernel)}"
+            f"got shape {tuple(kernel)}{hints.of_kernel(kernel, None, name)}"
         )
     if 0 in kernel:
         raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier), got shape {tuple(kernel)}")

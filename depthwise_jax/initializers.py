@@ -2,10 +2,17 @@
 
 An initializer with an integer seed ignores the key and draws what Keras draws on its JAX backend, bit for bit. One
 without a seed draws from the key, as Flax's initializers do.
+
+The fans of Keras' names, and of JAX' own initializers (`jax.nn.initializers.lecun_normal`, `he_normal`, ...), count all
+C channels of a depthwise kernel `(*window, C, M)`, though each output reads one: they draw values sqrt(C) too small,
+where Flax' Conv, with its kernel `(*window, 1, C*M)`, draws them right. Use `LecunNormal(fan="window")`,
+`HeNormal(fan="window")` and the like. A layer warns of JAX' own once, since there nobody asked for Keras' numbers.
 """
 
+import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -398,6 +405,28 @@ def get(identifier: Any, argument: str = "initializer") -> Initializer | None:
         except ValueError:  # no signature to check
             pass
     return initializer
+
+
+def warn_of_fans(initializer: Any) -> None:
+    """Warns, once, of an initializer of JAX or Flax whose fan_in counts all channels of a depthwise kernel."""
+    code = getattr(initializer, "__code__", None)
+    if code is None or getattr(initializer, "__qualname__", "") != "variance_scaling.<locals>.init":
+        return
+    if not str(initializer.__module__).startswith("jax."):
+        return
+    given = inspect.getclosurevars(initializer).nonlocals
+    if given.get("mode") == "fan_in" and given.get("in_axis") == -2:
+        _warn_of_fans_once()
+
+
+@functools.cache
+def _warn_of_fans_once() -> None:
+    warnings.warn(
+        "an initializer of jax.nn.initializers counts all C channels of a depthwise kernel (*window, C, M) in its "
+        "fan_in, though each output reads one, and draws values sqrt(C) too small; use depthwise_jax.initializers, "
+        "LecunNormal(fan='window') for lecun_normal and HeNormal(fan='window') for he_normal",
+        stacklevel=2,
+    )
 
 
 def serialize(

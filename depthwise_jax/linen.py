@@ -13,11 +13,15 @@ from jax.typing import ArrayLike
 from depthwise_jax import fields, introspect, regularizers, settings
 from depthwise_jax.dtypes import added
 from depthwise_jax.fields import DepthwiseFields, SeparableFields
-from depthwise_jax.spec import Parameter, Spec, arguments_from_config, data_format
+from depthwise_jax.spec import Parameter, Spec, arguments_from_config, check_spelling, data_format
 
 
 class _Layer(nn.Module):
     rank: ClassVar[int]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_spelling(cls.__name__, fields.names(cls), kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         # Read once, at construction, as Keras does: clones keep it.
@@ -112,12 +116,12 @@ class DepthwiseConv2D(DepthwiseFields, _Layer):
 
     Args:
         kernel_size: the window, one integer or one per spatial axis.
-        strides: steps of the window, likewise; above 1 incompatible with dilation_rate above 1.
+        strides: steps of the window, likewise.
         padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), and what `depthwise_conv` takes
             besides.
         depth_multiplier: output channels per input channel.
         data_format: "channels_last" or "channels_first"; None means `settings.image_data_format()` at construction.
-        dilation_rate: distance between the window's taps, one integer or one per spatial axis.
+        dilation_rate: distance between the window's taps, one integer or one per spatial axis; goes with any strides.
         activation: None, one of Keras' names or a callable, applied last. "softmax", "log_softmax", "glu" and
             "sparsemax" act along the channels.
         use_bias: whether a bias is added.

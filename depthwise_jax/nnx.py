@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from depthwise_jax import fields, introspect, regularizers, settings
 from depthwise_jax.dtypes import added
 from depthwise_jax.fields import DepthwiseFields, SeparableFields
-from depthwise_jax.spec import Spec, arguments_from_config
+from depthwise_jax.spec import Spec, arguments_from_config, check_spelling
 from depthwise_jax.window import per_axis
 
 
@@ -49,6 +49,10 @@ class _Layer(nnx.Module):
     in_features: int
     _: dataclasses.KW_ONLY
     rngs: dataclasses.InitVar[nnx.Rngs]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_spelling(cls.__name__, ["rngs", *fields.names(cls)], kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self, rngs: nnx.Rngs) -> None:
         (self.in_features,) = per_axis(self.in_features, 1, "in_features")

@@ -5,6 +5,7 @@ unknown class) is refused by name; nothing is imported, evaluated or called on i
 """
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,26 @@ def closest(name: str, valid: Iterable[str]) -> str:
     if likely:
         return f"closest valid names: {', '.join(repr(by_lower[name]) for name in likely)}"
     return f"valid names: {', '.join(repr(candidate) for candidate in sorted(by_lower.values()))}"
+
+
+class _Short(reprlib.Repr):
+    """Long texts by their length alone: a configuration may hold the code of a function."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x) if len(x) <= 80 else f"<text of {len(x)} characters>"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return f"<{len(x)} bytes>"
+
+
+_SHORT = _Short()
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 8
+_SHORT.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value that came from outside, short enough for a message."""
+    return _SHORT.repr(value)
 
 
 class Registry:
@@ -86,7 +107,7 @@ class Registry:
         if identifier is None or callable(identifier):
             return identifier
         raise TypeError(
-            f"{argument} must be None, a name, a configuration or a callable; got {identifier!r} "
+            f"{argument} must be None, a name, a configuration or a callable; got {shown(identifier)} "
             f"of type {type(identifier).__name__}"
         )
 
@@ -124,7 +145,7 @@ class Registry:
         if unknown or "class_name" not in identifier:
             raise ValueError(
                 f"{argument}: a configuration has the keys 'class_name' and 'config' (and 'module', "
-                f"'registered_name'); got {dict(identifier)!r}"
+                f"'registered_name'); got {shown(dict(identifier))}"
             )
         module, name, config = (identifier.get(key) for key in ("module", "class_name", "config"))
         registered = identifier.get("registered_name")
@@ -142,7 +163,7 @@ class Registry:
             )
         if not isinstance(name, str) or not isinstance(config, Mapping | None):
             raise ValueError(
-                f"{argument}: 'class_name' must be a string and 'config' a dict; got {name!r} and {config!r}"
+                f"{argument}: 'class_name' must be a string and 'config' a dict; got {shown(name)} and {shown(config)}"
             )
         return self._make(name, dict(config or {}), argument, identifier)
 
@@ -151,9 +172,9 @@ class Registry:
         if entry is None:
             raise ValueError(f"{argument}: unknown {self.kind} {name!r}; {closest(name, self._entries)}")
         if isinstance(entry, type):
-            return _call(entry, config, f"{argument}: cannot make a {self.kind} from {identifier!r}")
+            return _call(entry, config, f"{argument}: cannot make a {self.kind} from {shown(identifier)}")
         if config:
-            raise ValueError(f"{argument}: {self.kind} {name!r} takes no configuration; got {config!r}")
+            raise ValueError(f"{argument}: {self.kind} {name!r} takes no configuration; got {shown(config)}")
         return entry
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import Array
 
-from depthwise_jax import activations, constraints, initializers, regularizers
+from depthwise_jax import activations, constraints, hints, initializers, regularizers
 from depthwise_jax.functional import Request, convolve, convolve_separably
 from depthwise_jax.initializers import Initializer
 from depthwise_jax.layout import DATA_FORMATS, Layout
@@ -52,6 +52,8 @@ class Parameter:
         Raises:
             ValueError: the initializer refuses the shape or gives another one.
         """
+        if self.prefix == "depthwise" and shape[-2] > 1:
+            initializers.warn_of_fans(self.initializer)
         try:
             value = self.initializer(key, shape, dtype)
         except ValueError as error:
@@ -66,8 +68,13 @@ class Parameter:
         if tuple(shape) != tuple(expected):
             raise ValueError(
                 f"the parameter {self.name!r} has the shape {tuple(shape)}; this layer expects {tuple(expected)} "
-                "for the input's number of channels"
+                f"for the input's number of channels{self._hint(shape, expected)}"
             )
+
+    def _hint(self, shape: Shape, expected: Shape) -> str:
+        if self.prefix != "depthwise":
+            return ""
+        return hints.of_kernel(shape, expected[-2], f"params[{self.name!r}]")
 
 
 class Spec:
@@ -90,12 +97,6 @@ class Spec:
         self.kernel_size = per_axis(arguments["kernel_size"], rank, "kernel_size")
         self.strides = per_axis(arguments["strides"], rank, "strides")
         self.dilation_rate = per_axis(arguments["dilation_rate"], rank, "dilation_rate")
-        if max(self.strides) > 1 and max(self.dilation_rate) > 1:
-            raise ValueError(
-                f"strides > 1 is incompatible with dilation_rate > 1 in a layer; got strides={arguments['strides']!r} "
-                f"and dilation_rate={arguments['dilation_rate']!r}. "
-                f"The function {'separable_conv' if self.separable else 'depthwise_conv'} computes both together"
-            )
         self.padding = canonical_padding(arguments["padding"], rank)
         self.layout = Layout(rank, data_format(arguments["data_format"]))
         (self.depth_multiplier,) = per_axis(arguments["depth_multiplier"], 1, "depth_multiplier")
@@ -271,6 +272,13 @@ class Spec:
                 f"{prefix}_constraint": constraints.serialize(parameter.constraint, f"{prefix}_constraint", axes),
             }
         return config
+
+
+def check_spelling(layer: str, valid: Sequence[str], given: Iterable[str]) -> None:
+    """Raises TypeError for arguments that are another library's words for ours."""
+    message = hints.of_arguments(layer, [name for name in given if name not in valid])
+    if message is not None:
+        raise TypeError(message)
 
 
 def data_format(value: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -220,6 +221,63 @@ def test_what_is_skipped_is_reported():
     assert "differentiate what accelerate returns" in str(differentiated)
     inside = str(accelerate(lambda x: lax.scan(lambda c, _: (jax.jit(conv)(c, W), None), x, None, 2)).report(X))
     assert inside.startswith("scan/jit:conv/conv_general_dilated float32[2,5,5,3] float32[3,3,1,3] 3 groups: replaced")
+
+
+def dilated(x, w):
+    return lax.conv_general_dilated(
+        x, w, (2, 1), ((1, 2), (0, 0)), rhs_dilation=(1, 2), feature_group_count=3,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+# Functions whose sizes are symbolic, what becomes of their convolution, and their symbols.
+SYMBOLIC = {
+    "batch": (conv, "b, 5, 5, 3", "replaced"),
+    "rows": (conv, "1, h, w, 3", "replaced"),
+    "strides": (lambda x, w: strided(x, w, "SAME"), "b, h, w, 3", "skipped: its padding depends on symbolic sizes"),
+    "strides and a sum": (lambda x, w: strided(x, w, "SAME"), "1, 2*h + 5, w + 4, 3", "skipped: its padding depends"),
+    "strides of the batch": (lambda x, w: strided(x, w, "SAME"), "b, 5, 5, 3", "replaced"),
+    "strides, valid": (lambda x, w: strided(x, w, "VALID"), "b, h + 2, w + 2, 3", "replaced"),
+    "dilation": (dilated, "b, h + 4, w + 4, 3", "replaced"),
+    "reflection": (lambda x, w: conv(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), w), "1, h, w, 3", "replaced"),
+    "in a scan": (lambda x, w: lax.scan(lambda c, _: (conv(c, w), None), x, None, 2)[0], "b, h, w, 3", "replaced"),
+    "strides in jit": (
+        lambda x, w: jax.jit(lambda x: strided(x, w, "SAME") + conv(x, w)[:, :1, :1])(x),
+        "1, h, w, 3",
+        "skipped: its padding depends on symbolic sizes\njit",
+    ),
+}  # fmt: skip
+
+
+def strided(x, w, padding):
+    return lax.conv_general_dilated(
+        x, w, (2, 2), padding, feature_group_count=3, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_sizes_never_make_a_function_fail(name):
+    function, shape, verdict = SYMBOLIC[name]
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), X.dtype)
+    fast = accelerate(function)
+    assert verdict in str(fast.report(x, W))
+    sample = jnp.concatenate([X, X], 1)[:1, :7, :5] if "2*h" in shape else X[:1] if shape.startswith("1") else X
+    exported = jax.export.export(jax.jit(fast))(x, W)
+    assert_close(exported.call(sample, W), function(sample, W))
+
+
+def test_what_this_package_refuses_stays_plain(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("not on this machine")
+
+    monkeypatch.setattr("depthwise_jax.interop.jaxpr.conv_general_dilated", refuse)
+
+    def function(x, w):
+        return jnp.tanh(conv(x, w))
+
+    fast = accelerate(function)
+    assert str(fast.report(X, W)).endswith("skipped: refused: not on this machine")
+    assert_close(fast(X, W), function(X, W))
 
 
 def test_arguments_and_results_are_trees_and_plain_values_stay_plain():

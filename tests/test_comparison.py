@@ -11,13 +11,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
 
 import depthwise_jax
-from depthwise_jax import depthwise_conv
 
 README = Path(__file__).parent.parent / "README.md"
 LIBRARIES = ("here", "Keras", "Flax", "PyTorch")
@@ -112,9 +110,6 @@ def _1d(padding: Any) -> dict[str, Any]:
 def test_strides_with_dilation(library: str) -> None:
     cell = table()["strides with dilation"][library]
     assert works(LAYERS[library], image(1), strides=2, dilation_rate=2) == (cell == "yes")
-    if library == "here":
-        assert cell == "`depthwise_conv`"
-        assert depthwise_conv(image(1), jnp.ones((3, 3, CHANNELS, 1)), strides=2, dilation_rate=2).shape[1] == 3
 
 
 def test_fans() -> None:

@@ -30,8 +30,9 @@ def random_conv(seed: int) -> tuple[dict[str, Any], tuple[int, ...]]:
         "padding": paddings[rng.integers(len(paddings))],
         "feature_group_count": channels,
         "use_bias": bool(rng.random() < 0.7),
-        ("strides", "kernel_dilation")[rng.integers(2)]: [steps, int(rng.integers(1, 3)), None][rng.integers(3)],
     }
+    for name in (["strides"], ["kernel_dilation"], ["strides", "kernel_dilation"])[rng.integers(3)]:
+        arguments[name] = [steps, int(rng.integers(1, 3)), None][rng.integers(3)]
     return arguments, (2, *(int(n) for n in rng.integers(6, 8, size=rank)), channels)
 
 
@@ -201,7 +202,6 @@ PARAMS = {"kernel": np.ones((3, 3, 1, 4), np.float32), "bias": np.zeros(4, np.fl
         ({"conv_general_dilated": lambda *a, **k: a[0]}, PARAMS, "conv_general_dilated"),
         ({"padding": "SAME_LOWER"}, PARAMS, "padding"),
         ({"padding": [(-1, 0), (0, 0)]}, PARAMS, "padding"),
-        ({"strides": 2, "kernel_dilation": 2}, PARAMS, "strides.*dilation_rate.*depthwise_conv"),
         (
             {},
             {"kernel": np.ones((3, 2, 1, 4))},
@@ -220,6 +220,182 @@ def test_what_is_refused(arguments, params, message):
     conv = nn.Conv(**{"features": 4, "kernel_size": (3, 3), "feature_group_count": 4, "name": "dw", **arguments})
     with pytest.raises(ValueError, match=message):
         from_flax(conv, params)
+
+
+class Standardized(nn.Conv):
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value if name != "kernel" else value - value.mean((0, 1, 2))
+
+
+class Doubling(nn.Conv):
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Mixin:
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Mixed(Mixin, nn.Conv):
+    pass
+
+
+class Local(nn.Conv):
+    @property
+    def shared_weights(self):
+        return False
+
+
+class Convolving(nn.Conv):
+    def conv_general_dilated(self, *args, **kwargs):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 2 * jax.lax.conv_general_dilated(*args, **kwargs)
+
+
+class Named(nn.Conv):
+    """As model zoos have it: other defaults, more arguments, helpers."""
+
+    strides: Any = 2
+    use_bias: bool = False
+    drop_rate: float = 0.1
+
+    def count(self):
+        return self.features
+
+
+def linen_conv(cls: Any = nn.Conv, **kwargs: Any) -> Any:
+    return cls(**{"features": 4, "kernel_size": (3, 3), "feature_group_count": 4, **kwargs})
+
+
+# Linen's convolutions that are more than a stock one: what a refusal says, or None where it is right.
+LINEN: dict[str, tuple[Any, str | None]] = {
+    "stock": (linen_conv(), None),
+    "subclass that computes the same": (linen_conv(Named, drop_rate=0.5), None),
+    "boxed parameters": (linen_conv(kernel_init=nn.with_partitioning(nn.initializers.normal(), (None,) * 4)), None),
+    "this package's convolution": (linen_conv(conv_general_dilated=depthwise_jax.conv_general_dilated), None),
+    "lax' convolution": (linen_conv(conv_general_dilated=jax.lax.conv_general_dilated), None),
+    "integers for axes": (linen_conv(padding=(1, 2), strides=2, kernel_dilation=2), None),
+    "param": (linen_conv(Standardized), r"overrides Standardized\.param"),
+    "__call__": (linen_conv(Doubling), r"overrides Doubling\.__call__"),
+    "mixin": (linen_conv(Mixed), r"Mixed overrides Mixin\.__call__"),
+    "shared_weights": (linen_conv(Local), r"overrides Local\.shared_weights"),
+    "convolution of its own": (linen_conv(Convolving), r"overrides Convolving\.conv_general_dilated"),
+    "convolution given": (linen_conv(conv_general_dilated=lambda *args, **_: args[0]), "is a custom function"),
+    "class of convolution": (linen_conv(conv_general_dilated_cls=lambda: jax.lax.conv_general_dilated), "_cls"),
+    "promotion": (linen_conv(promote_dtype=lambda *args, **_: [2 * arg for arg in args]), "promote_dtype"),
+    "mask": (linen_conv(mask=jnp.zeros((3, 3, 1, 4))), "mask"),
+    "remat": (linen_conv(nn.remat(nn.Conv)), r"overrides CheckpointConv\.__call__"),
+    "map_variables": (
+        linen_conv(nn.map_variables(nn.Conv, "params", lambda params: jax.tree.map(jnp.abs, params))),
+        r"overrides .*Conv\.__call__",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_linen_convolutions_are_right_or_refused_by_name(name):
+    conv, message = LINEN[name]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 9, 4)), jnp.float32)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            from_flax(conv, PARAMS)
+        return
+    variables = conv.init(jax.random.key(0), x)
+    for given in (conv, conv.bind(variables)):
+        layer, ours = from_flax(given, variables["params"])
+        np.testing.assert_allclose(layer.apply({"params": ours}, x), conv.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+class NnxNamed(nnx.Conv):
+    def __init__(self, channels, rngs):
+        super().__init__(channels, channels, (3, 3), feature_group_count=channels, use_bias=False, rngs=rngs)
+        self.drop_rate = 0.5
+
+
+class NnxDoubling(nnx.Conv):
+    def __call__(self, inputs, out_sharding=None):
+        return 2 * super().__call__(inputs, out_sharding)
+
+
+def nnx_conv(cls: Any = nnx.Conv, **kwargs: Any) -> Any:
+    return cls(4, 4, (3, 3), feature_group_count=4, **kwargs, rngs=nnx.Rngs(0))
+
+
+def with_attributes(module: Any, **attributes: Any) -> Any:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+class Doubled(nnx.Param):
+    """Gives another value than it holds."""
+
+    def get_value(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().get_value(*args, **kwargs)
+
+
+NNX: dict[str, tuple[Any, str | None]] = {
+    "stock": (nnx_conv(), None),
+    "subclass that computes the same": (NnxNamed(4, nnx.Rngs(0)), None),
+    "shared kernel": (with_attributes(nnx_conv(), kernel=nnx_conv().kernel), None),
+    "variable of its own": (with_attributes(nnx_conv(), kernel=Doubled(jnp.ones((3, 3, 1, 4)))), None),
+    "metadata": (nnx_conv(kernel_init=nnx.with_metadata(nnx.initializers.normal(), note="mine")), None),
+    "other variable": (with_attributes(nnx_conv(), kernel=nnx.BatchStat(jnp.ones((3, 3, 1, 4)))), None),
+    "attributes changed": (with_attributes(nnx_conv(), strides=2, padding=1), None),
+    "__call__": (nnx_conv(NnxDoubling), r"overrides NnxDoubling\.__call__"),
+    "convolution given": (nnx_conv(conv_general_dilated=lambda *args, **_: args[0]), "is a custom function"),
+    "convolution set": (with_attributes(nnx_conv(), conv_general_dilated=jnp.tanh), "is a custom function"),
+    "promotion": (nnx_conv(promote_dtype=lambda args, **_: [2 * arg for arg in args]), "promote_dtype"),
+    "mask": (nnx_conv(mask=jnp.zeros((3, 3, 1, 4))), "mask"),
+    "element type": (nnx_conv(preferred_element_type=jnp.float32), "preferred_element_type"),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx_convolutions_are_right_or_refused_by_name(name):
+    conv, message = NNX[name]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 9, 4)), jnp.float32)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            from_flax(conv)
+        return
+    layer, _ = from_flax(conv)
+    np.testing.assert_allclose(layer(x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+def test_modules_that_wrap_a_convolution_are_named():
+    for module in (
+        nn.WeightNorm(linen_conv()),
+        nn.SpectralNorm(linen_conv()),
+        nn.ConvLocal(4, (3, 3)),
+        nn.ConvTranspose(4, (3, 3)),
+    ):
+        with pytest.raises(TypeError, match=f"got {type(module).__name__}"):
+            from_flax(module, PARAMS)
+    with pytest.raises(TypeError, match="got ConvTranspose"):
+        from_flax(nnx.ConvTranspose(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+
+
+def test_a_tree_leaves_what_computes_something_else():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = linen_conv(Standardized, name="standardized")(x)
+            return linen_conv(Named, name="plain")(x)
+
+    x = jnp.ones((1, 9, 9, 4))
+    params = Model().init(jax.random.key(0), x)["params"]
+    with pytest.warns(UserWarning, match=r"left as it is: standardized: .*overrides Standardized\.param"):
+        moved = params_from_flax(Model(), params, x)
+    assert moved["standardized"]["kernel"].shape == (3, 3, 1, 4)
+    assert moved["plain"]["kernel"].shape == (3, 3, 4, 1)
+    model = nnx.List([nnx_conv(NnxDoubling), nnx_conv()])
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    with pytest.warns(UserWarning, match=r"left as it is: 0: .*overrides NnxDoubling\.__call__"):
+        moved = params_from_flax(model, params)
+    assert [moved[index]["kernel"].shape for index in (0, 1)] == [(3, 3, 1, 4), (3, 3, 4, 1)]
 
 
 def test_what_a_conv_cannot_spell_is_refused():

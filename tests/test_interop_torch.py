@@ -1,7 +1,10 @@
 """PyTorch's depthwise convolutions and our layers: by arrays and state dict against lax, by module against PyTorch."""
 
+import importlib
+import re
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import jax
@@ -12,7 +15,15 @@ from flax import nnx
 from jax import lax
 
 from depthwise_jax import depthwise_conv, linen
-from depthwise_jax.interop.torch import from_arrays, from_state_dict, from_torch, to_arrays, to_torch
+from depthwise_jax.interop.torch import (
+    from_arrays,
+    from_state_dict,
+    from_torch,
+    layers_from_torch,
+    params_from_state_dict,
+    to_arrays,
+    to_torch,
+)
 
 MODES: dict[str, Any] = {"reflect": "reflect", "circular": "wrap"}
 
@@ -135,15 +146,13 @@ def test_padding_modes_that_a_layer_has(padding, mode, ours):
     np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_layer_cannot_spell_is_what_depthwise_conv_computes():
+def test_strides_with_dilation():
     weight = np.random.default_rng(0).normal(size=(4, 1, 3, 3)).astype(np.float32)
     x = np.random.default_rng(1).normal(size=(1, 2, 9, 9)).astype(np.float32)
-    with pytest.raises(ValueError, match=r"strides.*dilation_rate.*depthwise_conv"):
-        from_arrays(weight, groups=2, stride=2, dilation=2)
-    expected = torch_convolution(x, weight, None, stride=2, padding=0, dilation=2, groups=2, padding_mode="zeros")
-    kernel = weight.reshape(2, 2, 3, 3).transpose(2, 3, 0, 1)
-    y = depthwise_conv(x, kernel, strides=2, dilation_rate=2, data_format="channels_first")
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    arguments = {"stride": 2, "padding": 1, "dilation": (2, 1), "groups": 2, "padding_mode": "zeros"}
+    layer, params = from_arrays(weight, **arguments)
+    expected = torch_convolution(x, weight, None, **arguments)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
 
 
 WEIGHT = np.ones((4, 1, 3, 3), np.float32)
@@ -166,7 +175,7 @@ WEIGHT = np.ones((4, 1, 3, 3), np.float32)
         ({"bias": np.ones(3, np.float32)}, r"dw: the parameter 'bias' must have the shape \(4,\); got \(3,\)"),
         ({"weight": np.ones((4, 1), np.float32)}, r"dw: weight must have the shape.*\(4, 1\)"),
         ({"weight": np.ones((4, 1, 2, 2, 2, 2), np.float32)}, r"weight must have"),
-        ({"weight": np.ones((4, 1, 3, 3))}, r"'kernel' is float64.*jax_enable_x64"),
+        ({"weight": np.ones((4, 1, 3, 3))}, r"dw: the weight is float64.*jax_enable_x64"),
         ({"data_format": "NCHW"}, r"data_format"),
     ],
 )
@@ -205,6 +214,61 @@ def test_bfloat16_keeps_its_bits():
     _, state = to_arrays(layer, params)
     assert state["weight"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(state["weight"], np.asarray(weight))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (WEIGHT + 1j, r"dw: the weight must hold real floating-point numbers; got complex64"),
+        (WEIGHT.astype(np.int32), r"dw: the weight must hold real floating-point numbers; got int32"),
+        (WEIGHT.astype(bool), r"dw: the weight must hold real floating-point numbers; got bool"),
+        (WEIGHT.astype(np.longdouble), r"dw: the weight is .*long double"),
+    ],
+)
+def test_arrays_that_no_layer_computes_with(value, message):
+    with pytest.raises(ValueError, match=message):
+        from_arrays(value, groups=4, name="dw")
+    with pytest.raises(ValueError, match=message.replace("weight", "bias")):
+        from_arrays(WEIGHT, value[:, 0, 0, 0], groups=4, name="dw")
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", "<f4", "=f2"])
+def test_arrays_of_any_byte_order(dtype):
+    weight = np.random.default_rng(0).normal(size=(4, 1, 3, 3)).astype(dtype)
+    layer, params = from_arrays(weight, weight[:, 0, 0, 0], groups=4)
+    assert layer.param_dtype == params["kernel"].dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(to_arrays(layer, params)[1]["weight"], weight)
+
+
+def test_a_state_dict_gives_its_depthwise_parameters_by_path():
+    rng = np.random.default_rng(0)
+    state = {
+        "stem.weight": rng.normal(size=(8, 3, 3, 3)),
+        "blocks.0.dw.weight": rng.normal(size=(8, 1, 3, 3)),
+        "blocks.0.dw.bias": rng.normal(size=8),
+        "blocks.0.norm.weight": rng.normal(size=8),
+        "blocks.1.dw.weight": rng.normal(size=(8, 1, 5)),
+        "gray.weight": rng.normal(size=(8, 1, 3, 3)),
+        "tied.weight_g": rng.normal(size=(8, 1, 1)),
+        "tied.weight_v": rng.normal(size=(8, 1, 3)),
+        "odd.weight": np.ones((8, 1, 3), np.complex64),
+        "head.weight": rng.normal(size=(2, 8)),
+    }
+    state = {key: v if v.dtype == np.complex64 else v.astype(np.float32) for key, v in state.items()}
+    found = params_from_state_dict(state, groups={"blocks.1.dw": 4, "gray": 1})
+    assert set(found) == {"blocks.0.dw", "blocks.1.dw"}
+    assert found["blocks.1.dw"]["kernel"].shape == (5, 4, 2)
+    assert set(found.skipped) == {"tied", "odd"}
+    assert "weight_g" in found.skipped["tied"] or "weight_v" in found.skipped["tied"]
+    assert "complex64" in str(found)
+    x = rng.normal(size=(2, 8, 6, 6)).astype(np.float32)
+    weight, bias = state["blocks.0.dw.weight"], state["blocks.0.dw.bias"]
+    arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 8, "padding_mode": "zeros"}
+    y = depthwise_conv(x, **found["blocks.0.dw"], data_format="channels_first")
+    np.testing.assert_allclose(y, torch_convolution(x, weight, bias, **arguments), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="groups has 'none'"):
+        params_from_state_dict(state, groups={"none": 4})
+    assert str(params_from_state_dict({})) == "no depthwise convolution"
 
 
 def test_another_object_is_no_torch_module():
@@ -255,6 +319,260 @@ def test_what_is_refused_of_modules(torch):
         from_torch(torch.nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="replicate"))
     with pytest.raises(TypeError, match="ConvTranspose2d"):
         from_torch(torch.nn.ConvTranspose2d(4, 4, 3, groups=4))
+
+
+def members(torch: Any) -> dict[str, tuple[Any, str | None]]:
+    """Modules that are more than a stock convolution: each with what its refusal says, or None where it is right."""
+    nn, utils = torch.nn, torch.nn.utils
+    arguments: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "padding": 1, "groups": 4}
+
+    class Named(nn.Conv2d):  # as model zoos have it: other defaults, helpers, another representation
+        scale = 3
+
+        def __init__(self, channels):
+            super().__init__(channels, 2 * channels, 3, padding=1, groups=channels)
+            self.note = "mine"
+
+        def reset_parameters(self):
+            nn.init.normal_(self.weight)
+            if self.bias is not None:
+                nn.init.normal_(self.bias)
+
+        def extra_repr(self):
+            return "mine"
+
+        def fuse(self):
+            return self.weight * self.scale
+
+    class Forward(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class ConvForward(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight - weight.mean(), bias)
+
+    class Getattr(nn.Conv2d):
+        def __getattr__(self, name):
+            value = super().__getattr__(name)
+            return value * 2 if name == "weight" else value
+
+    class Doubling:
+        def forward(self, x):
+            return super().forward(2 * x)  # pyright: ignore[reportAttributeAccessIssue]
+
+    class Mixed(Doubling, nn.Conv2d):
+        pass
+
+    class Deep(Forward):
+        pass
+
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    class Dropping(nn.Module):
+        def forward(self, x):
+            return x * torch.rand_like(x)
+
+    def stock(**kwargs):
+        return nn.Conv2d(**{**arguments, **kwargs})
+
+    def replaced(module, **attributes):
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        return module
+
+    def hooked(module, kind, hook):
+        getattr(module, kind)(hook)
+        return module
+
+    def stale(module):
+        """With weights that the next call computes anew, as after load_state_dict."""
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(3)
+        return module
+
+    def called(module):
+        module(torch.ones(1, 4, 5, 5))
+        return module
+
+    tied = stock()
+    sharing = stock()
+    sharing.weight = tied.weight
+    prune = importlib.import_module("torch.nn.utils.prune")
+    qat = importlib.import_module("torch.ao.nn.qat")
+    config = importlib.import_module("torch.ao.quantization").get_default_qat_qconfig("x86")
+    return {
+        "stock": (stock(), None),
+        "subclass that computes the same": (Named(4), None),
+        "shared weight": (sharing, None),
+        "frozen": (stock().requires_grad_(False), None),
+        "compiled in place": (replaced(stock(), _compiled_call_impl=None), None),
+        "attributes changed": (replaced(stock(), padding=(2, 0), stride=(2, 1)), None),
+        "weight_norm": (stale(utils.weight_norm(stock())), None),
+        "spectral_norm": (stale(utils.spectral_norm(stock()).eval()), None),
+        "pruned": (stale(prune.l1_unstructured(stock(), "weight", 0.5)), None),
+        "pruned twice": (
+            stale(prune.random_unstructured(prune.ln_structured(stock(), "weight", 0.5, 2, 0), "bias", 0.5)),
+            None,
+        ),
+        "parametrized by weight_norm": (stale(utils.parametrizations.weight_norm(stock())), None),
+        "parametrized by spectral_norm": (utils.parametrizations.spectral_norm(stock()).eval(), None),
+        "parametrized": (utils.parametrize.register_parametrization(stock(), "weight", Double()), None),
+        "parametrized bias": (utils.parametrize.register_parametrization(stock(), "bias", Double()), None),
+        "parametrized subclass": (utils.parametrize.register_parametrization(Named(4), "weight", Double()), None),
+        "lazy and called": (called(nn.LazyConv2d(8, 3, groups=4)), None),
+        "forward": (Forward(**arguments), r"overrides Forward\.forward"),
+        "_conv_forward": (ConvForward(**arguments), r"overrides ConvForward\._conv_forward"),
+        "__getattr__": (Getattr(**arguments), r"overrides Getattr\.__getattr__"),
+        "mixin": (Mixed(**arguments), r"overrides Doubling\.forward"),
+        "subclass of a subclass": (Deep(**arguments), r"Deep overrides Forward\.forward"),
+        "forward of the instance": (replaced(stock(), forward=lambda x: x), "forward"),
+        "parametrized forward": (
+            utils.parametrize.register_parametrization(Forward(**arguments), "weight", Double()),
+            r"overrides Forward\.forward",
+        ),
+        "random parametrization": (
+            utils.parametrize.register_parametrization(stock(), "weight", Dropping()),
+            r"another value each time; call eval\(\)",
+        ),
+        "parametrized by spectral_norm in training": (
+            utils.parametrizations.spectral_norm(stock(), n_power_iterations=3),
+            r"another value each time; call eval\(\)",
+        ),
+        "spectral_norm in training": (utils.spectral_norm(stock()), r"spectral_norm.*call eval\(\)"),
+        "forward hook": (hooked(stock(), "register_forward_hook", lambda m, x, y: 2 * y), "forward hook.*lambda"),
+        "pre-hook": (hooked(stock(), "register_forward_pre_hook", lambda m, x: (2 * x[0],)), "pre-hook.*lambda"),
+        "weight_norm and a pre-hook": (
+            hooked(utils.weight_norm(stock()), "register_forward_pre_hook", lambda m, x: (2 * x[0],)),
+            "pre-hook.*lambda",
+        ),
+        "quantisation-aware": (qat.Conv2d(**arguments, qconfig=config), r"qat.*overrides Conv2d\.forward"),
+        "lazy": (nn.LazyConv2d(8, 3, groups=4), "LazyConv2d has no weight yet"),
+        "padding changed": (
+            replaced(stock(padding_mode="circular"), padding=(2, 2)),
+            "padding=.*was changed after the module was made",
+        ),
+        "complex": (stock(dtype=torch.complex64), "real floating-point numbers; got torch.complex64"),
+        "meta": (stock(device="meta"), "'meta'"),
+    }
+
+
+MEMBERS = (
+    "stock", "subclass that computes the same", "shared weight", "frozen", "compiled in place", "attributes changed",
+    "weight_norm", "spectral_norm", "pruned", "pruned twice", "parametrized by weight_norm",
+    "parametrized by spectral_norm", "parametrized", "parametrized bias", "parametrized subclass", "lazy and called",
+    "forward", "_conv_forward", "__getattr__", "mixin", "subclass of a subclass", "forward of the instance",
+    "parametrized forward", "random parametrization", "parametrized by spectral_norm in training",
+    "spectral_norm in training", "forward hook", "pre-hook", "weight_norm and a pre-hook", "quantisation-aware", "lazy",
+    "padding changed", "complex", "meta",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(torch: Any) -> dict[str, tuple[Any, str | None]]:
+    with warnings.catch_warnings(action="ignore"):  # old ways of PyTorch, which modules still have
+        table = members(torch)
+    assert set(table) == set(MEMBERS)
+    return table
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", MEMBERS)
+def test_modules_are_right_or_refused_by_name(torch, table, name):
+    module, message = table[name]
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            from_torch(module)
+        skipped = layers_from_torch(torch.nn.Sequential(module)).skipped
+        assert set(skipped) == {"0"}
+        assert re.search(message, skipped["0"])
+        return
+    x = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(0))
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    layer, params = from_torch(module)
+    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())  # left alone
+    with torch.no_grad():
+        expected = module(x).numpy()
+    np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+
+
+TENSORS: dict[str, tuple[Any, str | None]] = {
+    "plain": (lambda torch, w: w, None),
+    "parameter": (lambda torch, w: torch.nn.Parameter(w), None),
+    "negated view": (lambda torch, w: torch._neg_view(w), None),
+    "imaginary part": (lambda torch, w: (1j * w).conj().imag, None),
+    "not contiguous": (lambda torch, w: w.flip(-1).transpose(-1, -2), None),
+    "half": (lambda torch, w: w.half(), None),
+    "bfloat16": (lambda torch, w: w.bfloat16(), None),
+    "complex": (lambda torch, w: w + 1j, "real floating-point numbers; got torch.complex64"),
+    "integers": (lambda torch, w: w.int(), "real floating-point numbers; got torch.int32"),
+    "meta": (lambda torch, w: w.to("meta"), "'meta'"),
+    "sparse": (lambda torch, w: w.to_sparse(), "dense tensor; got a torch.sparse_coo"),
+    "quantized": (
+        lambda torch, w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+        "dense tensor; got a quantized",
+    ),
+    "float8": (lambda torch, w: w.to(torch.float8_e4m3fn), "float8_e4m3fn.*convert it to bfloat16"),
+    "double": (lambda torch, w: w.double(), "float64.*jax_enable_x64"),
+    "uninitialized": (lambda torch, w: torch.nn.UninitializedParameter(), "not initialized"),
+    "subclass": (
+        lambda torch, w: w.as_subclass(type("Mine", (torch.Tensor,), {})),
+        "Mine; convert it to a plain",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_are_right_or_refused_by_name(torch, name):
+    make, message = TENSORS[name]
+    weight = torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    value = make(torch, weight)
+    if message is None:
+        _, params = from_state_dict({"f.weight": value}, "f", groups=4)
+        kernel = np.asarray(params["kernel"], np.float32).transpose(2, 3, 0, 1).reshape(8, 1, 3, 3)
+        np.testing.assert_array_equal(kernel, value.detach().float().resolve_neg().numpy())
+        return
+    with pytest.raises(ValueError, match=f"f: the weight.*{message}"):
+        from_state_dict({"f.weight": value}, "f", groups=4)
+    with pytest.raises(ValueError, match=f"f: the bias.*{message}"):
+        from_state_dict({"f.weight": weight, "f.bias": value}, "f", groups=4)
+
+
+def test_whole_models(torch):
+    nn = torch.nn
+    shared = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Sequential(shared, nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, stride=2, dilation=2, groups=8)),
+        nn.Conv2d(16, 16, 1, groups=4),
+        nn.ConvTranspose2d(16, 16, 3, groups=16),
+        nn.Conv2d(16, 16, 3, padding=2, padding_mode="replicate", groups=16),
+        shared,
+        nn.ModuleDict({"series": nn.Conv1d(4, 4, 3, groups=4), "clips": nn.Conv3d(4, 4, 3, groups=4)}),
+    )
+    layers = layers_from_torch(nn.DataParallel(model))
+    assert set(layers) == {"module." + path for path in ("1.0", "1.2", "5", "6.series", "6.clips")}
+    assert set(layers.skipped) == {"module.2", "module.3", "module.4"}
+    assert "groups=4, 16 input channels" in layers.skipped["module.2"]
+    assert "ConvTranspose2d" in layers.skipped["module.3"]
+    assert "module.4: skipped: padding_mode='replicate'" in str(layers)
+    for path, (layer, params) in layers_from_torch(model).items():
+        conv = model.get_submodule(path)
+        x = torch.randn(2, conv.in_channels, *[9] * (conv.weight.ndim - 2))
+        with torch.no_grad():
+            expected = conv(x).numpy()
+        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+    nnx_layer, _ = layers_from_torch(model, framework="nnx", data_format="channels_last")["1.0"]
+    assert nnx_layer(np.ones((1, 5, 5, 8), np.float32)).shape == (1, 5, 5, 8)
+    with pytest.raises(TypeError, match="OrderedDict"):
+        layers_from_torch(model.state_dict())
+    found = params_from_state_dict(model.state_dict(), groups={"1.2": 8})
+    for path in ("1.0", "1.2", "5", "6.clips"):
+        np.testing.assert_array_equal(found[path]["kernel"], layers_from_torch(model)[path][1]["kernel"])
 
 
 def test_conversions_of_arrays_import_no_torch():

@@ -46,7 +46,8 @@ def draw(name: str, seed: int) -> tuple[dict[str, Any], tuple[int, ...]]:
     }
     if separable:
         config["filters"] = int(rng.integers(1, 5))
-    config[str(rng.choice(["strides", "dilation_rate"]))] = per_axis(rng, rank, 3)
+    steps = (["strides"], ["dilation_rate"], ["strides", "dilation_rate"])[rng.integers(3)]
+    config |= {name: per_axis(rng, rank, 3) for name in steps}
     # Those that act along the channels differ on purpose with channels_first, see test_keras_traps.
     names = ["relu", "relu6", "gelu", "silu", "elu", "tanh", "sigmoid", "softplus", "leaky_relu", "hard_silu", "mish"]
     if config["data_format"] == "channels_last":

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from depthwise_jax import constraints, depthwise_conv, initializers, linen, optim, regularizers, separable_conv
+from depthwise_jax import constraints, depthwise_conv, initializers, linen, optim, regularizers
 from tests.keras_reference import keras
 from tests.layers import DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D, SeparableConv2D
 
@@ -29,25 +29,22 @@ def filter_norms(kernel):
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=(0, 1)))
 
 
-def test_1_strides_with_dilation_is_for_the_functions():
-    for make in (
-        lambda: DepthwiseConv2D(3, strides=2, dilation_rate=2),
-        lambda: SeparableConv1D(2, 3, 2, "same", None, 2),
-    ):
-        with pytest.raises(ValueError, match="strides > 1 is incompatible with dilation_rate > 1 in a layer"):
-            make()
-    # documented as an error in Keras too, but computed
-    theirs = keras.layers.DepthwiseConv2D(3, strides=2, dilation_rate=2, use_bias=False)
-    y = theirs(np.ones((1, 9, 9, 2), "float32"))
-    assert y.shape == (1, 3, 3, 2)
-    ours = depthwise_conv(np.ones((1, 9, 9, 2), "float32"), theirs.kernel.value, strides=2, dilation_rate=2)
-    np.testing.assert_allclose(ours, y, atol=1e-6)
-    assert separable_conv(X, jnp.ones((2, 2, 2, 1)), jnp.ones((1, 1, 2, 3)), strides=2, dilation_rate=2).shape == (
-        2,
-        2,
-        2,
-        3,
-    )
+def test_1_strides_with_dilation_are_computed():
+    """Documented as an error in Keras, but computed."""
+    arguments = {"strides": (2, 1), "dilation_rate": (1, 2), "padding": "same"}
+    theirs = keras.layers.DepthwiseConv2D(3, use_bias=False, **arguments)
+    x = np.random.default_rng(0).normal(size=(1, 9, 9, 2)).astype(np.float32)
+    y = theirs(x)
+    layer = DepthwiseConv2D(3, use_bias=False, **arguments)
+    np.testing.assert_allclose(layer.apply({"params": {"kernel": theirs.kernel.value}}, x), y, atol=1e-6)
+    assert layer.compute_output_shape(x.shape) == y.shape
+    assert keras.layers.DepthwiseConv2D.from_config(layer.get_config()).strides == (2, 1)
+    theirs = keras.layers.SeparableConv1D(2, 3, 2, "same", None, 2, use_bias=False)
+    x = x[:, 0]
+    y = theirs(x)
+    params = {name: getattr(theirs, name).value for name in ("depthwise_kernel", "pointwise_kernel")}
+    layer = SeparableConv1D(2, 3, 2, "same", None, 2, use_bias=False)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), y, atol=1e-6)
 
 
 def test_2_explicit_padding_works():

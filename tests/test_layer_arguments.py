@@ -63,11 +63,6 @@ def test_integers_of_numpy_and_sequences_are_accepted(value):
 @pytest.mark.parametrize(
     ("kwargs", "error", "parts"),
     [
-        (
-            {"strides": 2, "dilation_rate": 2},
-            ValueError,
-            ["strides", "dilation_rate", "incompatible", "depthwise_conv"],
-        ),
         ({"depth_multiplier": 0}, ValueError, ["depth_multiplier", "0"]),
         ({"depth_multiplier": -1}, ValueError, ["depth_multiplier", "-1"]),
         ({"depth_multiplier": "2"}, TypeError, ["depth_multiplier", "'2'"]),
@@ -138,7 +133,6 @@ def test_invalid_arguments_fail_at_construction(kwargs, error, parts):
         ({"depth_multiplier": 0}, ValueError, ["depth_multiplier", "0"]),
         ({"kernel_size": (1, 0)}, ValueError, ["kernel_size", "(1, 0)"]),
         ({"strides": (1, 0)}, ValueError, ["strides", "(1, 0)"]),
-        ({"strides": 2, "dilation_rate": 2}, ValueError, ["strides", "dilation_rate", "separable_conv"]),
         ({"pointwise_initializer": "nope"}, ValueError, ["pointwise_initializer", "'nope'"]),
         ({"pointwise_regularizer": "nope"}, ValueError, ["pointwise_regularizer", "'nope'"]),
         ({"pointwise_constraint": "nope"}, ValueError, ["pointwise_constraint", "'nope'"]),

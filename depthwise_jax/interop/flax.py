@@ -1,6 +1,7 @@
 """Between flax's own Conv, grouped by channel, and our layers: single layers, and whole trees of parameters."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jax import lax
 
 from depthwise_jax import introspect
 from depthwise_jax.drop_in import conv_general_dilated
-from depthwise_jax.interop.modules import make, parts
+from depthwise_jax.interop.modules import make, overridden, parts
 
 Path = tuple[str, ...]
 
@@ -31,7 +32,8 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
 
     Raises:
         TypeError: no Conv, or its parameters missing or given twice.
-        ValueError: the Conv is not depthwise, or has what a layer of ours cannot spell; the message names it.
+        ValueError: the Conv is not depthwise, has what a layer of ours cannot spell, or is of a subclass with a
+            `__call__`, `param` or another method of its own, lifted ones (nn.remat) too; the message names it.
 
     Examples:
         >>> import flax.linen as nn
@@ -54,6 +56,7 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
     else:
         raise TypeError(f"conv must be a flax.linen.Conv or an nnx.Conv; got {type(conv).__name__}")
     what = getattr(conv, "name", None) or "Conv"
+    _check_stock(conv, what)
     rank = 1 if isinstance(conv.kernel_size, int) else len(conv.kernel_size)
     size = (conv.kernel_size,) if isinstance(conv.kernel_size, int) else tuple(conv.kernel_size)
     groups, features = conv.feature_group_count, conv.out_features if not is_linen else conv.features
@@ -104,7 +107,7 @@ def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: 
     """
     contract, values = parts(module, params)
     if contract.separable:
-        raise ValueError(f"a {contract.layer} is two convolutions, and no Conv")
+        raise ValueError(f"a {contract.layer} is two convolutions, not one Conv")
     if contract.layout.data_format != "channels_last":
         raise ValueError(f"a flax Conv is channels_last; got data_format={contract.layout.data_format!r}")
     if contract.arguments["activation"] not in (None, "linear"):
@@ -144,6 +147,9 @@ def params_from_flax(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     Returns:
         A tree like `params`, each kernel `(*window, 1, C*M)` of a Conv with `feature_group_count = C > 1` as
         `(*window, C, M)`. Axes that nn.scan and nn.vmap added must be leading ones.
+
+    Warns:
+        UserWarning: a depthwise Conv of a subclass that computes something else is left as it is; it names the path.
 
     Raises:
         ValueError: a path of the model is not in `params`, or its kernel has another shape.
@@ -200,6 +206,29 @@ def _is_nnx_conv(conv: Any) -> bool:
     return isinstance(conv, nnx.Conv)
 
 
+# What a subclass of Flax' Conv may redefine without computing anything else: its arguments' defaults, and what Flax
+# gives each class.
+_HARMLESS = frozenset(
+    {"__dataclass_params__", "__dataclass_fields__", "__eq__", "__hash__", "__match_args__", "__post_init__", "parent"}
+    | {"name", "scope", "_state", "_parent_ref", "_compact_name_scope_methods", "_pytree__is_pytree", "_pytree__nodes"}
+    | {field for field in nn.Conv.__dataclass_fields__ if field not in ("conv_general_dilated", "promote_dtype")}
+)
+
+
+def _check_stock(conv: Any, what: str) -> None:
+    """Raises ValueError for a subclass that computes something else than its Conv."""
+    from flax import nnx
+
+    stock = nn.Conv if isinstance(conv, nn.Conv) else nnx.Conv
+    found = overridden(type(conv), stock, _HARMLESS)
+    if found is not None:
+        raise ValueError(
+            f"{what}: {type(conv).__module__}.{type(conv).__qualname__} overrides {found} of Flax' Conv; convert a "
+            "plain Conv with the parameters that it computes with, or keep it and give it this package's "
+            "conv_general_dilated"
+        )
+
+
 def _check_plain(conv: Any, what: str) -> None:
     """Raises ValueError for what a Conv may have and a layer of ours has not."""
     for name in ("mask", "preferred_element_type", "conv_general_dilated_cls"):
@@ -209,7 +238,10 @@ def _check_plain(conv: Any, what: str) -> None:
     if dilation is not None and any(step != 1 for step in ((dilation,) if isinstance(dilation, int) else dilation)):
         raise ValueError(f"{what}: input_dilation={dilation!r} is a transposed convolution; a layer has none")
     if conv.conv_general_dilated not in (None, lax.conv_general_dilated, conv_general_dilated):
-        raise ValueError(f"{what}: conv_general_dilated={conv.conv_general_dilated!r} computes no one knows what")
+        raise ValueError(
+            f"{what}: conv_general_dilated={conv.conv_general_dilated!r} is a custom function; only lax's or this "
+            "package's can be converted"
+        )
     from flax.nnx.nn.dtypes import promote_dtype as nnx_promote_dtype
 
     if conv.promote_dtype not in (promote_dtype, nnx_promote_dtype):
@@ -231,7 +263,7 @@ def _linen_groups(model: nn.Module, args: Any, kwargs: Any) -> dict[Path, int]:
         conv = context.module
         if isinstance(conv, nn.Conv) and context.method_name == "__call__":
             (x,) = call_args or call_kwargs.values()
-            if _is_depthwise(conv.feature_group_count, x.shape[-1]):
+            if _is_depthwise(conv, x.shape[-1], conv.path):
                 groups[conv.path] = conv.feature_group_count
         return call(*call_args, **call_kwargs)
 
@@ -247,12 +279,20 @@ def _nnx_groups(model: Any) -> dict[Path, int]:
     return {
         tuple(map(str, path)): conv.feature_group_count
         for path, conv in nnx.iter_modules(model)
-        if isinstance(conv, nnx.Conv) and _is_depthwise(conv.feature_group_count, conv.in_features)
+        if isinstance(conv, nnx.Conv) and _is_depthwise(conv, conv.in_features, path)
     }
 
 
-def _is_depthwise(groups: int, channels: int) -> bool:
-    return groups == channels > 1
+def _is_depthwise(conv: Any, channels: int, path: Sequence[Any]) -> bool:
+    """Whether a Conv is a depthwise one that a layer of ours can take the place of."""
+    if not conv.feature_group_count == channels > 1:
+        return False
+    try:
+        _check_stock(conv, "/".join(map(str, path)))
+    except ValueError as error:
+        warnings.warn(f"left as it is: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _with_kernels(params: Any, groups: Mapping[Path, int]) -> Any:

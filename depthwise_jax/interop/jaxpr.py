@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.errors import InconclusiveDimensionOperation
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 
 from depthwise_jax.drop_in import conv_general_dilated
@@ -29,7 +30,8 @@ _LOOKED_INTO = ("jit", "pjit", "closed_call", "core_call", "scan", "while", "con
 def accelerate(function: Callable[..., Any]) -> "Accelerated":
     """A function that computes what `function` does, its depthwise convolutions by this package.
 
-    It can be differentiated, mapped and compiled as `function` can. Each call traces `function`: put it under jax.jit.
+    It can be differentiated, mapped and compiled as `function` can; what this package does not compute, symbolic sizes
+    with strides among it, stays as it is. Each call traces `function`: put it under jax.jit.
     A remat policy that names lax's convolution does not know this package's; save "depthwise_conv" by name instead.
 
     Args:
@@ -160,7 +162,8 @@ def _accelerated(jaxpr: Any) -> Any:
 def _replacements(eqn: JaxprEqn) -> list[JaxprEqn]:
     """The equations to compute instead of one."""
     if eqn.primitive is lax.conv_general_dilated_p:
-        return _ours(eqn) or [eqn]
+        ours = _ours(eqn)
+        return [eqn] if isinstance(ours, str) else ours
     if eqn.primitive.name not in _LOOKED_INTO:
         return [eqn]
     params = {name: _map_jaxprs(_accelerated, value) for name, value in eqn.params.items()}
@@ -169,13 +172,18 @@ def _replacements(eqn: JaxprEqn) -> list[JaxprEqn]:
     return [eqn.replace(params=params)]
 
 
-def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | None:
-    """A convolution's equations in this package, or None where the drop-in gives it to lax."""
+def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | str:
+    """A convolution's equations in this package; or why it stays as it is."""
     params = {**eqn.params, "padding": _padding(eqn)}
-    with eqn.ctx.manager:
-        inner = jax.make_jaxpr(functools.partial(conv_general_dilated, **params))(*(v.aval for v in eqn.invars))
+    if params["padding"] is None:
+        return "its padding depends on symbolic sizes"
+    try:
+        with eqn.ctx.manager:
+            inner = jax.make_jaxpr(functools.partial(conv_general_dilated, **params))(*(v.aval for v in eqn.invars))
+    except (TypeError, ValueError, NotImplementedError, InconclusiveDimensionOperation) as error:
+        return f"refused: {error}"  # the function worked before, and goes on working
     if any(new.primitive is lax.conv_general_dilated_p for new in inner.jaxpr.eqns):
-        return None
+        return "not depthwise, or what conv_general_dilated leaves to lax"
     names = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
     names |= dict(zip(inner.jaxpr.outvars, eqn.outvars, strict=True))
     return [
@@ -190,7 +198,7 @@ def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | None:
 
 
 def _padding(eqn: JaxprEqn) -> Any:
-    """A convolution's padding; where it is symbolic, the name that it came from, as lax takes no symbolic pairs."""
+    """A convolution's padding; where it is symbolic, the name that it came from, or None: lax takes no symbolic pairs."""
     padding = eqn.params["padding"]
     if all(isinstance(amount, int) for pair in padding for amount in pair):
         return padding
@@ -199,11 +207,9 @@ def _padding(eqn: JaxprEqn) -> Any:
     lhs, rhs = (aval.shape for aval in avals)
     spatial = [lhs[axis] for axis in numbers.lhs_spec[2:]]
     extent = [(rhs[axis] - 1) * d + 1 for axis, d in zip(numbers.rhs_spec[2:], dilation, strict=True)]
-    return next(
-        name
-        for name in ("SAME", "SAME_LOWER")
-        if [*padding] == [*lax.padtype_to_pads(spatial, extent, eqn.params["window_strides"], name)]
-    )
+    strides = eqn.params["window_strides"]
+    names = ("SAME", "SAME_LOWER")
+    return next((n for n in names if [*padding] == [*lax.padtype_to_pads(spatial, extent, strides, n)]), None)
 
 
 def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iterator[Site]:
@@ -218,8 +224,8 @@ def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iter
                 skipped = f"inside {custom}, which is left alone"
             elif batch_groups > 1:
                 skipped = "the gradient of a convolution in its kernel; differentiate what accelerate returns instead"
-            elif _ours(eqn) is None:
-                skipped = "not depthwise, or what conv_general_dilated leaves to lax"
+            elif isinstance(ours := _ours(eqn), str):
+                skipped = ours
             lhs, rhs = (v.aval.str_short() for v in eqn.invars)
             yield Site(path, lhs, rhs, groups, batch_groups, skipped)
             continue

@@ -1,17 +1,82 @@
 """One of our layers with its parameters, for Linen or for NNX: made of its parts and taken apart."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from depthwise_jax import linen
 from depthwise_jax.spec import Spec
 
 FRAMEWORKS = ("linen", "nnx")
+
+# What every class has of its own and computes nothing with.
+_BOOKKEEPING = frozenset(
+    {"__init__", "__repr__", "__doc__", "__module__", "__qualname__", "__annotations__", "__dict__", "__weakref__"}
+    | {"__slots__", "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__type_params__"}
+    | {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}
+)
+
+
+class Converted(dict[str, Any]):
+    """What came over of a whole model, by path, with what did not.
+
+    Attributes:
+        skipped: why each convolution that was passed over was, by its path.
+    """
+
+    def __init__(self, converted: Mapping[str, Any], skipped: Mapping[str, str]):
+        super().__init__(converted)
+        self.skipped = dict(skipped)
+
+    def __str__(self) -> str:
+        """A line for each convolution, what became of it."""
+        lines = [f"{path}: converted" for path in self] + [
+            f"{path}: skipped: {why}" for path, why in self.skipped.items()
+        ]
+        return "\n".join(lines) or "no depthwise convolution"
+
+
+def overridden(cls: type, stock: type, harmless: Collection[str] = ()) -> str | None:
+    """What a subclass of a library's class redefines of it, for a message; None if it computes what the class does.
+
+    Args:
+        cls: the subclass.
+        stock: the library's class.
+        harmless: names that a subclass may redefine without changing what is computed.
+    """
+    for base in cls.__mro__:
+        if base in stock.__mro__:
+            continue
+        for name in vars(base):
+            if name not in _BOOKKEEPING and name not in harmless and hasattr(stock, name):
+                return f"{base.__name__}.{name}"
+    return None
+
+
+def real_array(value: Any, what: str) -> Any:
+    """An array in the machine's byte order, in a floating dtype that JAX has.
+
+    Raises:
+        ValueError: it holds other numbers; the message begins with `what`.
+    """
+    if value.dtype == np.longdouble and np.longdouble != np.float64:
+        raise ValueError(
+            f"{what} is {value.dtype} (long double), which JAX does not have; convert it to float64 or float32"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{what} must hold real floating-point numbers; got {value.dtype}")
+    if not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
+    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        raise ValueError(
+            f"{what} is {value.dtype}, which JAX supports only with jax_enable_x64; enable it or convert to float32"
+        )
+    return value
 
 
 def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], framework: str, what: str) -> Any:
@@ -36,12 +101,7 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
         module = getattr(linen, layer)(**arguments)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{what}: {error}") from error
-    for name, value in values.items():
-        if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
-            raise ValueError(
-                f"{what}: the parameter {name!r} is {value.dtype}, which JAX has with jax_enable_x64 alone"
-            )
-    params = {name: jnp.asarray(value) for name, value in values.items()}
+    params = {name: jnp.asarray(real_array(value, f"{what}: the parameter {name!r}")) for name, value in values.items()}
     contract: Spec = module.spec
     channels = channels_of(contract, params, what)
     check_values(contract, channels, params, what)

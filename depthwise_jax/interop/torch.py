@@ -1,8 +1,9 @@
-"""Between PyTorch's grouped convolutions and our layers: by module, by an entry of a state dict, or by plain arrays.
+"""Between PyTorch's grouped convolutions and our layers: whole models, modules, state dicts or plain arrays.
 
 PyTorch itself is needed, and imported, by `to_torch` alone.
 """
 
+import copy
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,16 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from depthwise_jax.interop.modules import make, parts
+from depthwise_jax.interop.modules import Converted, make, overridden, parts, real_array
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+# What a subclass of torch.nn.Conv2d may redefine without computing anything else.
+_HARMLESS = frozenset(
+    {"extra_repr", "reset_parameters", "_get_name", "__constants__", "_version", "__setstate__", "__getstate__"}
+    | {"__deepcopy__", "_load_from_state_dict", "_save_to_state_dict", "state_dict", "load_state_dict", "train"}
+)
+# What computes a module's output, and can be replaced on the module itself.
+_CALLS = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_wrapped_call_impl")
 
 
 def from_torch(conv: Any, *, data_format: str = "channels_first", framework: str = "linen") -> tuple[Any, Any]:
     """The layer of ours that computes what a torch.nn.Conv1d, Conv2d or Conv3d with groups == in_channels does.
 
+    Weights that torch.nn.utils computes before each call are taken as the next call would see them: weight_norm,
+    spectral_norm (in eval mode), pruning, and every parametrization.
+
     Args:
-        conv: the torch module.
+        conv: the torch module; a subclass may add what it likes if it leaves the computation alone.
         data_format: that of the layer; "channels_first" takes PyTorch's own inputs.
         framework: "linen" or "nnx", the kind of layer to make.
 
@@ -30,23 +42,103 @@ def from_torch(conv: Any, *, data_format: str = "channels_first", framework: str
 
     Raises:
         TypeError: no such module.
-        ValueError: as `from_arrays`.
+        ValueError: a subclass with a forward or another method of its own; other hooks that run before or after the
+            forward pass; a weight that differs each time it is read; a module without its weight yet; and as
+            `from_arrays`.
+    """
+    return _from_module(conv, type(conv).__name__, data_format, framework)
+
+
+def layers_from_torch(module: Any, *, data_format: str = "channels_first", framework: str = "linen") -> Converted:
+    """Every depthwise convolution of a PyTorch module, each as `from_torch` gives it, by its path.
+
+    A convolution that lies at several paths comes over at each of them; tied weights become copies.
+
+    Args:
+        module: a torch.nn.Module.
+        data_format, framework: as for `from_torch`.
+
+    Returns:
+        A dict of `(module, params)` by path, "features.3.0". Its attribute `skipped` says by path why a grouped
+        convolution, or one that is more than its stock class, was passed over; it prints as a line each.
+
+    Raises:
+        TypeError: no torch.nn.Module.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(conv, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
-        raise TypeError(f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d; got {type(conv).__name__}")
-    return from_arrays(
-        conv.weight,
-        conv.bias,
-        groups=conv.groups,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        padding_mode=conv.padding_mode,
-        data_format=data_format,
-        framework=framework,
-        name=type(conv).__name__,
-    )
+    if torch is None or not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
+    converted, skipped = {}, {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        groups = getattr(part, "groups", 1)
+        if not isinstance(groups, int) or groups == 1:
+            continue  # neither grouped nor a convolution
+        if not _is_conv(part):
+            skipped[path] = f"{_class(part)} is not a torch.nn.Conv1d, Conv2d or Conv3d"
+            continue
+        try:
+            converted[path] = _from_module(part, path, data_format, framework)
+        except ValueError as error:
+            skipped[path] = _without_name(error, path)
+    return Converted(converted, skipped)
+
+
+def params_from_state_dict(state: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Converted:
+    """The parameters of every depthwise convolution in a state dict, by its path, in our layers' shapes.
+
+    A state dict holds weights alone. A weight of shape `(C*M, 1, *window)` is taken for a depthwise one; `groups` says
+    where M is not 1. A depthwise ConvTranspose has the same shape, and cannot be told apart. For the layers themselves,
+    which need strides and padding too, see `from_state_dict` and `layers_from_torch`.
+
+    Args:
+        state: a module's state dict, of tensors or arrays.
+        groups: the number of input channels by path, where it is not that of the output channels; 1 for a convolution
+            that has a single input channel and is not to be taken.
+
+    Returns:
+        A dict by path, "features.3.0", of `{"kernel": ..., "bias": ...}` with the kernel `(*window, C, M)`. Its
+        attribute `skipped` says by path what was passed over, and why.
+
+    Raises:
+        ValueError: `groups` has a path that the state dict does not have, or a number that does not divide the outputs.
+
+    Examples:
+        >>> import numpy as np
+        >>> state = {"dw.weight": np.ones((8, 1, 3, 3), np.float32), "head.weight": np.ones((2, 8), np.float32)}
+        >>> {path: params["kernel"].shape for path, params in params_from_state_dict(state).items()}
+        {'dw': (3, 3, 8, 1)}
+    """
+    groups = dict(groups or {})
+    converted, skipped = {}, {}
+    for key, value in state.items():
+        end = next((end for end in ("weight", *_COMPUTED) if key == end or key.endswith(f".{end}")), None)
+        shape: Any = tuple(getattr(value, "shape", ()))
+        if end is None or not 3 <= len(shape) <= 5 or 0 in shape:
+            continue
+        path = key.removesuffix(end).rstrip(".")
+        channels = groups.pop(path, shape[0] if shape[1] == 1 else 1)
+        if channels == 1:
+            continue
+        if end != "weight":
+            skipped[path] = f"its weight is computed from {key!r}; convert the module, by layers_from_torch"
+            continue
+        try:
+            _, converted[path] = from_state_dict(state, path, groups=channels)
+        except ValueError as error:
+            skipped[path] = _without_name(error, path)
+    if groups:
+        raise ValueError(f"groups has {next(iter(groups))!r}; the state dict has no such convolution")
+    return Converted(converted, skipped)
+
+
+# Ends of keys with the shape of a weight that is computed from them: parametrizations, spectral_norm, pruning and
+# weight_norm, as modules and as hooks.
+_COMPUTED = ("parametrizations.weight.original", "parametrizations.weight.original1", "weight_orig", "weight_v")
+
+
+def _without_name(error: ValueError, name: str) -> str:
+    """A refusal for a table that has the name already."""
+    return str(error).removeprefix(name).lstrip(": ").removeprefix("is ")
 
 
 def from_state_dict(state: Mapping[str, Any], name: str, *, groups: int, **arguments: Any) -> tuple[Any, Any]:
@@ -110,7 +202,8 @@ def from_arrays(
         >>> type(layer).__name__, params["kernel"].shape
         ('DepthwiseConv2D', (3, 3, 32, 2))
     """
-    weight, bias = _array(weight), None if bias is None else _array(bias)
+    weight = real_array(_array(weight, f"{name}: the weight"), f"{name}: the weight")
+    bias = None if bias is None else real_array(_array(bias, f"{name}: the bias"), f"{name}: the bias")
     rank = weight.ndim - 2
     if not 1 <= rank <= 3 or 0 in weight.shape:
         raise ValueError(
@@ -198,14 +291,128 @@ def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     return conv
 
 
-def _array(value: Any) -> Any:
-    """A tensor or an array in NumPy, its dtype kept."""
+def _from_module(conv: Any, name: str, data_format: str, framework: str) -> tuple[Any, Any]:
+    """`from_torch` of a module that the messages call `name`."""
+    if not _is_conv(conv):
+        raise TypeError(f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d; got {_class(conv)}")
+    conv = _settled(conv, name)
+    if conv.padding_mode != "zeros" and not isinstance(conv.padding, str):
+        # The amounts that the module's forward pads by were fixed when it was made.
+        amounts = tuple(
+            amount for pad in reversed(_per_axis(conv.padding, conv.weight.ndim - 2)) for amount in (pad, pad)
+        )
+        if tuple(conv._reversed_padding_repeated_twice) != amounts:
+            raise ValueError(
+                f"{name}: padding={conv.padding!r} was changed after the module was made, which its forward pass does "
+                f"not heed with padding_mode={conv.padding_mode!r}; make a new module"
+            )
+    return from_arrays(
+        conv.weight,
+        conv.bias,
+        groups=conv.groups,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        padding_mode=conv.padding_mode,
+        data_format=data_format,
+        framework=framework,
+        name=name,
+    )
+
+
+def _is_conv(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d)
+
+
+def _class(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _settled(conv: Any, name: str) -> Any:
+    """The module with the weights that its next call uses, if it computes what its stock class does.
+
+    Raises:
+        ValueError: it does something else; the message says what, and what to do.
+    """
+    torch = sys.modules["torch"]
+    stock = next(cls for cls in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d) if isinstance(conv, cls))
+    advice = f"convert a plain torch.nn.{stock.__name__} with its weights, or write that part in JAX"
+    if any(torch.nn.parameter.is_lazy(parameter) for parameter in conv.parameters()):
+        raise ValueError(f"{name}: {_class(conv)} has no weight yet; call the lazy module once")
+    parametrized = torch.nn.utils.parametrize.is_parametrized(conv)
+    # A parametrized module has a class of its own, whose weight computes the parametrization.
+    cls = torch.nn.utils.parametrize.type_before_parametrizations(conv)
+    what = overridden(cls, stock, _HARMLESS) or next((f"forward ({key})" for key in _CALLS if key in vars(conv)), None)
+    if what is not None:
+        raise ValueError(f"{name}: {_class(conv)} overrides {what} of torch.nn.{stock.__name__}; {advice}")
+    if parametrized and any(_is_unsettled(conv, key, steps) for key, steps in conv.parametrizations.items()):
+        raise ValueError(
+            f"{name}: {_class(conv)} has a parametrization that gives another value each time; call eval() first"
+        )
+    if conv._forward_hooks:
+        hook = next(iter(conv._forward_hooks.values()))
+        raise ValueError(f"{name}: {_class(conv)} has the forward hook {_hook(hook)}; remove it, or {advice}")
+    if not conv._forward_pre_hooks:
+        return conv
+    conv = copy.copy(conv)  # the hooks set its weight, and the caller's is left alone
+    for hook in conv._forward_pre_hooks.values():
+        recomputes = isinstance(hook, _recomputing_hooks())
+        if not recomputes:
+            raise ValueError(f"{name}: {_class(conv)} has the forward pre-hook {_hook(hook)}; remove it, or {advice}")
+        if conv.training and type(hook).__name__ == "SpectralNorm":
+            raise ValueError(f"{name}: {_class(conv)} has spectral_norm, another weight each time; call eval() first")
+        hook(conv, ())
+    return conv
+
+
+def _is_unsettled(conv: Any, key: str, steps: Any) -> bool:
+    """Whether a parametrized weight or bias differs from call to call, as after each step of a power iteration."""
+    torch = sys.modules["torch"]
+    iterating = any(type(step).__name__ == "_SpectralNorm" and step.training for step in steps)
+    return iterating or not torch.equal(getattr(conv, key), getattr(conv, key))
+
+
+def _recomputing_hooks() -> tuple[type, ...]:
+    """The hooks of torch.nn.utils that set a module's weight before each call, and do nothing else."""
+    modules = {"weight_norm": "WeightNorm", "spectral_norm": "SpectralNorm", "prune": "BasePruningMethod"}
+    return tuple(getattr(importlib.import_module(f"torch.nn.utils.{file}"), cls) for file, cls in modules.items())
+
+
+def _hook(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__qualname__)
+
+
+def _array(value: Any, what: str) -> Any:
+    """A tensor or an array in NumPy, its dtype kept.
+
+    Raises:
+        ValueError: a tensor without numbers of its own; the message begins with `what`.
+    """
     if not hasattr(value, "detach"):
         return value if isinstance(value, Array) else np.asarray(value)
-    value = value.detach().cpu()
-    if str(value.dtype) == "torch.bfloat16":  # NumPy's is none to PyTorch; through float32 nothing is lost
+    torch: Any = sys.modules["torch"]
+    if not isinstance(value, torch.nn.Parameter | torch.nn.Buffer) and type(value) is not torch.Tensor:
+        raise ValueError(f"{what} is a {_class(value)}; convert it to a plain torch.Tensor")
+    if torch.nn.parameter.is_lazy(value):
+        raise ValueError(f"{what} is not initialized; call the lazy module once")
+    if value.is_meta:
+        raise ValueError(f"{what} is on the device 'meta', which holds no numbers; load it onto a device")
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        raise ValueError(f"{what} must be a dense tensor; got a {kind} one: call dequantize() or to_dense() first")
+    if not value.is_floating_point():
+        raise ValueError(f"{what} must hold real floating-point numbers; got {value.dtype}")
+    value = value.detach().resolve_neg().cpu()
+    if value.dtype == torch.bfloat16:  # NumPy's is none to PyTorch; through float32 nothing is lost
         return value.float().numpy().astype(jnp.bfloat16)
+    if value.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{what} is {value.dtype}, which a layer does not compute with; convert it to bfloat16 first")
     return value.numpy().copy()
+
+
+def _per_axis(value: Any, rank: int) -> list[int]:
+    return [value] * rank if isinstance(value, int) else list(value)
 
 
 def _padding(padding: Any, mode: str, window: Sequence[int], dilation: Any, name: str) -> Any:
@@ -217,15 +424,14 @@ def _padding(padding: Any, mode: str, window: Sequence[int], dilation: Any, name
             raise ValueError(f"{name}: padding must be 'same', 'valid', or numbers; got {padding!r}")
         named, pairs = padding, None
     else:
-        amounts = [padding] * len(window) if isinstance(padding, int) else list(padding)
+        amounts = _per_axis(padding, len(window))
         named, pairs = "valid" if not any(amounts) else None, tuple((amount, amount) for amount in amounts)
     if mode == "zeros" or named == "valid":
         return named or pairs
-    dilations = [dilation] * len(window) if isinstance(dilation, int) else list(dilation)
-    if mode != "replicate" and (named == "same" or pairs == _half_spans(window, dilations)):
+    if mode != "replicate" and (named == "same" or pairs == _half_spans(window, _per_axis(dilation, len(window)))):
         return mode
     raise ValueError(
-        f"{name}: padding_mode={mode!r} with padding={padding!r} is nothing that a layer has a word for; "
+        f"{name}: padding_mode={mode!r} with padding={padding!r} has no equivalent in a layer; "
         "depthwise_conv computes it on an input padded by jax.numpy.pad"
     )
 
@@ -245,7 +451,7 @@ def _torch_padding(padding: Any, window: Sequence[int], strides: Any, dilation: 
     pairs = _half_spans(window, dilation) if mode != "zeros" else padding
     if isinstance(pairs, str) or any(low != high for low, high in pairs):
         raise ValueError(
-            f"PyTorch has no word for padding={padding!r} with strides={tuple(strides)}: it pads both ends alike, and "
-            "'same' is for strides of 1"
+            f"PyTorch has no equivalent of padding={padding!r} with strides={tuple(strides)}: it pads both ends "
+            "alike, and 'same' is for strides of 1"
         )
     return tuple(low for low, _ in pairs), mode

@@ -1,0 +1,171 @@
+"""A model's configuration as Keras writes it: its depthwise layers, by the names of what they lie in and their own."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+Names = tuple[str, ...]
+
+LAYERS = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
+# Depthwise where its groups are as many as its input's channels.
+CONVS = ("Conv1D", "Conv2D", "Conv3D")
+# Built into Keras, with weights that look like those of a depthwise layer; older files do not say what is built in.
+_BUILT_IN = frozenset(
+    {f"{kind}{rank}D{suffix}" for kind in ("Conv", "Convolution") for rank in (1, 2, 3) for suffix in ("", "Transpose")}
+    | {"LocallyConnected1D", "LocallyConnected2D", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "EinsumDense"}
+    | {"Functional", "Model", "Sequential", "TimeDistributed", "Bidirectional", "SpectralNormalization", "Lambda"}
+)
+
+# Where a configuration has named objects that are no layers, or none at all.
+_ELSEWHERE = ("dtype", "compile_config", "build_config", "inbound_nodes")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A layer or model in a configuration.
+
+    Attributes:
+        names: its name after those of the models and wrappers that it lies in, without the whole model's.
+        class_name: its class.
+        config: its own configuration.
+        custom: whether its class is not built into Keras; None where the configuration does not tell.
+        inside_custom: whether it lies in one of a class that is not, which may do with it as it likes.
+        shared: what Keras calls an object that is there more than once; the first time it may not, and then has None.
+    """
+
+    names: Names
+    class_name: str
+    config: dict[str, Any]
+    custom: bool | None
+    inside_custom: bool
+    shared: int | None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of LAYERS, or a convolution with groups."""
+        if self.custom:
+            return False
+        groups = self.config.get("groups", 1)
+        return self.class_name in LAYERS or (self.class_name in CONVS and isinstance(groups, int) and groups > 1)
+
+    def may_be(self, other: "Entry") -> bool:
+        """Whether this entry of a shared object may be of the one that another entry is of."""
+        if self.shared == other.shared:
+            return True
+        return other.shared is None and _without_numbers(self.config) == _without_numbers(other.config)
+
+
+def entries(config: dict[str, Any]) -> list[Entry]:
+    """Every layer and model in a configuration that has a name, in its order."""
+    found: list[Entry] = []
+    # Without recursion: a configuration may be nested as deeply as JSON is read.
+    waiting: list[tuple[Any, Names, bool]] = [(config, (), False)]
+    while waiting:
+        node, names, inside_custom = waiting.pop()
+        if isinstance(node, dict):
+            class_name, inner = node.get("class_name"), node.get("config")
+            if isinstance(class_name, str) and isinstance(inner, dict) and isinstance(inner.get("name"), str):
+                names = (*names, inner["name"])
+                custom = _is_custom(node, class_name)
+                shared = node.get("shared_object_id")
+                found.append(
+                    Entry(
+                        names[1:] or names,
+                        class_name.rpartition(">")[2].replace("Convolution", "Conv"),  # Keras has both
+                        inner,
+                        custom,
+                        inside_custom,
+                        shared if isinstance(shared, int) else None,
+                    )
+                )
+                inside_custom = inside_custom or custom is not False
+            node = [value for key, value in node.items() if key not in _ELSEWHERE]
+        if isinstance(node, list):
+            waiting += [(value, names, inside_custom) for value in reversed(node) if isinstance(value, dict | list)]
+    return found
+
+
+def _without_numbers(value: Any) -> Any:
+    """A configuration without Keras' names of objects."""
+    if isinstance(value, dict):
+        return {key: _without_numbers(inner) for key, inner in value.items() if key != "shared_object_id"}
+    return [_without_numbers(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _is_custom(node: dict[str, Any], class_name: str) -> bool | None:
+    if node.get("registered_name") not in (None, class_name) or ">" in class_name:
+        return True
+    module = node.get("module")
+    if isinstance(module, str):
+        return module.split(".")[0] != "keras"
+    if "module" in node and "registered_name" in node:  # Keras 3, which names the modules of its own
+        return True
+    return False if class_name in _BUILT_IN or class_name in LAYERS else None
+
+
+def group_names(config: dict[str, Any]) -> dict[Names, str]:
+    """The layers' names by the groups that Keras writes them into, for files whose groups do not have the names.
+
+    Keras calls a group after the layer's class, and numbers those of one class.
+    """
+    found: dict[Names, str] = {}
+    waiting: list[tuple[Any, Names]] = [(config, ())]
+    while waiting:
+        node, steps = waiting.pop()
+        if not isinstance(node, dict) or not isinstance(inner := node.get("config"), dict):
+            continue
+        if isinstance(inner.get("name"), str):
+            found[steps] = inner["name"]
+        waiting.append((inner.get("layer"), (*steps, "layer")))  # a wrapper's
+        layers = inner.get("layers")
+        numbers: dict[str, int] = {}
+        for layer in layers if isinstance(layers, list) else ():
+            class_name = layer.get("class_name") if isinstance(layer, dict) else None
+            if isinstance(class_name, str):
+                step = _snake_case(class_name)
+                number = numbers[step] = numbers.get(step, -1) + 1
+                waiting.append((layer, (*steps, "layers", f"{step}_{number}" if number else step)))
+    return found
+
+
+def class_of_group(step: str, name: str) -> str | None:
+    """The class that Keras called a group, or else a layer, after: "depthwise_conv2d_1"; None where it did not."""
+    for given in (step, name):
+        match = re.fullmatch(r"(depthwise_|separable_)?conv([123])d(_transpose)?(_\d+)?", given)
+        if match:
+            kind = (match[1] or "").rstrip("_").title()
+            class_name = f"{kind}Conv{match[2]}D{'Transpose' if match[3] else ''}"
+            return class_name if class_name in LAYERS or class_name in _BUILT_IN else None
+    return None
+
+
+def _snake_case(class_name: str) -> str:
+    """Keras' name of a group or layer for a class."""
+    words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", class_name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+
+
+def named(classes: Mapping[str, str], names: Iterable[str]) -> str | None:
+    """The class that a mapping gives for one of some names, by a key with wildcards; None if there is none."""
+    return next((cls for key, cls in classes.items() if any(fnmatchcase(name, key) for name in names)), None)
+
+
+def in_order(shorter: Names, longer: Names) -> int:
+    """How many names of one come in the other in the same order: the longest common subsequence."""
+    lengths = [0] * (len(longer) + 1)
+    for name in shorter:
+        previous = 0
+        for index, other in enumerate(longer, 1):
+            kept = lengths[index]
+            lengths[index] = previous + 1 if name == other else max(kept, lengths[index - 1])
+            previous = kept
+    return lengths[-1]
+
+
+def tell(names: list[str], limit: int = 5) -> Iterator[str]:
+    """The first few of some names, for a message."""
+    yield from map(repr, names[:limit])
+    if len(names) > limit:
+        yield f"{len(names) - limit} more"

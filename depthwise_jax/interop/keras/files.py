@@ -1,0 +1,402 @@
+"""The files that Keras writes: .keras archives, .weights.h5, and the legacy .h5, each told by its content."""
+
+import io
+import json
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from depthwise_jax import linen
+from depthwise_jax.interop.keras.config import (
+    CONVS,
+    LAYERS,
+    Entry,
+    Names,
+    class_of_group,
+    entries,
+    group_names,
+    in_order,
+    named,
+    tell,
+)
+from depthwise_jax.interop.keras.hdf5 import Array, Budget, Group, damage, open_file
+from depthwise_jax.interop.keras.layers import OURS, SavedLayer
+from depthwise_jax.interop.modules import channels_of, check_values
+
+# What zipfile raises where an archive is not what it should be.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError)
+_ARCHIVE_ERRORS += (LookupError,)
+
+
+def read_weights(path: str | PathLike[str], *, classes: Mapping[str, str] | None = None) -> dict[str, SavedLayer]:
+    """Reads the depthwise and separable layers out of a file that Keras wrote; nothing is run, and nothing written.
+
+    A Conv1D, Conv2D or Conv3D with as many groups as input channels is a depthwise layer too.
+
+    Args:
+        path: a `.keras` or `.weights.h5` file of Keras 3, or a legacy `.h5` file of Keras 2 or 3, told by its content.
+        classes: what the file does not tell: the layer of ours or of Keras, such as "DepthwiseConv3D" or "Conv2D", by
+            the name of a custom class, or of a layer as it is returned; both may hold the wildcards `*` and `?`.
+
+    Returns:
+        The layers by name. A `.weights.h5` file holds no configurations, nor does any file for layers that a custom
+        class made: their `config` is None. Layers that would have one name have their groups' paths in the file.
+
+    Warns:
+        UserWarning: layers that look depthwise are left out, since the file does not tell their class; it names them.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is none of these, is damaged, refers to other files, would take more memory than a small
+            multiple of its size, or holds arrays that do not fit their layer; the message says what and where.
+    """
+    path = fspath(path)
+    classes = _checked(classes or {})
+    with open(path, "rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        start = file.read(8)
+        file.seek(0)
+        budget = Budget(path, size)
+        if start.startswith(b"PK"):
+            data, config = _unpacked(file, path, budget)
+            return _read_h5(io.BytesIO(data), config, budget, classes)
+        if start == b"\x89HDF\r\n\x1a\n":
+            return _read_h5(file, None, budget, classes)
+    pickled = "; a pickle is never loaded" if start.startswith(b"\x80") else ""
+    raise ValueError(f"{path} is neither a .keras archive nor an HDF5 file{pickled}")
+
+
+def _checked(classes: Mapping[str, str]) -> Mapping[str, str]:
+    for name, class_name in classes.items():
+        if class_name not in (*OURS, *CONVS):
+            raise ValueError(f"classes must name one of {', '.join((*OURS, *CONVS))}; got {class_name!r} for {name!r}")
+    return classes
+
+
+def _unpacked(file: Any, path: str, budget: Budget) -> tuple[bytes, dict[str, Any]]:
+    """The weights and the configuration in an archive."""
+    with _archive_damage(path), zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+    for name in names:
+        for parsed in (PurePosixPath(name), PureWindowsPath(name)):
+            if parsed.is_absolute() or parsed.drive or ".." in parsed.parts:
+                raise ValueError(f"{path}: the archive's member {name!r} leads out of it")
+    contents = []
+    for wanted in ("model.weights.h5", "config.json"):
+        if names.count(wanted) != 1:
+            raise ValueError(f"{path}: a .keras archive has one member {wanted!r}; got {names}")
+        member = members[names.index(wanted)]
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{path}: the archive's member {wanted!r} must be stored or deflated")
+        budget.take(member.file_size, f"the archive's member {wanted!r}")
+        with _archive_damage(path), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+            contents.append(stream.read(member.file_size))
+            if stream.read(1):  # which checks the sum too
+                raise zipfile.BadZipFile(f"{wanted!r} is larger than it says")
+    weights, config = contents
+    return weights, _json(config, path)
+
+
+class _archive_damage:
+    """Around calls of zipfile alone: its errors say that the file is damaged."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, _ARCHIVE_ERRORS):
+            raise ValueError(f"{self._path} is damaged: {error}") from error
+
+
+def _json(text: Any, path: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the model's configuration is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the model's configuration must be a dict; got a {type(config).__name__}")
+    return config
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A layer's arrays in a file, before it is known what they are.
+
+    Attributes:
+        names: its names, as an Entry has them.
+        place: its path in the file.
+        hint: the class that Keras called its group or itself after, or None.
+        arrays: its arrays by the names or numbers that the file gives them, in its order.
+        entry: its entry in the configuration, or None.
+    """
+
+    names: Names
+    place: str
+    hint: str | None
+    arrays: Mapping[str, Array]
+    entry: Entry | None = None
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.names)
+
+
+def _read_h5(
+    file: Any, config: dict[str, Any] | None, budget: Budget, classes: Mapping[str, str]
+) -> dict[str, SavedLayer]:
+    path = budget.path
+    opened, top = open_file(file, budget)
+    try:
+        legacy = config is None and ("model_weights" in top or top.texts("layer_names") is not None)
+        if legacy and (text := top.text("model_config")) is not None:
+            config = _json(text, path)
+        known = [] if config is None else entries(config)
+        found = _legacy(top, known, path) if legacy else _native(top, config, known, path)
+        return _layers(found, known, budget, classes)
+    finally:
+        with damage(path):
+            opened.close()
+
+
+def _layers(
+    found: list[_Found], known: list[Entry], budget: Budget, classes: Mapping[str, str]
+) -> dict[str, SavedLayer]:
+    """The layers that are ours, and a warning of those that may be."""
+    path = budget.path
+    layers: dict[str, SavedLayer] = {}
+    unknown: list[str] = []
+    read: dict[Names, SavedLayer] = {}
+    for layer in found:
+        class_name = _class(layer, classes)
+        if class_name is None:
+            if _looks_depthwise(layer):
+                what = layer.entry and layer.entry.class_name
+                unknown.append(f"{layer.name} (of class {what})" if what else layer.name)
+            continue
+        name = layer.name if layer.name not in layers else layer.place
+        if name in layers:
+            raise ValueError(f"{path}: there are two layers {name!r}")
+        saved = _saved(name, class_name, layer, path)
+        if saved is not None:
+            layers[name] = saved
+            read[layer.names] = saved
+    weighted = {layer.names for layer in found}
+    for entry in known:
+        if not entry.is_ours or entry.names in weighted:
+            continue
+        name = "/".join(entry.names)
+        # Keras writes a shared layer once, under its first name.
+        first = [other for other in known if other.names in weighted and entry.shared and entry.may_be(other)]
+        if len(first) == 1:
+            if first[0].names in read:
+                layers[name] = replace(read[first[0].names], name=name, config=entry.config)
+        elif first:
+            unknown.append(f"{name} (shared, and written under another name)")
+        elif entry.inside_custom:
+            unknown.append(f"{name} (made by a custom class)")
+        else:
+            raise ValueError(f"{path}: there are no weights for the layer {name!r}")
+    if unknown:
+        warnings.warn(
+            f"{path}: {len(unknown)} layers that look depthwise are left out, since the file does not tell what they "
+            f"are: {', '.join(tell(unknown))}. Say it by their names or classes, "
+            "read_weights(path, classes={'the name': 'DepthwiseConv2D'})",
+            stacklevel=4,
+        )
+    return layers
+
+
+def _class(layer: _Found, classes: Mapping[str, str]) -> str | None:
+    """The class of ours, or of Keras' convolutions, that a layer in a file is of; None if it is another one."""
+    given = [layer.name] + (
+        [layer.entry.class_name] if layer.entry is not None and layer.entry.custom is not False else []
+    )
+    if (class_name := named(classes, given)) is not None:
+        return class_name
+    if layer.entry is not None:
+        return layer.entry.class_name if layer.entry.is_ours else None
+    if "depthwise_kernel" in layer.arrays:
+        rank = len(layer.arrays["depthwise_kernel"].shape) - 2
+        class_name = f"{'SeparableConv' if 'pointwise_kernel' in layer.arrays else 'DepthwiseConv'}{rank}D"
+        return class_name if class_name in OURS else None
+    if layer.hint in LAYERS:
+        return layer.hint
+    if layer.hint is not None:
+        return None
+    # A bias of C*M numbers beside a kernel (*window, C, M) is a depthwise layer's alone, if C is not 1.
+    shapes = [array.shape for array in layer.arrays.values()]
+    if len(shapes) == 2 and 3 <= len(shapes[0]) <= 5:
+        *_, channels, multiplier = shapes[0]
+        if channels > 1 and shapes[1] == (channels * multiplier,):
+            return f"DepthwiseConv{len(shapes[0]) - 2}D"
+    return None
+
+
+def _looks_depthwise(layer: _Found) -> bool:
+    """Whether a layer of a class that is not known may be a depthwise one, by its arrays' shapes."""
+    if layer.entry is not None and layer.entry.custom is False:
+        return False
+    shapes = [array.shape for array in layer.arrays.values()]
+    if not shapes or not 3 <= len(shapes[0]) <= 5:
+        return False
+    *_, channels, multiplier = shapes[0]
+    if "depthwise_kernel" in layer.arrays or (len(shapes) == 3 and len(shapes[1]) == len(shapes[0])):
+        return True
+    if len(shapes) > 2 or (len(shapes) == 2 and shapes[1] not in ((channels * multiplier,),)):
+        return False
+    if layer.entry is None and layer.hint is not None:  # Keras' convolution, whose groups the file does not tell
+        return layer.hint in CONVS and channels == 1 and multiplier > 1
+    return True
+
+
+def _native(top: Group, config: dict[str, Any] | None, known: list[Entry], path: str) -> list[_Found]:
+    """Each layer of Keras 3's own layout."""
+    by_names = {entry.names: entry for entry in known}
+    structure = {} if config is None else group_names(config)
+    found: list[_Found] = []
+    seen: set[Group] = set()
+    waiting: list[tuple[Group, Names, Names]] = [(top, (), ())]
+    while waiting:
+        group, names, steps = waiting.pop()
+        if group in seen:  # linked to twice
+            raise ValueError(f"{path}: the group {group.name!r} is there more than once")
+        seen.add(group)
+        members = group.names()
+        if "vars" in members:
+            variables = group.group("vars")
+            if steps:  # not the whole model
+                name = variables.text("name") or structure.get(steps, steps[-1])
+                names = (*names, name)
+            keys = variables.names()
+            if keys and steps:
+                arrays = {key: variables.array(key) for key in sorted(keys, key=lambda key: (len(key), key))}
+                hint = class_of_group(steps[-1], names[-1])
+                found.append(_Found(names, "/".join(steps), hint, arrays, by_names.get(names)))
+        for key in reversed(members):
+            if key == "vars":
+                continue
+            child = group.child(key)
+            if isinstance(child, Group):
+                # Keras 2.13 calls it otherwise
+                step = "layers" if key == "_layer_checkpoint_dependencies" else key
+                waiting.append((child, names, (*steps, step)))
+    return found
+
+
+def _legacy(top: Group, known: list[Entry], path: str) -> list[_Found]:
+    """Each layer of the legacy layout, which tells weights apart by their names: "dw/depthwise_kernel:0"."""
+    if "model_weights" in top:
+        top = top.group("model_weights")
+    found: list[_Found] = []
+    for group_name in top.texts("layer_names") or ():
+        group = top.group(group_name)
+        layers: dict[Names, dict[str, Array]] = {}
+        for weight in group.texts("weight_names") or ():
+            *scopes, parameter = weight.partition(":")[0].split("/")
+            layers.setdefault(tuple(scopes), {})[parameter] = group.array(weight)
+        found += _matched(group_name, layers, [entry for entry in known if entry.names[0] == group_name])
+    return found
+
+
+def _matched(group: str, layers: Mapping[Names, Mapping[str, Array]], known: list[Entry]) -> Iterator[_Found]:
+    """The layers of one group of the legacy layout, each with its entry.
+
+    A weight's name begins with the scopes that its layer was made in: name scopes, the models around it, or some of
+    them. So an entry's names come in it in their order, after the group's.
+    """
+    leaves = [entry for entry in known if not any(_lies_in(other, entry) for other in known)]
+    matches: dict[Names, Entry] = {}
+    ranked = sorted(
+        (
+            (in_order(entry.names, (group, *scopes)), scopes[-1:] == entry.names[-1:], scopes, entry)
+            for scopes in layers
+            for entry in leaves
+        ),
+        key=lambda match: (match[1], match[0]),
+        reverse=True,
+    )
+    taken: set[Names] = set()
+    for _, same_name, scopes, entry in ranked:
+        if same_name and scopes not in matches and entry.names not in taken:
+            matches[scopes] = entry
+            taken.add(entry.names)
+    rest = [scopes for scopes in layers if scopes not in matches]
+    free = [entry for entry in leaves if entry.names not in taken and entry.is_ours]
+    if len(rest) == len(free) == 1:  # Keras 2 names the weights of a wrapped layer after the wrapper
+        matches[rest[0]] = free[0]
+    for scopes, arrays in layers.items():
+        entry = matches.get(scopes)
+        # Keras writes the scopes around a whole model too, which are not of its layers' names.
+        inner = scopes[scopes.index(group) :] if group in scopes else (group, *scopes)
+        names = inner if entry is None else entry.names
+        hint = class_of_group("", names[-1])
+        yield _Found(names, "/".join((group, *scopes)), hint, arrays, entry)
+
+
+def _lies_in(inner: Entry, outer: Entry) -> bool:
+    return len(inner.names) > len(outer.names) and inner.names[: len(outer.names)] == outer.names
+
+
+def _saved(name: str, class_name: str, layer: _Found, path: str) -> SavedLayer | None:
+    """A layer with its arrays, checked against its configuration before they are read.
+
+    Returns:
+        The layer; None for a convolution whose groups have several channels each.
+    """
+    config = None if layer.entry is None else layer.entry.config
+    separable = class_name.startswith("Separable")
+    parameters = ["depthwise_kernel", "pointwise_kernel", "bias"] if separable else ["kernel", "bias"]
+    arrays: dict[str, Array] = {}
+    for key, array in layer.arrays.items():
+        # Keras 3 numbers the variables in order; Keras 2 calls a depthwise layer's kernel depthwise_kernel.
+        known = parameters[int(key)] if key.isdecimal() and int(key) < len(parameters) else key
+        known = "kernel" if known == "depthwise_kernel" and not separable else known
+        if known not in parameters:
+            raise ValueError(f"{path}: the layer {name!r} has a variable {key!r}; a {class_name} has {parameters}")
+        arrays[known] = array
+    shapes = {known: array.shape for known, array in arrays.items()}
+    if class_name in CONVS and "kernel" in shapes:
+        *window, inputs, outputs = shapes["kernel"] if len(shapes["kernel"]) > 2 else (0, 0, 0)
+        groups = config.get("groups", 1) if config is not None else outputs
+        if inputs != 1 or groups < 1 or outputs % groups:
+            return None
+        shapes["kernel"] = (*window, groups, outputs // groups)
+    for array in arrays.values():
+        array.check()
+    _check_shapes(class_name, config, shapes, f"{path}: the layer {name!r}")
+    values = {known: arrays[known].read().reshape(shapes[known]) for known in parameters if known in arrays}
+    return SavedLayer(name, class_name, config, values)
+
+
+def _check_shapes(class_name: str, config: Any, shapes: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError unless arrays of these shapes are the parameters of the layer that is configured so."""
+    rank = int(class_name[-2])
+    first = next((shapes[known] for known in ("kernel", "depthwise_kernel") if known in shapes), ())
+    if config is None or "kernel_size" not in config:
+        if len(first) != rank + 2:
+            raise ValueError(f"{what}: the kernel of a {class_name} has {rank + 2} axes; got the shape {first}")
+        return
+    given = ("kernel_size", "depth_multiplier", "use_bias") + ("filters",) * class_name.startswith("Separable")
+    arguments = {key: tuple(v) if isinstance(v := config[key], list) else v for key in given if key in config}
+    ours = class_name
+    if class_name in CONVS:
+        ours = f"Depthwise{class_name}"
+        arguments["depth_multiplier"] = first[-1] if first else 1
+    try:
+        contract = getattr(linen, ours)(**arguments, data_format="channels_last").spec
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from error
+    stand_ins = {known: np.broadcast_to(np.float32(0), shape) for known, shape in shapes.items()}
+    check_values(contract, channels_of(contract, stand_ins, what), stand_ins, what)
