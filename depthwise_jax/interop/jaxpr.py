@@ -198,7 +198,7 @@ def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | str:
 
 
 def _padding(eqn: JaxprEqn) -> Any:
-    """A convolution's padding; where it is symbolic, the name that it came from, or None: lax takes no symbolic pairs."""
+    """A convolution's padding; where it is symbolic, its name or None, since lax takes no symbolic pairs."""
     padding = eqn.params["padding"]
     if all(isinstance(amount, int) for pair in padding for amount in pair):
         return padding
