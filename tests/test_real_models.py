@@ -28,7 +28,7 @@ KERAS: dict[str, tuple[dict[str, Any], int]] = {
     "MobileNetV2": ({}, 17),
     "MobileNetV3Small": ({}, 11),
     "EfficientNetB0": ({}, 16),
-    "EfficientNetV2B0": ({}, 15),
+    "EfficientNetV2B0": ({}, 16),
     "NASNetMobile": ({}, 160),
     "Xception": ({"input_shape": (71, 71, 3)}, 34),
     "ConvNeXtTiny": ({}, 18),
