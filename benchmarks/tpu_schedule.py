@@ -10,7 +10,8 @@ since the copies between HBM and VMEM overlap with the bundles. A program takes 
 less than all its bytes take, those of asynchronous copies too. This is a model. It leaves out stalls, it counts regions
 that a condition skips as issued, and an operation that reads a part of an operand is charged for all of it.
 
-Import this before anything loads libtpu: the compiler takes where to write from the environment.
+Import this before libtpu is loaded, at the first use of a topology: the compiler takes from the environment where to
+write.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-_DUMP = Path(tempfile.mkdtemp(prefix="tpu_schedule_"))
-os.environ["LIBTPU_INIT_ARGS"] = (
-    f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-)
-
-from tests_tpu import compiler as _  # noqa: F401  # sets the environment of libtpu
-
 import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+
+import tests_tpu.compiler  # noqa: F401  # sets the rest of libtpu's environment
+
+_DUMP = Path(tempfile.mkdtemp(prefix="tpu_schedule_"))
+os.environ["LIBTPU_INIT_ARGS"] = (
+    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+)
 
 
 @dataclass(frozen=True)
@@ -124,21 +126,24 @@ class Program:
         return sum(op.unknown for op in self.ops)
 
 
-def measure(function: Callable[..., Any], *arguments: Any, chip: Chip = V5E, **options: Any) -> Program:
-    """Compiles a function of shapes for one chip, and reads its schedules.
+def lower(function: Callable[..., Any], *arguments: Any, chip: Chip = V5E) -> Any:
+    """A function of shapes, lowered for one chip.
 
     Args:
         function: the function.
         *arguments: trees of `jax.ShapeDtypeStruct`.
         chip: the chip.
-        **options: as `jax.jit` takes them.
     """
     device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
     place = SingleDeviceSharding(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
+    return jax.jit(function).lower(*placed)
+
+
+def measure(lowered: Any, chip: Chip = V5E) -> Program:
+    """Compiles a lowered program, and reads its schedules."""
     shutil.rmtree(_DUMP, ignore_errors=True)
     _DUMP.mkdir()
-    lowered = jax.jit(function, **options).lower(*placed)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
