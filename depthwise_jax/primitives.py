@@ -16,7 +16,8 @@ is the three maps' times a mask that its value tells.
 
 Their parameters: `convolution`, the static Convolution; `stacked`, how many leading axes both operands have in common,
 each index of which is a convolution of its own (what vmap over both makes); `dtype`, the result's; `implementation`,
-the name of a lowering or None.
+the name of a lowering or None; and `differentiated`, True where derivatives are taken at a value of conv_p or
+conv_fused_p, and absent elsewhere.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def _abstract_eval(
     dtype: Any,
     implementation: str | None,
     stacked: int,
+    differentiated: bool = False,
 ) -> Any:
-    del implementation  # every lowering gives the same type
+    del implementation, differentiated  # every lowering gives the same type
     shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals)))
     model = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
     specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals]
@@ -106,8 +108,8 @@ def _abstract_eval(
 def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) -> Callable[..., Array]:
     """The transpose in the operand at a position, as a primitive of the cotangent and the other operand."""
 
-    def rule(cotangent: Array, *operands: Any, dtype: Any, **params: Any) -> Array:
-        del dtype  # the cotangent's
+    def rule(cotangent: Array, *operands: Any, dtype: Any, differentiated: bool = False, **params: Any) -> Array:
+        del dtype, differentiated  # the cotangent's
         aval, other = operands[position].aval, operands[1 - position]
         arguments = (cotangent, other) if cotangent_first else (other, cotangent)
         result = bind(primitive, *arguments, dtype=aval.dtype, **params)
@@ -155,6 +157,7 @@ def _lowering_rule(
     convolution: Convolution,
     dtype: Any,
     stacked: int,
+    differentiated: bool = False,
     **params: Any,
 ) -> Any:
     avals: Sequence[Any] = ctx.avals_in
@@ -162,6 +165,8 @@ def _lowering_rule(
     specs = [(*aval.sharding.spec, *(None,) * (aval.ndim - len(aval.sharding.spec))) for aval in avals[:2]]
     spatial = [convolution.layout.spatial_shape(spec) for spec in (specs if direction == "kernel_grad" else specs[:1])]
     partitioned = _partitioned(ctx)
+    shapes = [aval.shape[stacked:] for aval in avals[:2]]
+    *_, channels, multiplier = convolution.kernel_grad_shape(*shapes) if direction == "kernel_grad" else shapes[1]
     call = lowering.Call(
         direction,
         convolution,
@@ -173,6 +178,11 @@ def _lowering_rule(
         or (not _typed(avals[0]) and lowering.is_small(convolution.batch(image), math.prod(partitioned))),
         slabs=not any(map(any, spatial)) and lowering.has_slabs(image, convolution),
         exported=ctx.module_context.lowering_parameters.for_export,
+        batch=_batch_on_one_device(avals[0], stacked, convolution, partitioned),
+        channels=channels,
+        multiplier=multiplier,
+        whole_channels=not partitioned or (_typed(avals[0]) and specs[0][convolution.layout.channels] is None),
+        differentiated=differentiated,
     )
     # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
@@ -192,6 +202,15 @@ def _partitioned(ctx: mlir.LoweringRuleContext) -> tuple[int, ...]:
     meshes = (aval.sharding.mesh for aval in avals)
     # A mesh that only the arguments of jit have (in_shardings) is not seen here.
     return next((_large(mesh.shape.values()) for mesh in meshes if not mesh.empty), (axes.num_devices, 1))
+
+
+def _batch_on_one_device(aval: Any, stacked: int, convolution: Convolution, partitioned: tuple[int, ...]) -> int | None:
+    """The product of the leading axes of x or y on one device, if the types tell it."""
+    leading = convolution.batch(aval.shape[stacked:])
+    if not all(isinstance(n, int) for n in leading) or (partitioned and not _typed(aval)):
+        return None
+    shape = aval.sharding.shard_shape(aval.shape) if _typed(aval) else aval.shape
+    return math.prod(shape[: stacked + len(leading)])
 
 
 def _typed(aval: Any) -> bool:
@@ -266,13 +285,19 @@ _define(
 )
 
 
-def _named_jvp(jvp: Callable[..., Any], primals: Any, tangents: Any, **params: Any) -> Any:
+def _conv_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, differentiated: bool = False, **params: Any
+) -> tuple[Array, Any]:
     """Names the value where it is differentiated, the only place where policies ask: JAX cannot transpose a name."""
-    y, dy = jvp(primals, tangents, **params)
-    return checkpoint_name(y, CHECKPOINT_NAME), dy
+    del differentiated
+    x, kernel = primals
+    dx, dkernel = tangents
+    y = checkpoint_name(bind(conv_p, x, kernel, differentiated=True, **params), CHECKPOINT_NAME)
+    terms = [(dx, kernel)] * (type(dx) is not ad.Zero) + [(x, dkernel)] * (type(dkernel) is not ad.Zero)
+    return y, functools.reduce(ad.add_tangents, (bind(conv_p, *term, **params) for term in terms))
 
 
-ad.primitive_jvps[conv_p] = functools.partial(_named_jvp, ad.primitive_jvps[conv_p])
+ad.primitive_jvps[conv_p] = _conv_jvp
 
 
 def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **params: Any) -> Any:
@@ -286,11 +311,13 @@ def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **par
 
 
 def _fused_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, activation: str, **params: Any
+    primals: Sequence[Array], tangents: Sequence[Any], *, activation: str, differentiated: bool = False, **params: Any
 ) -> tuple[Array, Array]:
+    del differentiated
     x, kernel, *_ = primals
     dx, dkernel, *dbias = (None if type(tangent) is ad.Zero else tangent for tangent in tangents)
-    y = checkpoint_name(bind(conv_fused_p, *primals, activation=activation, **params), CHECKPOINT_NAME)
+    y = bind(conv_fused_p, *primals, activation=activation, differentiated=True, **params)
+    y = checkpoint_name(y, CHECKPOINT_NAME)
     dy = jnp.zeros_like(y)
     if dx is not None:
         dy = bind(conv_p, dx, kernel, **params)
