@@ -7,7 +7,7 @@ ARGS ?=
 ITERATIONS ?= 5000
 SEED ?= 1
 
-.PHONY: demo test test-torch test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test test-torch test-tpu tpu-floor notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python notebooks/demo.py
@@ -31,6 +31,11 @@ test-notebooks: $(VENV)/notebooks.installed
 # What the TPU compiler makes of the package, without a TPU; libtpu has a virtual environment of its own.
 test-tpu: $(VENV)-tpu/installed
 	$(VENV)-tpu/bin/python -m pytest -q $(ARGS) tests_tpu
+
+# Cycles by the TPU compiler's schedules, without a TPU, into benchmarks/results/tpu_floor.md; ARGS may choose, such as
+# "--groups training". Compiles what the results do not have yet, for hours if that is everything.
+tpu-floor: $(VENV)-tpu/installed
+	$(VENV)-tpu/bin/python -m benchmarks.tpu_floor $(ARGS)
 
 $(VENV)-tpu/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-tpu

@@ -220,8 +220,8 @@ def issued(bundles: list[Bundle], main_trips: int | None) -> tuple[float, int]:
         for i, j in inner:
             trips = main_trips if depth == 0 and (i, j) == longest else None
             if trips is None:
-                tail = min(j + _DELAY, len(bundles))
-                tests = [t for b in bundles[i:tail] if b.depth <= depth + 1 for t in _EXIT.findall(b.text)]
+                own = [t for b in bundles[i:j] if b.depth == depth + 1 for t in _EXIT.findall(b.text)]
+                tests = own or [t for b in bundles[j : j + _DELAY] for t in _EXIT.findall(b.text)][:1]
                 trips = int(tests[-1]) if tests else None
             if trips is None:
                 unknown += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +210,7 @@ def explain(
     """
     layout, _ = _arguments(kernel, "kernel", data_format, None, implementation)
     convolution, _ = _geometry(x.shape, kernel, layout, strides, padding, dilation_rate, None)
+    batch = convolution.batch(x.shape)
     if platform is None:
         device = jax.local_devices()[0]
         platform = device.platform
@@ -226,6 +228,10 @@ def explain(
                     jnp.result_type(x.dtype, kernel.dtype),
                     partitioned=(2,) * partitioned,
                     slabs=lowering.has_slabs(x.shape, convolution),
+                    batch=None if partitioned or not lowering.has_slabs(x.shape, convolution) else math.prod(batch),
+                    channels=kernel.shape[-2],
+                    multiplier=kernel.shape[-1],
+                    whole_channels=not partitioned,
                 ),
                 implementation,
             )
