@@ -10,7 +10,7 @@ SEED ?= 1
 ISAS := avx512 avx2 baseline neon
 CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
-.PHONY: demo test test-torch test-models test-tpu notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test test-torch test-models test-tpu tpu-floor notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python notebooks/demo.py
@@ -42,6 +42,12 @@ test-notebooks: $(VENV)/notebooks.installed
 test-tpu:
 	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/test.installed $(VENV)-tpu/tpu.installed
 	$(VENV)-tpu/bin/python -m pytest -q $(ARGS) tests_tpu
+
+# Cycles by the TPU compiler's schedules, without a TPU, into benchmarks/results/tpu_floor.md; ARGS may choose, such as
+# "--groups training". Compiles what the results do not have yet, for hours if that is everything.
+tpu-floor:
+	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/test.installed $(VENV)-tpu/tpu.installed
+	$(VENV)-tpu/bin/python -m benchmarks.tpu_floor $(ARGS)
 
 lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .

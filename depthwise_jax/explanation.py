@@ -96,7 +96,9 @@ def explain(
         else:
             mesh = {f"axis {i}": 2 for i in range(partitioned)}
             known = Partitioning.of(direction, convolution, mesh, operands[direction])
-        return lowering.choose(lowering.Call(direction, convolution, on, dtype, known), implementation)
+        *_, channels, multiplier = kernel.shape
+        call = lowering.Call(direction, convolution, on, dtype, known, channels=channels, multiplier=multiplier)
+        return lowering.choose(call, implementation)
 
     return Explanation(*map(choice, lowering.MAPS))
 

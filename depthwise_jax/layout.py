@@ -10,9 +10,12 @@ The kernel is (*window, C, M) in both. Output channel c*M + m is input channel c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+from jax import Array
 
 DATA_FORMATS = ("channels_last", "channels_first")
 
@@ -55,3 +58,27 @@ class Layout:
         if self.data_format == "channels_last":
             return (*leading, *spatial, *channels)
         return (*leading, *channels, *spatial)
+
+    # Beside a kernel (*window, C, M) channels stand as two axes: (*batch, *spatial, C, M), (*batch, C, M, *spatial).
+
+    def split(self, array: Array, *channels: int) -> Array:
+        """An array whose channel axis is replaced by axes of these sizes."""
+        lead = array.shape[: array.ndim - self.rank - 1]
+        return array.reshape(self.arrange(lead, self.spatial_shape(array.shape), *channels))
+
+    def merge(self, array: Array, axes: int) -> Array:
+        """The inverse of a split into so many axes."""
+        lead = array.shape[: array.ndim - self.rank - axes]
+        spatial = [array.shape[axis] for axis in self.split_spatial(array.ndim, axes)]
+        channels = math.prod(array.shape[axis] for axis in self.split_channels(array.ndim, axes))
+        return array.reshape(self.arrange(lead, spatial, channels))
+
+    def split_spatial(self, ndim: int, axes: int) -> tuple[int, ...]:
+        """The spatial axes of an array of `ndim` axes, so many of them channels."""
+        first = ndim - self.rank - (axes if self.channels == -1 else 0)
+        return tuple(range(first, first + self.rank))
+
+    def split_channels(self, ndim: int, axes: int) -> tuple[int, ...]:
+        """The channel axes of such an array."""
+        first = ndim - axes - (0 if self.channels == -1 else self.rank)
+        return tuple(range(first, first + axes))

@@ -16,7 +16,8 @@ is the three maps' times a mask that its value tells.
 
 Their parameters: `convolution`, the static Convolution; `stacked`, how many leading axes both operands have in common,
 each index of which is a convolution of its own (what vmap over both makes); `dtype`, the result's; `implementation`,
-the name of a lowering or None.
+the name of a lowering or None; and `differentiated`, True where derivatives are taken at a value of conv_p or
+conv_fused_p, and absent elsewhere.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def _abstract_eval(
     dtype: Any,
     implementation: str | None,
     stacked: int,
+    differentiated: bool = False,
 ) -> Any:
-    del implementation  # every lowering gives the same type
+    del implementation, differentiated  # every lowering gives the same type
     shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals)))
     model = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
     specs = [sharding.entries(aval.sharding.spec, aval.ndim) for aval in avals]
@@ -123,8 +125,8 @@ def forward_type(x: Any, kernel: Any, convolution: Convolution, dtype: Any) -> A
 def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) -> Callable[..., Array]:
     """The transpose in the operand at a position, as a primitive of the cotangent and the other operand."""
 
-    def rule(cotangent: Array, *operands: Any, dtype: Any, **params: Any) -> Array:
-        del dtype  # the cotangent's
+    def rule(cotangent: Array, *operands: Any, dtype: Any, differentiated: bool = False, **params: Any) -> Array:
+        del dtype, differentiated  # the cotangent's
         aval, other = operands[position].aval, operands[1 - position]
         arguments = (cotangent, other) if cotangent_first else (other, cotangent)
         result = bind(primitive, *arguments, dtype=aval.dtype, **params)
@@ -191,9 +193,12 @@ def _lowering_rule(
     convolution: Convolution,
     dtype: Any,
     stacked: int,
+    differentiated: bool = False,
     **params: Any,
 ) -> Any:
     avals: Sequence[Any] = ctx.avals_in
+    shapes = [aval.shape[stacked:] for aval in avals[:2]]
+    *_, channels, multiplier = convolution.kernel_grad_shape(*shapes) if direction == "kernel_grad" else shapes[1]
     call = lowering.Call(
         direction,
         convolution,
@@ -201,6 +206,9 @@ def _lowering_rule(
         functools.reduce(dtypes.promoted, (aval.dtype for aval in avals), dtype),
         Partitioning.of_program(direction, convolution, ctx, stacked),
         exported=ctx.module_context.lowering_parameters.for_export,
+        channels=channels,
+        multiplier=multiplier,
+        differentiated=differentiated,
     )
     # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
@@ -275,13 +283,19 @@ _define(
 )
 
 
-def _named_jvp(jvp: Callable[..., Any], primals: Any, tangents: Any, **params: Any) -> Any:
+def _conv_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, differentiated: bool = False, **params: Any
+) -> tuple[Array, Any]:
     """Names the value where it is differentiated, the only place where policies ask: JAX cannot transpose a name."""
-    y, dy = jvp(primals, tangents, **params)
-    return checkpoint_name(y, CHECKPOINT_NAME), dy
+    del differentiated
+    x, kernel = primals
+    dx, dkernel = tangents
+    y = checkpoint_name(bind(conv_p, x, kernel, differentiated=True, **params), CHECKPOINT_NAME)
+    terms = [(dx, kernel)] * (type(dx) is not ad.Zero) + [(x, dkernel)] * (type(dkernel) is not ad.Zero)
+    return y, functools.reduce(ad.add_tangents, (bind(conv_p, *term, **params) for term in terms))
 
 
-ad.primitive_jvps[conv_p] = functools.partial(_named_jvp, ad.primitive_jvps[conv_p])
+ad.primitive_jvps[conv_p] = _conv_jvp
 
 
 def _name_jet(primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any) -> tuple[Array, list[Array]]:
@@ -289,7 +303,7 @@ def _name_jet(primals: Sequence[Array], series: Sequence[Sequence[Array]], **par
     return name_p.bind(primal, **params), list(terms)
 
 
-# jet has no rule for a name, so it could not go over a gradient in which _named_jvp has named a value.
+# jet has no rule for a name, so it could not go over a gradient in which _conv_jvp has named a value.
 jet.jet_rules.setdefault(name_p, _name_jet)
 
 
@@ -304,11 +318,13 @@ def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **par
 
 
 def _fused_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, activation: str, **params: Any
+    primals: Sequence[Array], tangents: Sequence[Any], *, activation: str, differentiated: bool = False, **params: Any
 ) -> tuple[Array, Array]:
+    del differentiated
     x, kernel, *_ = primals
     dx, dkernel, *dbias = (None if type(tangent) is ad.Zero else tangent for tangent in tangents)
-    y = checkpoint_name(bind(conv_fused_p, *primals, activation=activation, **params), CHECKPOINT_NAME)
+    y = bind(conv_fused_p, *primals, activation=activation, differentiated=True, **params)
+    y = checkpoint_name(y, CHECKPOINT_NAME)
     dy = jnp.zeros_like(y)
     if dx is not None:
         dy = bind(conv_p, dx, kernel, **params)

@@ -37,6 +37,8 @@ class Partitioning:
             it may be if the devices cannot share the batch equally.
         whole_images: whether the batch can be cut without cutting an image: its size is known, and no spatial axis is
             known to be sharded.
+        batch: the product of the leading axes on one device, those that operands share included; None if it is unknown.
+        whole_channels: whether each device is known to hold all channels.
     """
 
     devices: int = 1
@@ -44,6 +46,8 @@ class Partitioning:
     replicas: bool = False
     sharded_rows: bool = False
     whole_images: bool = True
+    batch: int | None = None
+    whole_channels: bool = True
 
     @classmethod
     def of_program(
@@ -83,7 +87,8 @@ class Partitioning:
         known_batch = all(isinstance(n, int) for n in batch)
         devices = mesh if isinstance(mesh, int) else math.prod(mesh.values())
         if devices == 1:
-            return cls(whole_images=known_batch)
+            local = x.shape[: stacked + len(batch)]
+            return cls(whole_images=known_batch, batch=math.prod(local) if known_batch else None)
         sizes = None if isinstance(mesh, int) else tuple(size for size in mesh.values() if size > 1)
         images = [
             entries(aval.sharding.spec, aval.ndim)[stacked:] for aval in avals[: 1 + (direction == "kernel_grad")]
@@ -93,6 +98,7 @@ class Partitioning:
         own = axis_names(images[0])
         over = tuple(size for name, size in x.sharding.mesh.shape.items() if name in own and size > 1)
         split = stacked == 0 and over == sizes and len(set(images)) == 1 and not any(convolution.batch(images[0])[1:])
+        shard = x.sharding.shard_shape(x.shape) if known_batch and _is_typed(x) else None
         return cls(
             devices=devices,
             several_axes=sizes is None or len(sizes) > 1,
@@ -100,6 +106,8 @@ class Partitioning:
             sharded_rows=any(rows for rows, *_ in spatial)
             or (not _is_typed(x) and known_batch and math.prod(batch) % devices != 0),
             whole_images=known_batch and not any(map(any, spatial)),
+            batch=None if shard is None else math.prod(shard[: stacked + len(batch)]),
+            whole_channels=_is_typed(x) and images[0][convolution.layout.channels] is None,
         )
 
 

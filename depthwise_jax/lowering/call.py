@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from depthwise_jax.convolution import Convolution
+from depthwise_jax.dtypes import widened
 from depthwise_jax.sharding import Partitioning
 
 MAPS = ("forward", "input_grad", "kernel_grad")
@@ -23,6 +24,9 @@ class Call:
         dtype: one that holds the operands and the result.
         partitioning: how the compiler spreads the program over devices.
         exported: whether the program is exported, to run where this package may not be installed.
+        channels: the number of input channels, over all devices.
+        multiplier: the number of kernels per channel.
+        differentiated: whether the result is the value of a function that is being differentiated.
     """
 
     direction: str
@@ -31,8 +35,16 @@ class Call:
     dtype: Any
     partitioning: Partitioning = field(default_factory=Partitioning)
     exported: bool = False
+    channels: int = 1
+    multiplier: int = 1
+    differentiated: bool = False
 
     @property
     def symbolic(self) -> bool:
         """Whether a spatial size is symbolic."""
         return not all(isinstance(n, int) for n in self.convolution.spatial)
+
+    @property
+    def sum_dtype(self) -> Any:
+        """The dtype in which sums are taken: float32 for narrower floats."""
+        return widened(self.dtype)

@@ -5,6 +5,7 @@ A lowering is a module with the functions of `Lowering`, an entry of LOWERINGS a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ class Lowering(Protocol):
         ...
 
     def operand_dtype(self, call: Call) -> Any:
-        """The dtype to which the operands of a call are brought, in which the three maps give their results."""
+        """The dtype to which the operands of a call are brought; the results may be wider."""
         ...
 
     def forward(self, x: Array, kernel: Array, call: Call) -> Array:
@@ -45,6 +46,15 @@ class FusedLowering(Protocol):
 
     def fused(self, x: Array, kernel: Array, bias: Array | None = None, *, activation: str, call: Call) -> Array:
         """activation(y + bias)."""
+        ...
+
+
+@runtime_checkable
+class KeepingLowering(Protocol):
+    """What a lowering has whose values XLA would compute anew in a backward pass."""
+
+    def keeps_value(self, call: Call) -> bool:
+        """Whether a value must be kept."""
         ...
 
 
@@ -70,11 +80,34 @@ class Rule:
         platforms: the platforms.
         lowering: the name of the lowering.
         reason: why.
+        serves: which of the calls on those platforms the row is for.
     """
 
     platforms: tuple[str, ...]
     lowering: str
     reason: str
+    serves: Callable[[Call], bool] = lambda call: True
+
+
+# Up to these windows over sequences an elementwise sum takes fewer cycles on a TPU v5e than XLA's convolution, by the
+# compiler's schedules (benchmarks/results/tpu_floor.md, "Windows" and "Dilation"): at any batch, and at fewer than 8
+# sequences a device, where the convolution copies its operands to bring the batch into sublanes.
+_SUMMED_TAPS = {"forward": 8, "input_grad": 8, "kernel_grad": 9}
+_SUMMED_TAPS_OF_FEW = 16
+_FEW = 8
+# Channels that lie side by side in a register.
+_LANES = 128
+
+
+def is_summed_on_tpu(call: Call) -> bool:
+    """Whether an elementwise sum over the taps is the faster formulation on TPU."""
+    convolution, batch = call.convolution, call.partitioning.batch
+    window, few = convolution.window, batch is not None and batch < _FEW
+    if call.multiplier > 1 or max(window.strides) > 1 or convolution.layout.channels != -1:
+        return False
+    if window.rank == 1:
+        return window.size[0] <= (_SUMMED_TAPS_OF_FEW if few else _SUMMED_TAPS[call.direction])
+    return window.size == (3, 3) and few and (call.direction != "kernel_grad" or call.channels <= _LANES)
 
 
 # Of the rows for a platform the first whose lowering does not refuse the call decides; benchmarks/peers.py measures
@@ -83,7 +116,8 @@ TABLE = [
     Rule(("cpu",), "native", "the compiled kernels are the fastest on CPU"),
     Rule(("cpu",), "taps", "XLA's grouped convolution is many times slower on CPU"),
     Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
-    Rule(("tpu",), "conv", "XLA's grouped convolution is near the hardware's limit on TPU"),
+    Rule(("tpu",), "taps", "a sum of few taps is at the memory's limit, by the compiler's schedule", is_summed_on_tpu),
+    Rule(("tpu",), "conv", "XLA's grouped convolution takes no more cycles than taps, by the compiler's schedule"),
     Rule(("cuda", "rocm"), "conv", "no measurement on a GPU says otherwise"),
     Rule(("tpu", "cuda", "rocm"), "taps", "shifted products serve every platform"),
 ]
@@ -107,7 +141,7 @@ def choose(call: Call, implementation: str | None) -> Choice:
         return Choice(implementation, "asked for by implementation=")
     refusals: list[str] = []
     for rule in TABLE:
-        if call.platform in rule.platforms:
+        if call.platform in rule.platforms and rule.serves(call):
             refusal = LOWERINGS[rule.lowering].refusal(call)
             if refusal is None:
                 return Choice(rule.lowering, "; ".join([rule.reason, *refusals]))

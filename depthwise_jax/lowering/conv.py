@@ -5,6 +5,7 @@ For finite data this is what the maps mean.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -20,6 +21,8 @@ from depthwise_jax.lowering.call import Call
 # Positions that a window may span along an axis. XLA's CPU convolution reads outside of its arrays where a window of
 # four taps spans 257,949,472 positions, and one of three 268,435,449; half of that was right in all that was tried.
 _EXTENT = 2**27
+# Channels that a matrix product spreads over the outputs' channels together: a TPU register's, and its matrix units'.
+_BLOCK = 128
 
 
 def refusal(call: Call) -> str | None:
@@ -46,6 +49,8 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
     """y, in the operands' common dtype."""
     convolution = call.convolution
     window, layout = convolution.window, convolution.layout
+    if _spreads(call):
+        x, kernel = _spread(x, call.multiplier), _one_per_channel(kernel)
     *size, channels, multiplier = kernel.shape
     batch = convolution.batch(x.shape)
     names = "DHW"[-window.rank :]
@@ -71,6 +76,8 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     convolution then, and partitions with an all-gather.
     """
     x = jax.ShapeDtypeStruct(call.convolution.input_grad_shape(g.shape, kernel.shape), g.dtype)
+    if _spreads(call):
+        return jax.linear_transpose(lambda x: forward(x, kernel, call), x)(g)[0]
 
     def transpose(m: int, single_g: Array) -> Array:
         single_kernel = lax.slice_in_dim(kernel, m, m + 1, axis=-1)
@@ -92,6 +99,10 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     gradient as depthwise.
     """
     convolution, devices = call.convolution, call.partitioning.devices
+    if _spreads(call):
+        single = dataclasses.replace(call, channels=call.channels * call.multiplier, multiplier=1)
+        gradient = kernel_grad(_spread(x, call.multiplier), g, single)
+        return gradient.reshape(*convolution.window.size, call.channels, call.multiplier)
     channels, size = convolution.channels(x.shape), convolution.window.size
     if _counts_replicas(call):
         parts = [_summed_over_slabs(x, part, convolution, devices) for part in _single(g, channels, convolution)]
@@ -104,6 +115,47 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
         # follows, the optimizer's arithmetic in two layouts.
         parts = lax.optimization_barrier(parts)
     return lax.concatenate([part.reshape(*size, channels, 1) for part in parts], len(size) + 1)
+
+
+def _spreads(call: Call) -> bool:
+    """Whether x is spread over the outputs' channels first, as _spread has it."""
+    return (
+        call.platform == "tpu"
+        and call.multiplier > 1
+        and call.convolution.layout.channels == -1
+        and jnp.issubdtype(call.dtype, jnp.floating)
+        # Of sharded channels a product over all channels would gather x.
+        and call.partitioning.whole_channels
+        and (call.channels % _BLOCK == 0 or call.channels < _BLOCK)
+    )
+
+
+def _spread(x: Array, multiplier: int) -> Array:
+    """x (*batch, *spatial, C) with M copies of each channel side by side, (*batch, *spatial, C*M).
+
+    On TPU channels lie side by side in registers, and a copy of one beside itself is a shuffle of every register. A
+    matrix product with zeros and ones does the same on the matrix units. It goes by blocks of channels: its work grows
+    with C, not with C*C, and a NaN or an infinity in x (0 * NaN) reaches no more than the block of its channel, at its
+    own position.
+    """
+    channels = x.shape[-1]
+    block = min(channels, _BLOCK)
+    matrix = jnp.repeat(jnp.eye(block, dtype=x.dtype), multiplier, axis=1)
+    # A product with one is exact in as many passes as the dtype has parts.
+    spread = lax.dot_general(
+        x.reshape(*x.shape[:-1], channels // block, block),
+        matrix,
+        (((x.ndim,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=x.dtype,
+    )
+    return spread.reshape(*x.shape[:-1], channels * multiplier)
+
+
+def _one_per_channel(kernel: Array) -> Array:
+    """A kernel (*window, C, M) as that of C*M channels, (*window, C*M, 1)."""
+    *size, channels, multiplier = kernel.shape
+    return kernel.reshape(*size, channels * multiplier, 1)
 
 
 def _counts_replicas(call: Call) -> bool:

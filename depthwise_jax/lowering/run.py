@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, lax
 
 from depthwise_jax import fused
 from depthwise_jax.lowering.call import Call
-from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, Lowering, choose
+from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, KeepingLowering, Lowering, choose
 
 
 def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: str | None) -> Array:
@@ -26,7 +26,8 @@ def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: 
         implementation: as in choose.
     """
     lowering = LOWERINGS[choose(call, implementation).lowering]
-    return _mapped(getattr(lowering, call.direction), operands, lowering, call, stacked, dtype)
+    result = _mapped(getattr(lowering, call.direction), operands, lowering, call, stacked, dtype)
+    return _kept(result, lowering, call)
 
 
 def run_fused(
@@ -54,7 +55,7 @@ def run_fused(
     y = _mapped(lowering.forward, (x, kernel), lowering, call, stacked, dtype)
     for b in bias:
         y = y + fused.align_bias(b.astype(dtype), call.convolution.layout, y.ndim)
-    return fused.apply(activation, y)
+    return _kept(fused.apply(activation, y), lowering, call)
 
 
 def _mapped(
@@ -71,3 +72,9 @@ def _mapped(
         function = jax.vmap(function)
     operand_dtype = lowering.operand_dtype(call)
     return function(*(operand.astype(operand_dtype) for operand in operands)).astype(dtype)
+
+
+def _kept(result: Array, lowering: Lowering, call: Call) -> Array:
+    """A result, kept for the backward pass if the lowering asks for it."""
+    keeps = isinstance(lowering, KeepingLowering) and lowering.keeps_value(call)
+    return lax.optimization_barrier(result) if keeps else result

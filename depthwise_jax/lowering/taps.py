@@ -1,9 +1,14 @@
 """The three maps as shifted multiply-adds in plain XLA: no convolution; portable, and partitioned without help.
 
 Taps that fall outside the input contribute nothing, whatever they hold: a NaN in the kernel does not spread through the
-padding. Windows of many taps run in a loop of unrolled rows, so that a program's size does not grow with the window.
+padding. (On TPU it does, see _reader.) Windows of many taps run in a loop of unrolled rows: a program's size does not
+grow with the window.
 
-Inside, every array has its channels split as (C, M), so that each map is a sum of broadcast products:
+One operand is padded once, as it is, and each tap reads a slice of it. Narrow floats are widened after that: then XLA
+fuses padding, slices and sum into one loop that reads the operands once, and nothing wide is ever in memory.
+
+Inside, the channels of every array are split as (C, M) if there are several kernels per channel, and each map is a sum
+of broadcast products:
 
     forward       y[o, c, m]  = sum over t of x[o*s + t*d - low, c] * kernel[t, c, m]
     input_grad    dx[i, c]    = sum over t, m with (i + low - t*d) / s = o whole of g[o, c, m] * kernel[t, c, m]
@@ -16,6 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,16 +29,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from depthwise_jax.convolution import Convolution
-from depthwise_jax.dtypes import widened
-from depthwise_jax.layout import Layout
 from depthwise_jax.lowering.call import Call
 
 # Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.
 _UNROLLED = 64
 # Positions along an axis, padding included, are counted in int32.
 _POSITIONS = 2**31 - 1
-# kernel_grad adds up this many products before each contraction.
-_SLABS = 8
+# kernel_grad adds up this many parts of a product before each contraction.
+_PARTS = 8
 
 # An index along one axis: an int, or an array traced inside a loop over taps.
 Index = Any
@@ -40,6 +44,8 @@ Index = Any
 AxisTaps = tuple[range, range]
 # One tap's position in the window, and where output 0 reads through it.
 Tap = tuple[tuple[Index, ...], tuple[Index, ...]]
+# From where output 0 reads, to what all outputs read there and a mask of those that read inside, None if all do.
+Read = Callable[[Sequence[Index]], tuple[Array, Array | None]]
 
 
 def refusal(call: Call) -> str | None:
@@ -58,57 +64,65 @@ def refusal(call: Call) -> str | None:
 
 
 def operand_dtype(call: Call) -> Any:
-    """float32 for narrow floats: XLA would sum them in steps that round."""
-    return widened(call.dtype)
+    """The call's: what is read is widened where it is multiplied."""
+    return call.dtype
+
+
+def keeps_value(call: Call) -> bool:
+    """Whether a value must be kept for the backward pass.
+
+    XLA's TPU compiler would compute an elementwise sum once more there, within a matrix product that is no faster for
+    it: a training step around a window of 4 takes 1.2 times as long.
+    """
+    return call.differentiated and call.platform == "tpu"
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
-    """y, in the operands' common dtype: one fused loop."""
+    """y, in the dtype of the sums: one fused loop."""
     convolution, layout = call.convolution, call.convolution.layout
-    x = _split(x, layout, convolution.channels(x.shape))
+    channels, _, axes = _channels(kernel.shape)
+    x = layout.split(x, *channels)
     taps = _window_taps(convolution)
-    read = _reader(x, layout, taps, convolution.out, convolution.window.strides, call)
+    spatial_axes = layout.split_spatial(x.ndim, axes)
+    read = _reader(x, spatial_axes, taps, convolution.out, convolution.window.strides, call)
 
     def product(tap: Tap) -> Array:
         position, starts = tap
         part, inside = read(starts)
-        return _where(inside, part * _weights(kernel, position, x.ndim, layout))
+        return _where(inside, part.astype(call.sum_dtype) * _weights(kernel, position, x.ndim, call))
 
-    return _merge(_sum(taps, product), layout)
+    return layout.merge(_sum(taps, product), axes)
 
 
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
-    """dx, in the operands' common dtype.
+    """dx, in the dtype of the sums.
 
     Along an axis of stride s, the input positions i with i % s = p form phase p. Each phase meets its own taps, those
-    with (p + low - t*d) % s = 0, at stride one; the phases are computed apart and interleaved, so no dilated g is ever
+    with (p + low - t*d) % s = 0, at stride one; the phases are computed apart and interleaved: no dilated g is ever
     made.
     """
     convolution = call.convolution
     window, layout = convolution.window, convolution.layout
-    *_, channels, multiplier = kernel.shape
-    g = _split(g, layout, channels)
+    channels, outputs, axes = _channels(kernel.shape)
+    g = layout.split(g, *outputs)
     counts = [-(-n // s) for n, s in zip(convolution.spatial, window.strides, strict=True)]
     # Phases beyond the input have no position; an axis of none keeps one phase, which is as empty.
     numbers = [max(1, min(n, s)) for n, s in zip(convolution.spatial, window.strides, strict=True)]
-    lead = g.shape[: g.ndim - window.rank - 2]
-    spatial_axes = _spatial_axes(g.ndim, layout)
-    multiplier_axis = _channel_axes(g.ndim, layout)[1]
+    lead = g.shape[: g.ndim - window.rank - axes]
+    spatial_axes = layout.split_spatial(g.ndim, axes)
+    *_, last_axis = layout.split_channels(g.ndim, axes)
 
     def phase(phases: tuple[int, ...]) -> Array:
-        taps = [
-            _phase_taps(k, d, s, p + low)
-            for k, d, s, p, (low, _) in zip(
-                window.size, window.dilation, window.strides, phases, window.padding, strict=True
-            )
-        ]
-        read = _reader(g, layout, taps, counts, (1,) * window.rank, call)
+        taps = _phases_taps(convolution, phases)
+        read = _reader(g, spatial_axes, taps, counts, (1,) * window.rank, call)
 
         def product(tap: Tap) -> Array:
             position, starts = tap
             part, inside = read(starts)
-            products = _where(inside, part * _weights(kernel, position, g.ndim, layout))
-            return _total(lax.slice_in_dim(products, m, m + 1, axis=multiplier_axis) for m in range(multiplier))
+            products = _where(inside, part.astype(call.sum_dtype) * _weights(kernel, position, g.ndim, call))
+            if axes == 1:
+                return products
+            return _total(lax.slice_in_dim(products, m, m + 1, axis=last_axis) for m in range(outputs[-1]))
 
         return _sum(taps, product)
 
@@ -117,12 +131,14 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
         index = len(phases)
         if index == window.rank:
             return phase(phases)
+        if window.strides[index] == 1:
+            return interleave((*phases, 0))
         axis, number = spatial_axes[index], numbers[index]
         done = [c * m for c, m in zip(counts[index + 1 :], numbers[index + 1 :], strict=True)]
-        shape = layout.arrange(lead, [*counts[: index + 1], *done], channels, 1)
+        shape = layout.arrange(lead, [*counts[: index + 1], *done], *channels)
 
         def zeros(phases: int) -> Array:
-            return jnp.zeros((*shape[: axis + 1], phases, *shape[axis + 1 :]), g.dtype)
+            return jnp.zeros((*shape[: axis + 1], phases, *shape[axis + 1 :]), call.sum_dtype)
 
         # Of a stride above the window most phases meet no tap: each run of those is one piece.
         parts, end = [], 0
@@ -137,47 +153,56 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     dx = interleave(())
     for axis, n in zip(spatial_axes, convolution.spatial, strict=True):
         dx = lax.slice_in_dim(dx, 0, n, axis=axis)
-    return _merge(dx, layout)
+    return layout.merge(dx, axes)
 
 
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
-    """dw, in the operands' common dtype.
+    """dw, in the dtype of the sums.
 
-    XLA compiles a sum over positions for each channel into a strided scalar loop, but a matrix product with ones well.
-    So the products of a few slabs of the batch and of the first spatial axis are added up elementwise, and the rows
-    that remain are contracted with ones.
+    At stride one g moves and x stands, as in input_grad, and XLA computes both gradients of a training step in one loop
+    that reads x and g once:
+
+        dw[t, c, m] = sum over i of x[i, c] * g[i + low - t*d, c, m]
+
+    XLA's CPU compiler makes a sum over positions for each channel a strided scalar loop, but a matrix product with ones
+    fast. So there a few parts of the batch and of the first spatial axis are added up elementwise, and the rows that
+    remain are contracted with ones.
 
     Args:
         x: (*batch, *spatial, C), or channels first.
         g: (*batch, *out, C*M), likewise.
-        call: the call. Slabs would cut across the shards of a partitioned program, so it sums as it stands.
+        call: the call. Parts would cut across the shards of a partitioned program, which sums as it stands.
     """
     convolution = call.convolution
     window, layout = convolution.window, convolution.layout
-    channels = convolution.channels(x.shape)
+    kernel = convolution.kernel_grad_shape(x.shape, g.shape)
+    channels, outputs, axes = _channels(kernel)
     batch = math.prod(convolution.batch(g.shape))
-    x, g = (_split(a.reshape(batch, *a.shape[a.ndim - window.rank - 1 :]), layout, channels) for a in (x, g))
-    taps = _window_taps(convolution)
-    read = _reader(x, layout, taps, convolution.out, window.strides, call)
-    rows_axis = _spatial_axes(g.ndim, layout)[0]
-    rows = convolution.out[0]
-    images = _divisor(batch, _SLABS)
-    bands = _divisor(rows, _SLABS // images)
-    summed = (0, *_spatial_axes(g.ndim, layout))
+    x, g = (a.reshape(batch, *a.shape[a.ndim - window.rank - 1 :]) for a in (x, g))
+    x, g = layout.split(x, *channels), layout.split(g, *outputs)
+    if max(window.strides) == 1:
+        still, moving, counts, taps = x, g, convolution.spatial, _phases_taps(convolution, (0,) * window.rank)
+    else:
+        still, moving, counts, taps = g, x, convolution.out, _window_taps(convolution)
+    spatial_axes = layout.split_spatial(g.ndim, axes)
+    read = _reader(moving, spatial_axes, taps, counts, window.strides, call)
+    still = still.astype(call.sum_dtype)
+    summed = (0, *spatial_axes)
+    images = _divisor(batch, _PARTS)
+    bands = _divisor(counts[0], _PARTS // images)
 
-    def slab(product: Array, image: int, band: int) -> Array:
-        if images > 1:
-            product = lax.slice_in_dim(product, image * batch // images, (image + 1) * batch // images, axis=0)
-        if bands > 1:
-            product = lax.slice_in_dim(product, band * rows // bands, (band + 1) * rows // bands, axis=rows_axis)
+    def part_of(product: Array, image: int, band: int) -> Array:
+        for axis, size, parts, i in ((0, batch, images, image), (spatial_axes[0], counts[0], bands, band)):
+            if parts > 1:
+                product = lax.slice_in_dim(product, i * size // parts, (i + 1) * size // parts, axis=axis)
         return product
 
     def gradient(tap: Tap) -> Array:
         part, inside = read(tap[1])
-        product = _where(inside, part * g)
-        if call.partitioning.devices > 1:
+        product = _where(inside, part.astype(call.sum_dtype) * still)
+        if call.partitioning.devices > 1 or call.platform == "tpu":
             return product.sum(summed)
-        product = _total(slab(product, *index) for index in itertools.product(range(images), range(bands)))
+        product = _total(part_of(product, *index) for index in itertools.product(range(images), range(bands)))
         ones = jnp.ones([product.shape[axis] for axis in summed], product.dtype)
         contracted = (tuple(range(len(summed))), summed)
         # At the highest precision: a sum must not be rounded to a matrix unit's input format.
@@ -188,7 +213,18 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
         gradients = jnp.stack([gradient(tap) for tap in block(0)])
     else:
         gradients = lax.map(lambda i: jnp.stack([gradient(tap) for tap in block(i)]), jnp.arange(blocks))
-    return gradients.reshape(*window.size, *gradients.shape[-2:])
+    return gradients.reshape(kernel)
+
+
+def _channels(kernel: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The channel axes of x and of y, for a kernel of this shape, and how many they are.
+
+    With one kernel per channel there is one: XLA's TPU compiler does not fuse some sums over an axis of one.
+    """
+    *_, channels, multiplier = kernel
+    if multiplier == 1:
+        return (channels,), (channels,), 1
+    return (channels, 1), (channels, multiplier), 2
 
 
 def _window_taps(convolution: Convolution) -> list[AxisTaps]:
@@ -196,6 +232,17 @@ def _window_taps(convolution: Convolution) -> list[AxisTaps]:
     return [
         (range(k), range(-low, k * d - low, d))
         for k, d, (low, _) in zip(window.size, window.dilation, window.padding, strict=True)
+    ]
+
+
+def _phases_taps(convolution: Convolution, phases: Sequence[int]) -> list[AxisTaps]:
+    """The taps that a phase of input_grad meets along each axis."""
+    window = convolution.window
+    return [
+        _phase_taps(k, d, s, p + low)
+        for k, d, s, p, (low, _) in zip(
+            window.size, window.dilation, window.strides, phases, window.padding, strict=True
+        )
     ]
 
 
@@ -248,57 +295,139 @@ def _sum(taps: Sequence[AxisTaps], term: Callable[[Tap], Array]) -> Array:
     )
 
 
-def _reader(
-    array: Array, layout: Layout, taps: Sequence[AxisTaps], counts: Sequence[int], steps: Sequence[int], call: Call
-) -> Callable[[Sequence[Index]], tuple[Array, Array | None]]:
-    """A function that reads `counts` positions, `steps` apart, from the starts of one of the taps.
+@dataclass(frozen=True)
+class _Axis:
+    """A spatial axis of an array, and what is read along it: from each start `count` positions, `step` apart.
 
-    It returns what it read, and a mask of the positions that lie inside the array, None where all do.
+    Attributes:
+        axis: which axis of the array it is.
+        size: the array's size along it.
+        starts: of all taps.
+        count, step: the positions.
     """
-    axes = _spatial_axes(array.ndim, layout)
-    lows = [min(*starts, 0) for _, starts in taps]
-    ends = [max(starts) + (count - 1) * step + 1 for (_, starts), count, step in zip(taps, counts, steps, strict=True)]
 
-    def pad(array: Array, first: int) -> Array:
-        padding = [(0, 0, 0)] * array.ndim
-        for axis, low, end in [*zip(axes, lows, ends, strict=True)][first:]:
-            padding[axis] = (-low, max(0, end - array.shape[axis]), 0)
-        return lax.pad(array, jnp.zeros((), array.dtype), padding)
+    axis: int
+    size: int
+    starts: range
+    count: int
+    step: int
 
-    padded = pad(array, 0)
+    @property
+    def span(self) -> int:
+        """How far one start's positions reach."""
+        return (self.count - 1) * self.step + 1
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """How far they reach beyond the array on either side."""
+        return max(0, -min(self.starts)), max(0, max(self.starts) + self.span - self.size)
+
+    def inside(self, start: Index, ndim: int) -> Array:
+        """Which of one start's positions are positions of the array."""
+        shape = [self.count if axis == self.axis else 1 for axis in range(ndim)]
+        position = start + self.step * lax.broadcasted_iota(jnp.int32, shape, self.axis)
+        return (position >= 0) & (position < self.size)
+
+
+def _reader(
+    array: Array,
+    spatial_axes: Sequence[int],
+    taps: Sequence[AxisTaps],
+    counts: Sequence[int],
+    steps: Sequence[int],
+    call: Call,
+) -> Read:
+    """The function that reads `counts` positions, `steps` apart, from the starts of one of the taps."""
+    axes = [
+        _Axis(axis, array.shape[axis], starts, count, step)
+        for axis, (_, starts), count, step in zip(spatial_axes, taps, counts, steps, strict=True)
+    ]
+    if _blocks(taps)[0] > 1:
+        return _read_in_loop(array, axes)
+    # Masks cost the TPU's vector unit half as much again. Of a window of 4 both gradients in a loop take 1.25 times the
+    # memory's time with them and 1.00 without, and a block around the convolution 1.06 and 1.03 times what it takes
+    # without one. So there the padding's zeros are multiplied like any: with what is not finite to NaN.
+    masked = call.platform != "tpu"
+    return _read_shards(array, axes, masked) if call.partitioning.sharded_rows else _read_slices(array, axes, masked)
+
+
+def _read_slices(array: Array, axes: Sequence[_Axis], masked: bool) -> Read:
+    """Slices of the padded array."""
+    padded = _pad(array, axes)
+
+    def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
+        part = padded
+        for axis, start in zip(axes, starts, strict=True):
+            first = start + axis.padding[0]
+            part = lax.slice_in_dim(part, first, first + axis.span, axis.step, axis.axis)
+        return part, _inside(axes, starts, array.ndim) if masked else None
+
+    return read
+
+
+def _read_shards(array: Array, axes: Sequence[_Axis], masked: bool) -> Read:
+    """The same of an array whose first spatial axis is sharded.
+
+    Slices of one padded array would send more than the halo, and more on more devices. So along that axis the array is
+    moved for each start.
+    """
+    first, *others = axes
 
     @functools.cache
     def shifted(start: int) -> Array:
-        rows = _shift(array, axes[0], start, counts[0], steps[0])
         # The barrier keeps XLA's CPU compiler from padding again for each tap.
-        return lax.optimization_barrier(pad(rows, 1))
+        return lax.optimization_barrier(_pad(_shift(array, first, start), others))
 
     def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
-        # Of sharded rows, slices of one padded array would send more than the halo, and more on more devices.
-        apart = call.partitioning.sharded_rows and isinstance(starts[0], int)
-        part, inside = shifted(starts[0]) if apart else padded, None
-        for axis, start, low, end, count, step in zip(axes, starts, lows, ends, counts, steps, strict=True):
-            n, span = array.shape[axis], (count - 1) * step + 1
-            if isinstance(start, int):
-                if not (apart and axis == axes[0]):
-                    part = lax.slice_in_dim(part, start - low, start - low + span, step, axis)
-                within = start >= 0 and start + span <= n
-            else:
-                part = lax.dynamic_slice_in_dim(part, start - low, span, axis)
-                part = lax.slice_in_dim(part, 0, span, step, axis)
-                within = low == 0 and end <= n
-            if not within:
-                shape = [count if a == axis else 1 for a in range(array.ndim)]
-                position = start + step * lax.broadcasted_iota(jnp.int32, shape, axis)
-                mask = (position >= 0) & (position < n)
-                inside = mask if inside is None else inside & mask
+        part = shifted(starts[0])
+        for axis, start in zip(others, starts[1:], strict=True):
+            low = start + axis.padding[0]
+            part = lax.slice_in_dim(part, low, low + axis.span, axis.step, axis.axis)
+        return part, _inside(axes, starts, array.ndim) if masked else None
+
+    return read
+
+
+def _read_in_loop(array: Array, axes: Sequence[_Axis]) -> Read:
+    """Slices of the padded array from starts that are known when the program runs."""
+    padded = _pad(array, axes)
+
+    def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
+        part, inside = padded, None
+        for axis, start in zip(axes, starts, strict=True):
+            part = lax.dynamic_slice_in_dim(part, start + axis.padding[0], axis.span, axis.axis)
+            part = lax.slice_in_dim(part, 0, axis.span, axis.step, axis.axis)
+            if any(axis.padding):
+                inside = _both(inside, axis.inside(start, array.ndim))
         return part, inside
 
     return read
 
 
-def _shift(array: Array, axis: int, start: int, count: int, step: int) -> Array:
-    """`count` positions, `step` apart, from `start`, zeros outside the array: of sharded rows only the halo moves."""
+def _pad(array: Array, axes: Sequence[_Axis]) -> Array:
+    """An array with zeros at the ends of some axes."""
+    padding = [(0, 0, 0)] * array.ndim
+    for axis in axes:
+        padding[axis.axis] = (*axis.padding, 0)
+    return lax.pad(array, jnp.zeros((), array.dtype), padding)
+
+
+def _inside(axes: Sequence[_Axis], starts: Sequence[int], ndim: int) -> Array | None:
+    """Which positions that are read from known starts are positions of the array; None if all are."""
+    inside = None
+    for axis, start in zip(axes, starts, strict=True):
+        if start < 0 or start + axis.span > axis.size:
+            inside = _both(inside, axis.inside(start, ndim))
+    return inside
+
+
+def _both(inside: Array | None, mask: Array) -> Array:
+    return mask if inside is None else inside & mask
+
+
+def _shift(array: Array, along: _Axis, start: int) -> Array:
+    """What is read along an axis from a start, zeros outside the array: if it is sharded only the halo moves."""
+    axis, step = along.axis, along.step
     offset, phase = divmod(start, step)
     zero = jnp.zeros((), array.dtype)
 
@@ -309,45 +438,19 @@ def _shift(array: Array, axis: int, start: int, count: int, step: int) -> Array:
         array = pad(array, 0, -array.shape[axis] % step)
         array = array.reshape(*array.shape[:axis], -1, step, *array.shape[axis + 1 :])
         array = lax.index_in_dim(array, phase, axis + 1, keepdims=False)
-    return pad(array, -offset, offset + count - array.shape[axis])
+    return pad(array, -offset, offset + along.count - array.shape[axis])
 
 
-def _weights(kernel: Array, position: Sequence[Index], ndim: int, layout: Layout) -> Array:
-    """One tap's (C, M) weights, shaped to broadcast against an array of split channels."""
-    channels = kernel.shape[-2:]
+def _weights(kernel: Array, position: Sequence[Index], ndim: int, call: Call) -> Array:
+    """One tap's weights, widened and shaped to be multiplied with an array of `ndim` axes of split channels."""
+    layout, (_, outputs, axes) = call.convolution.layout, _channels(kernel.shape)
     if all(isinstance(t, int) for t in position):
-        weights = lax.slice(kernel, (*position, 0, 0), (*(t + 1 for t in position), *channels))
+        weights = lax.slice(kernel, (*position, 0, 0), (*(t + 1 for t in position), *kernel.shape[-2:]))
     else:
         start = [jnp.asarray(i, jnp.int32) for i in (*position, 0, 0)]
-        weights = lax.dynamic_slice(kernel, start, (*(1,) * layout.rank, *channels))
-    return weights.reshape(layout.arrange((1,) * (ndim - layout.rank - 2), (1,) * layout.rank, *channels))
-
-
-def _split(array: Array, layout: Layout, channels: int) -> Array:
-    """(*batch, *spatial, C*M) as (*batch, *spatial, C, M), or (*batch, C, M, *spatial)."""
-    lead = array.shape[: array.ndim - layout.rank - 1]
-    multiplier = array.shape[layout.channels] // channels
-    return array.reshape(layout.arrange(lead, layout.spatial_shape(array.shape), channels, multiplier))
-
-
-def _merge(array: Array, layout: Layout) -> Array:
-    """The inverse of _split."""
-    lead = array.shape[: array.ndim - layout.rank - 2]
-    spatial = [array.shape[axis] for axis in _spatial_axes(array.ndim, layout)]
-    channels, multiplier = (array.shape[axis] for axis in _channel_axes(array.ndim, layout))
-    return array.reshape(layout.arrange(lead, spatial, channels * multiplier))
-
-
-def _spatial_axes(ndim: int, layout: Layout) -> tuple[int, ...]:
-    """The spatial axes of an array of split channels."""
-    first = ndim - layout.rank - (2 if layout.channels == -1 else 0)
-    return tuple(range(first, first + layout.rank))
-
-
-def _channel_axes(ndim: int, layout: Layout) -> tuple[int, int]:
-    """The axes C and M of an array of split channels."""
-    first = ndim - 2 - (0 if layout.channels == -1 else layout.rank)
-    return first, first + 1
+        weights = lax.dynamic_slice(kernel, start, (*(1,) * layout.rank, *kernel.shape[-2:]))
+    weights = weights.astype(call.sum_dtype)
+    return weights.reshape(layout.arrange((1,) * (ndim - layout.rank - axes), (1,) * layout.rank, *outputs))
 
 
 def _where(inside: Array | None, array: Array) -> Array:

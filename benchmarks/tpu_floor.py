@@ -1,0 +1,418 @@
+"""Depthwise convolutions and blocks around them on one TPU chip, beside plain Flax and the hardware's floors.
+
+    python -m benchmarks.tpu_floor                          # every case; many hours, as a convolution compiles for long
+    python -m benchmarks.tpu_floor --groups training blocks
+    python -m benchmarks.tpu_floor --only "k4 8x" --by ours taps conv
+    python -m benchmarks.tpu_floor --report                 # writes the table of what is known, compiles nothing
+
+It needs no TPU: nothing is run, and cycles are by the compiler's schedules, as benchmarks/tpu_schedule.py reads them.
+Run it where `jax[tpu]` is installed, as in the virtual environment of `make test-tpu`. The figures are kept in
+results/tpu_floor.json with a digest of each lowered program, and a program that is known there is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tpu_schedule import V5E, Program, lower, measure  # isort: skip  # sets the environment of libtpu
+
+import flax
+import flax.linen
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from depthwise_jax import depthwise_conv
+
+RESULTS = Path(__file__).parent / "results"
+DIRECTIONS = ("forward", "dx", "dw", "dx+dw")
+DTYPES = ("bfloat16", "float32")
+
+Shapes = tuple[Any, ...]
+# A function and the shapes of its arguments.
+Task = tuple[Callable[..., Any], Shapes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A depthwise convolution."""
+
+    x: tuple[int, ...]
+    window: tuple[int, ...]
+    stride: int = 1
+    dilation: int = 1
+    multiplier: int = 1
+
+    def __str__(self) -> str:
+        options = {"s": self.stride, "d": self.dilation, "m": self.multiplier}
+        suffix = "".join(f" {name}{n}" for name, n in options.items() if n > 1)
+        return f"{len(self.window)}D k{self.window[0]}{suffix} {'x'.join(map(str, self.x))}"
+
+    @property
+    def padding(self) -> str:
+        """Sequences are padded as in a causal model, images as in a convolutional network."""
+        return "causal" if len(self.window) == 1 else "same"
+
+    def shapes(self, dtype: str) -> Shapes:
+        """x, kernel and g."""
+        spatial = (-(-n // self.stride) for n in self.x[1:-1])
+        g = (self.x[0], *spatial, self.x[-1] * self.multiplier)
+        kernel = (*self.window, self.x[-1], self.multiplier)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (self.x, kernel, g))
+
+    def convolve(self, by: str, x: Array, kernel: Array) -> Array:
+        """The convolution by Flax, by this package's choice ("ours") or by one of its lowerings."""
+        if by != "flax":
+            return depthwise_conv(
+                x,
+                kernel,
+                strides=self.stride,
+                dilation_rate=self.dilation,
+                padding=self.padding,
+                implementation=None if by == "ours" else by,
+            )
+        channels = self.x[-1] * self.multiplier
+        module = flax.linen.Conv(
+            channels,
+            self.window,
+            self.stride,
+            self.padding.upper(),
+            kernel_dilation=self.dilation,
+            feature_group_count=self.x[-1],
+            use_bias=False,
+            dtype=x.dtype,
+        )
+        return module.apply({"params": {"kernel": kernel.reshape(*self.window, 1, channels)}}, x)  # type: ignore[return-value]
+
+    def task(self, direction: str, dtype: str, by: str) -> Task:
+        """One direction; the two gradients in one program are "dx+dw"."""
+        conv = partial(self.convolve, by)
+        x, kernel, g = self.shapes(dtype)
+        tasks: dict[str, Task] = {
+            "forward": (conv, (x, kernel)),
+            "dx": (lambda kernel, g: jax.linear_transpose(lambda x: conv(x, kernel), x)(g)[0], (kernel, g)),
+            "dw": (lambda x, g: jax.linear_transpose(lambda kernel: conv(x, kernel), kernel)(g)[0], (x, g)),
+            "dx+dw": (lambda x, kernel, g: jax.vjp(conv, x, kernel)[1](g), (x, kernel, g)),
+        }
+        return tasks[direction]
+
+    def floors(self, direction: str, dtype: str) -> tuple[float, float]:
+        """The cycles that the memory and the vector unit need at least; taps in the padding need nothing."""
+        x, _, g = self.shapes(dtype)
+        size = jnp.dtype(dtype).itemsize
+        moved = (math.prod(x.shape) * (2 if direction == "dx+dw" else 1) + math.prod(g.shape)) * size
+        products = self.x[0] * self.x[-1] * self.multiplier * (2 if direction == "dx+dw" else 1)
+        for n, o, k in zip(self.x[1:-1], g.shape[1:-1], self.window, strict=True):
+            extent = (k - 1) * self.dilation + 1
+            low = extent - 1 if self.padding == "causal" else max(0, (o - 1) * self.stride + extent - n) // 2
+            products *= sum(0 <= i * self.stride + t * self.dilation - low < n for i in range(o) for t in range(k))
+        return moved / V5E.bytes_per_cycle, 2 * products / V5E.lanes
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a network around one depthwise convolution.
+
+    Attributes:
+        name: what it is called.
+        x: the shape of its input.
+        window: the convolution's.
+        parameters: the shapes of its other parameters.
+        channels: the convolution's.
+        body: (parameters, x, convolution of one array) -> y.
+    """
+
+    name: str
+    x: tuple[int, ...]
+    window: tuple[int, ...]
+    channels: int
+    parameters: dict[str, tuple[int, ...]]
+    body: Callable[[dict[str, Array], Array, Callable[[Array], Array]], Array]
+
+    def __str__(self) -> str:
+        return f"{self.name} {'x'.join(map(str, self.x))}"
+
+    def apply(self, by: str, parameters: dict[str, Array], x: Array) -> Array:
+        """The block; by "none" a product with one tap stands in the convolution's place."""
+        kernel = parameters["kernel"]
+
+        def convolution(a: Array) -> Array:
+            if by == "none":
+                return a * kernel[(0,) * len(self.window)][:, 0]
+            return Case(a.shape, self.window).convolve(by, a, kernel)
+
+        return self.body(parameters, x, convolution)
+
+    def task(self, program: str, dtype: str, by: str) -> Task:
+        """The forward pass, a training step's two passes, or its backward pass alone as in a scan over layers."""
+        shapes = {**self.parameters, "kernel": (*self.window, self.channels, 1)}
+        parameters = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+        x = jax.ShapeDtypeStruct(self.x, dtype)
+        apply = partial(self.apply, by)
+
+        def step(parameters: Any, x: Array, g: Array) -> Any:
+            y, vjp = jax.vjp(apply, parameters, x)
+            return y, vjp(g)
+
+        if program == "forward":
+            return apply, (parameters, x)
+        if program == "training step":
+            return step, (parameters, x, x)
+        residuals = jax.eval_shape(lambda parameters, x: jax.vjp(apply, parameters, x)[1], parameters, x)
+        return lambda residuals, g: residuals(g), (residuals, x)
+
+
+PROGRAMS = ("forward", "training step", "backward")
+
+
+def _normalized(a: Array, scale: Array) -> Array:
+    wide = a.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-6)).astype(a.dtype) * scale
+
+
+def mamba(batch: int, length: int, width: int) -> Block:
+    """Like Mamba's: to two branches of twice the width, a causal window of 4, bias, silu, gate, and back."""
+    inner = 2 * width
+
+    def body(p: dict[str, Array], x: Array, convolution: Callable[[Array], Array]) -> Array:
+        u, gate = jnp.split(x @ p["in"], 2, axis=-1)
+        u = jax.nn.silu(convolution(u) + p["bias"])
+        return (u * jax.nn.silu(gate)) @ p["out"]
+
+    parameters = {"in": (width, 2 * inner), "bias": (inner,), "out": (inner, width)}
+    return Block("Mamba-like block", (batch, length, width), (4,), inner, parameters, body)
+
+
+def conformer(batch: int, length: int, width: int) -> Block:
+    """A Conformer's convolution module: norm, to a gated linear unit, a window of 31, norm, silu, and back."""
+
+    def body(p: dict[str, Array], x: Array, convolution: Callable[[Array], Array]) -> Array:
+        a = jax.nn.glu(_normalized(x, p["scale"]) @ p["in"])
+        return x + jax.nn.silu(_normalized(convolution(a), p["scale2"])) @ p["out"]
+
+    parameters = {"scale": (width,), "in": (width, 2 * width), "scale2": (width,), "out": (width, width)}
+    return Block("Conformer's convolution module", (batch, length, width), (31,), width, parameters, body)
+
+
+def inverted_residual(batch: int, size: int, width: int) -> Block:
+    """MobileNetV2's: to six times the width, relu6, a window of 3x3, relu6, and back."""
+
+    def body(p: dict[str, Array], x: Array, convolution: Callable[[Array], Array]) -> Array:
+        a = jax.nn.relu6(x @ p["in"] + p["bias"])
+        return x + jax.nn.relu6(convolution(a) + p["bias2"]) @ p["out"]
+
+    parameters = {"in": (width, 6 * width), "bias": (6 * width,), "bias2": (6 * width,), "out": (6 * width, width)}
+    return Block("inverted residual block", (batch, size, size, width), (3, 3), 6 * width, parameters, body)
+
+
+def convnext(batch: int, size: int, width: int) -> Block:
+    """ConvNeXt's: a window of 7x7, norm, to four times the width, gelu, and back."""
+
+    def body(p: dict[str, Array], x: Array, convolution: Callable[[Array], Array]) -> Array:
+        return x + jax.nn.gelu(_normalized(convolution(x), p["scale"]) @ p["in"]) @ p["out"]
+
+    parameters = {"scale": (width,), "in": (width, 4 * width), "out": (4 * width, width)}
+    return Block("ConvNeXt block", (batch, size, size, width), (7, 7), width, parameters, body)
+
+
+def _sequences(
+    windows: Sequence[int], batches: Sequence[int], lengths: Sequence[int], channels: Sequence[int], **options: int
+) -> list[Case]:
+    return [Case((b, n, c), (k,), **options) for k, b, n, c in itertools.product(windows, batches, lengths, channels)]
+
+
+def _images(windows: Sequence[int], batches: Sequence[int], **options: int) -> list[Case]:
+    sizes = ((56, 128), (28, 256), (14, 512))
+    return [Case((b, n, n, c), (k, k), **options) for k, b, (n, c) in itertools.product(windows, batches, sizes)]
+
+
+# What each group tries, the most telling first.
+CASES: dict[str, list[Case]] = {
+    "training": [
+        Case((8, 2048, 2048), (4,)),
+        Case((4, 2048, 2048), (4,)),
+        Case((1, 2048, 2048), (4,)),
+        Case((4, 8192, 4096), (4,)),
+        Case((16, 1024, 1024), (4,)),
+        Case((32, 56, 56, 128), (3, 3)),
+        Case((4, 56, 56, 128), (3, 3)),
+        Case((32, 28, 28, 128), (3, 3), multiplier=2),
+        Case((32, 56, 56, 128), (3, 3), stride=2),
+        Case((32, 28, 28, 256), (5, 5)),
+        Case((32, 14, 14, 512), (7, 7)),
+        Case((16, 1000, 512), (31,)),
+        Case((4, 16, 56, 56, 64), (3, 3, 3)),
+        Case((8, 28, 28, 256), (31, 31)),
+    ],
+    "windows": _sequences((5, 8, 9, 16, 2, 3), (8, 4), (2048,), (2048,)),
+    "dilation": [case for d in (2, 4) for case in _sequences((4, 8), (8, 4, 1), (2048,), (2048,), dilation=d)],
+    "multiplier": [
+        Case((32, n, n, c), (3, 3), multiplier=m)
+        for m, (c, n) in itertools.product((2, 4), ((128, 28), (256, 28), (512, 14), (64, 56)))
+    ],
+    "images": _images((3, 5, 7), (4, 1, 8, 32)),
+    "sequences": [
+        *_sequences((4,), (1, 2, 4, 8, 16, 32), (2048,), (768, 1536, 2048, 2560)),
+        *_sequences((4,), (8, 2), (1000, 8192), (768, 1000, 2560)),
+        *_sequences((4,), (8, 4), (2048,), (2048,), stride=2),
+        *_sequences((2, 3, 5, 8, 9, 16), (1, 2, 16, 32), (2048,), (2048,)),
+    ],
+    "volumes": [Case((b, 16, 56, 56, 64), (3, 3, 3)) for b in (1, 4)],
+}
+BLOCKS = [
+    mamba(8, 2048, 1024),
+    mamba(4, 2048, 1024),
+    mamba(2, 8192, 1536),
+    inverted_residual(32, 28, 32),
+    inverted_residual(4, 28, 32),
+    convnext(32, 14, 384),
+    conformer(16, 1000, 512),
+]
+GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A program to compile: of a case or block, in a direction or program, in a dtype, by one of those compared."""
+
+    group: str
+    subject: Case | Block
+    what: str
+    dtype: str
+    by: str
+
+    @property
+    def key(self) -> str:
+        """Its key in the results."""
+        return f"{self.subject} | {self.what} | {self.dtype} | {self.by}"
+
+
+def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> Iterator[Entry]:
+    """All programs of some groups, in order."""
+    for group in groups:
+        if group == "blocks":
+            for block, what, b in itertools.product(BLOCKS, PROGRAMS, (*by, "none")):
+                yield Entry(group, block, what, "bfloat16", b)
+            continue
+        for dtype, case, what, b in itertools.product(dtypes, CASES[group], DIRECTIONS, by):
+            yield Entry(group, case, what, dtype, b)
+
+
+# Figures of a program, and the digest of its lowered text.
+Figures = dict[str, Any]
+
+
+def digest(lowered: Any) -> str:
+    """What tells a lowered program from others."""
+    return hashlib.sha256(re.sub(r"@jit_\w+", "", lowered.as_text()).encode()).hexdigest()[:16]
+
+
+def figures(program: Program) -> Figures:
+    """What the results keep of a program."""
+    return {
+        "cycles": round(program.cycles),
+        "bytes": round(program.bytes),
+        "temporaries": program.temporaries,
+        "seconds": round(program.seconds, 1),
+        "unknown": program.unknown,
+    }
+
+
+def report(results: dict[str, Figures]) -> str:
+    """The tables in Markdown, of all programs by "ours" that the results have."""
+    lines = [
+        "# One TPU v5e chip: cycles by the compiler's schedules, beside plain flax.linen.Conv and the floors",
+        "",
+        f"Written by `python -m benchmarks.tpu_floor` with jax {jax.__version__} and its libtpu; nothing was run on a",
+        "TPU. benchmarks/tpu_schedule.py says how cycles are read, and what the model leaves out. Thousands of cycles.",
+        "The memory's floor is that x, y and their gradients cross HBM once, at "
+        f"{V5E.bytes_per_cycle:.0f} bytes a cycle; the vector",
+        f"unit's is two operations for each product, at {V5E.lanes} a cycle. Sequences are padded as causal, images as",
+        "same. Compile seconds are of a shared machine.",
+        "",
+    ]
+    for group in GROUPS:
+        rows = _block_rows(results) if group == "blocks" else _case_rows(group, results)
+        if rows:
+            lines += [f"## {group.capitalize()}", "", *rows, ""]
+    return "\n".join(lines)
+
+
+def _cell(found: Figures | None, key: str = "cycles", scale: float = 1e3) -> str:
+    return "" if found is None else f"{found[key] / scale:,.1f}"
+
+
+def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
+    rows: list[str] = []
+    for entry in entries((group,), ("ours",), DTYPES):
+        own, case = results.get(entry.key), entry.subject
+        if own is None or not isinstance(case, Case):
+            continue
+        flax_ = results.get(entry.key.removesuffix("ours") + "flax")
+        memory, vector = case.floors(entry.what, entry.dtype)
+        floor = max(memory, vector)
+        ratio = f"{own['cycles'] / flax_['cycles']:.2f}" if flax_ else ""
+        seconds = f"{_cell(own, 'seconds', 1)} / {_cell(flax_, 'seconds', 1)}"
+        floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / floor:.2f}")
+        cells = (str(case), entry.what, entry.dtype, _cell(own), _cell(flax_), *floors, ratio, seconds)
+        rows.append(f"| {' | '.join(cells)} |")
+    head = "| case | direction | dtype | ours | flax | memory | vector unit | ours / floor | ours / flax | compile s |"
+    return [head, "|---|---|---|" + "---:|" * 7, *rows] if rows else []
+
+
+def _block_rows(results: dict[str, Figures]) -> list[str]:
+    rows: list[str] = []
+    for block, what in itertools.product(BLOCKS, PROGRAMS):
+        own, flax_, none = (results.get(Entry("", block, what, "bfloat16", by).key) for by in ("ours", "flax", "none"))
+        if own is None or none is None:
+            continue
+        against = f"{flax_['cycles'] / none['cycles']:.2f}" if flax_ else ""
+        ratio = f"{own['cycles'] / none['cycles']:.3f}"
+        cells = (str(block), what, _cell(own), _cell(flax_), _cell(none), ratio, against)
+        rows.append(f"| {' | '.join((*cells, _cell(own, 'temporaries', 1e6), _cell(flax_, 'temporaries', 1e6)))} |")
+    head = (
+        "| block | program | ours | flax | without convolution | ours / without | flax / without | "
+        "ours, temporary MB | flax, temporary MB |"
+    )
+    return [head, "|---|---|" + "---:|" * 7, *rows] if rows else []
+
+
+def main() -> None:
+    """Compiles what is missing, and writes the results and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--only", default="", help="programs whose names contain this")
+    parser.add_argument("--by", nargs="+", choices=("ours", "flax", "taps", "conv"), default=("ours", "flax"))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--report", action="store_true", help="compile nothing")
+    parser.add_argument("--json", type=Path, default=RESULTS / "tpu_floor.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "tpu_floor.md")
+    arguments = parser.parse_args()
+    results: dict[str, Figures] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    chosen = () if arguments.report else entries(arguments.groups, arguments.by, arguments.dtypes)
+    for entry in chosen:
+        if arguments.only not in entry.key:
+            continue
+        function, shapes = entry.subject.task(entry.what, entry.dtype, entry.by)
+        lowered = lower(function, *shapes)
+        key = digest(lowered)
+        known = next((known for known in results.values() if known["program"] == key), None)
+        results[entry.key] = known or {**figures(measure(lowered)), "program": key}
+        print(entry.key, results[entry.key], flush=True)
+        arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    arguments.output.write_text(report(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Which formulation each kind of call gets on TPU, read from the lowered programs of one device."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from benchmarks.tpu_floor import Case
+from benchmarks.tpu_schedule import lower
+
+SUM, CONVOLUTION = "sum", "convolution"
+# A case, and what its forward pass, dx and dw are.
+CASES = [
+    (Case((8, 256, 256), (4,)), (SUM, SUM, SUM)),
+    (Case((32, 256, 256), (8,)), (SUM, SUM, SUM)),
+    (Case((8, 256, 256), (9,)), (CONVOLUTION, CONVOLUTION, SUM)),
+    (Case((8, 256, 256), (16,)), (CONVOLUTION,) * 3),
+    (Case((4, 256, 256), (16,)), (SUM, SUM, SUM)),
+    (Case((4, 256, 256), (17,)), (CONVOLUTION,) * 3),
+    (Case((8, 256, 256), (4,), dilation=2), (SUM, SUM, SUM)),
+    (Case((8, 256, 256), (4,), stride=2), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 128), (3, 3)), (SUM, SUM, SUM)),
+    (Case((4, 28, 28, 256), (3, 3)), (SUM, SUM, CONVOLUTION)),
+    (Case((8, 28, 28, 128), (3, 3)), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 128), (5, 5)), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 128), (3, 3), multiplier=2), (CONVOLUTION,) * 3),
+    (Case((4, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
+]
+
+
+def text_of(case: Case, direction: str) -> str:
+    function, shapes = case.task(direction, "bfloat16", "ours")
+    return lower(function, *shapes).as_text()
+
+
+@pytest.mark.parametrize(("case", "expected"), CASES, ids=str)
+def test_formulation(case: Case, expected: tuple[str, str, str]) -> None:
+    for direction, formulation in zip(("forward", "dx", "dw"), expected, strict=True):
+        convolutions = text_of(case, direction).count("stablehlo.convolution")
+        assert (convolutions == 0) == (formulation == SUM), direction
+
+
+@pytest.mark.parametrize("direction", ["forward", "dx", "dw"])
+def test_several_kernels_per_channel_are_one_convolution_and_a_product_by_blocks(direction: str) -> None:
+    text = text_of(Case((4, 28, 28, 256), (3, 3), multiplier=2), direction)
+    assert text.count("stablehlo.convolution") == 1
+    assert text.count("stablehlo.dot_general") == 1
+    assert "tensor<128x256xbf16>" in text
+
+
+def test_an_output_is_kept_only_where_it_is_differentiated() -> None:
+    case = Case((8, 256, 256), (4,))
+    assert "optimization_barrier" not in text_of(case, "forward")
+    x, kernel, g = case.shapes("bfloat16")
+
+    def step(x: jax.Array, kernel: jax.Array, g: jax.Array) -> object:
+        y, vjp = jax.vjp(lambda x, kernel: case.convolve("ours", x, kernel), x, kernel)
+        return y, vjp(g)
+
+    assert lower(step, x, kernel, g).as_text().count("optimization_barrier") == 1
+    image = Case((32, 28, 28, 128), (3, 3))
+    gradients = lower(
+        lambda x, kernel, g: jax.vjp(lambda *a: image.convolve("ours", *a), x, kernel)[1](g), x, kernel, g
+    )
+    assert "optimization_barrier" not in gradients.as_text()
