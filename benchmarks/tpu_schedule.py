@@ -160,8 +160,6 @@ def measure(lowered: Any, chip: Chip = V5E) -> Program:
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:(L[HBE]|P[BF]|CT) *)?: *((?:> ?)*)\{(.*)$")
 _EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 _FINAL = re.compile(r"(\d+)-(.*)-\d+-final_bundles\.txt")
-# So many bundles after its last a loop's branch may still be on its way.
-_DELAY = 6
 
 
 @dataclass
@@ -220,8 +218,7 @@ def issued(bundles: list[Bundle], main_trips: int | None) -> tuple[float, int]:
         for i, j in inner:
             trips = main_trips if depth == 0 and (i, j) == longest else None
             if trips is None:
-                own = [t for b in bundles[i:j] if b.depth == depth + 1 for t in _EXIT.findall(b.text)]
-                tests = own or [t for b in bundles[j : j + _DELAY] for t in _EXIT.findall(b.text)][:1]
+                tests = [t for b in bundles[i:j] if b.depth == depth + 1 for t in _EXIT.findall(b.text)]
                 trips = int(tests[-1]) if tests else None
             if trips is None:
                 unknown += 1

@@ -1,0 +1,86 @@
+"""The formulations that only TPU programs get, computed here: the same values, and what is not finite stays bounded."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthwise_jax.convolution import Convolution
+from depthwise_jax.layout import Layout
+from depthwise_jax.lowering import Call, conv, taps
+from depthwise_jax.window import Window
+
+
+def call_of(direction: str, rank: int, k: int, dilation: int, channels: int, multiplier: int) -> Call:
+    low = (k - 1) * dilation
+    window = Window((k,) * rank, (1,) * rank, ((low, 0),) * rank, (dilation,) * rank)
+    convolution = Convolution(window, Layout(rank, "channels_last"), (9,) * rank)
+    return Call(direction, convolution, "tpu", jnp.dtype("float32"), batch=2, channels=channels, multiplier=multiplier)
+
+
+def loops(x: np.ndarray, kernel: np.ndarray, dilation: int) -> np.ndarray:
+    """The causal convolution in float64."""
+    *size, channels, multiplier = kernel.shape
+    y = np.zeros((*x.shape[:-1], channels * multiplier))
+    for t in np.ndindex(*size):
+        shift = [(k - 1 - i) * dilation for k, i in zip(size, t, strict=True)]
+        if any(s >= n for s, n in zip(shift, x.shape[1:-1], strict=True)):
+            continue
+        to = (slice(None), *(slice(s, None) for s in shift))
+        of = (slice(None), *(slice(0, n - s) for s, n in zip(shift, x.shape[1:-1], strict=True)))
+        y[to] += (x[of][..., None] * kernel[t]).reshape(*x[of].shape[:-1], -1)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("lowering", "rank", "k", "dilation", "channels", "multiplier"),
+    [
+        (taps, 1, 4, 1, 5, 1),
+        (taps, 1, 4, 2, 5, 1),
+        (taps, 2, 3, 1, 5, 1),
+        (conv, 2, 3, 1, 5, 2),
+        (conv, 1, 3, 1, 256, 3),
+    ],
+)
+def test_values(lowering: object, rank: int, k: int, dilation: int, channels: int, multiplier: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *(9,) * rank, channels))
+    kernel = rng.normal(size=(*(k,) * rank, channels, multiplier))
+    y = loops(x, kernel, dilation)
+    g = rng.normal(size=y.shape)
+    single = [jnp.asarray(a, "float32") for a in (x, kernel, g)]
+
+    def run(direction: str, *operands: jax.Array) -> np.ndarray:
+        call = call_of(direction, rank, k, dilation, channels, multiplier)
+        return np.asarray(getattr(lowering, direction)(*operands, call))
+
+    np.testing.assert_allclose(run("forward", *single[:2]), y, rtol=1e-4, atol=1e-4)
+    # The transposes by their definition: <g, conv(a, b)> is linear in a and in b.
+    for direction, operands, which in (
+        ("input_grad", (single[2], single[1]), lambda e: loops(e, kernel, dilation)),
+        ("kernel_grad", (single[0], single[2]), lambda e: loops(x, e, dilation)),
+    ):
+        result = run(direction, *operands)
+        probe = rng.normal(size=result.shape)
+        np.testing.assert_allclose((result * probe).sum(), (g * which(probe)).sum(), rtol=1e-3)
+
+
+def test_what_is_not_finite_stays_in_its_block_of_channels_and_at_its_positions() -> None:
+    call = call_of("forward", 2, 3, 1, 256, 2)
+    x = jnp.ones((2, 9, 9, 256)).at[0, 4, 4, 3].set(jnp.inf)
+    y = conv.forward(x, jnp.ones((3, 3, 256, 2)), call)
+    finite = np.isfinite(y)
+    assert finite[..., 256:].all()
+    assert finite[1].all()
+    assert finite[0].all(-1).sum() == 81 - 9
+    assert not finite[0, 4:7, 4:7, :256].any()
+
+
+def test_a_kernel_that_is_not_finite_reaches_the_padding() -> None:
+    call = call_of("forward", 1, 4, 1, 2, 1)
+    y = taps.forward(jnp.ones((2, 9, 2)), jnp.ones((4, 2, 1)).at[0, 1].set(jnp.inf), call)
+    assert np.isfinite(y[..., 0]).all()
+    assert np.isnan(y[:, :3, 1]).all()
+    assert np.isposinf(y[:, 3:, 1]).all()
