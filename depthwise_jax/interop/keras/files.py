@@ -127,7 +127,21 @@ def _json(text: Any, path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: the model's configuration is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: the model's configuration must be a dict; got a {type(config).__name__}")
-    return config
+    level: list[Any] = [config]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for node in level
+            for inner in (node.values() if isinstance(node, dict) else node)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return config
+    raise ValueError(f"{path}: the model's configuration is nested more than {_DEEPEST} deep")
+
+
+# How deeply a configuration may be nested; a model in a model takes four levels.
+_DEEPEST = 200
 
 
 @dataclass(frozen=True)
@@ -193,12 +207,22 @@ def _layers(
             layers[name] = saved
             read[layer.names] = saved
     weighted = {layer.names for layer in found}
+    # Keras writes a shared layer once, under its first name, where its configuration may not have its number.
+    by_number: dict[int, Entry] = {}
+    by_content: dict[str, list[Entry]] = {}
+    for entry in known:
+        if entry.is_ours and entry.names in weighted:
+            if entry.shared is None:
+                by_content.setdefault(entry.content(), []).append(entry)
+            else:
+                by_number[entry.shared] = entry
     for entry in known:
         if not entry.is_ours or entry.names in weighted:
             continue
         name = "/".join(entry.names)
-        # Keras writes a shared layer once, under its first name.
-        first = [other for other in known if other.names in weighted and entry.shared and entry.may_be(other)]
+        first: list[Entry] = []
+        if entry.shared is not None:
+            first = [by_number[entry.shared]] if entry.shared in by_number else by_content.get(entry.content(), [])
         if len(first) == 1:
             if first[0].names in read:
                 layers[name] = replace(read[first[0].names], name=name, config=entry.config)
@@ -316,20 +340,24 @@ def _matched(group: str, layers: Mapping[Names, Mapping[str, Array]], known: lis
     A weight's name begins with the scopes that its layer was made in: name scopes, the models around it, or some of
     them. So an entry's names come in it in their order, after the group's.
     """
-    leaves = [entry for entry in known if not any(_lies_in(other, entry) for other in known)]
+    around = {entry.names[:length] for entry in known for length in range(1, len(entry.names))}
+    leaves = [entry for entry in known if entry.names not in around]
+    by_name: dict[str, list[Entry]] = {}
+    for entry in leaves:
+        by_name.setdefault(entry.names[-1], []).append(entry)
     matches: dict[Names, Entry] = {}
     ranked = sorted(
         (
-            (in_order(entry.names, (group, *scopes)), scopes[-1:] == entry.names[-1:], scopes, entry)
+            (in_order(entry.names, (group, *scopes)), scopes, entry)
             for scopes in layers
-            for entry in leaves
+            for entry in by_name.get(scopes[-1] if scopes else group, ())
         ),
-        key=lambda match: (match[1], match[0]),
+        key=lambda match: match[0],
         reverse=True,
     )
     taken: set[Names] = set()
-    for _, same_name, scopes, entry in ranked:
-        if same_name and scopes not in matches and entry.names not in taken:
+    for _, scopes, entry in ranked:
+        if scopes not in matches and entry.names not in taken:
             matches[scopes] = entry
             taken.add(entry.names)
     rest = [scopes for scopes in layers if scopes not in matches]
@@ -343,10 +371,6 @@ def _matched(group: str, layers: Mapping[Names, Mapping[str, Array]], known: lis
         names = inner if entry is None else entry.names
         hint = class_of_group("", names[-1])
         yield _Found(names, "/".join((group, *scopes)), hint, arrays, entry)
-
-
-def _lies_in(inner: Entry, outer: Entry) -> bool:
-    return len(inner.names) > len(outer.names) and inner.names[: len(outer.names)] == outer.names
 
 
 def _saved(name: str, class_name: str, layer: _Found, path: str) -> SavedLayer | None:
