@@ -414,6 +414,9 @@ def test_a_broken_archive(archive):
     deep = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
     with pytest.raises(ValueError, match="not JSON"):
         read_weights(pack(path, {**members, "config.json": deep}))
+    nested = b'{"a":[' * 150 + b"1" + b"]}" * 150
+    with pytest.raises(ValueError, match="nested more than 200 deep"):
+        read_weights(pack(path, {**members, "config.json": nested}))
     with pytest.raises(ValueError, match="damaged"):
         read_weights(pack(path, {**members, "model.weights.h5": b"no HDF5"}))
 

@@ -166,7 +166,6 @@ def test_the_key_comes_from_the_params_stream():
 INVALID = [
     ("DepthwiseConv2D", (0,), {}),
     ("DepthwiseConv2D", (3.0,), {}),
-    ("DepthwiseConv2D", (3,), {"strides": 2, "dilation_rate": 2}),
     ("DepthwiseConv2D", (3,), {"padding": "full"}),
     ("DepthwiseConv2D", (3,), {"depth_multiplier": True}),
     ("DepthwiseConv1D", (3,), {"data_format": "NHWC"}),

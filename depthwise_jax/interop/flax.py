@@ -32,7 +32,7 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
 
     Raises:
         TypeError: no Conv, or its parameters missing or given twice.
-        ValueError: the Conv is not depthwise, has what a layer of ours cannot spell, or is of a subclass with a
+        ValueError: the Conv is not depthwise, has what a layer of ours cannot express, or is of a subclass with a
             `__call__`, `param` or another method of its own, lifted ones (nn.remat) too; the message names it.
 
     Examples:
@@ -103,7 +103,7 @@ def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: 
 
     Raises:
         TypeError: no layer of ours, or its parameters missing or given twice.
-        ValueError: a Conv cannot spell the layer; the message names the argument.
+        ValueError: a Conv cannot express the layer; the message names the argument.
     """
     contract, values = parts(module, params)
     if contract.separable:
@@ -230,7 +230,7 @@ def _check_stock(conv: Any, what: str) -> None:
 
 
 def _check_plain(conv: Any, what: str) -> None:
-    """Raises ValueError for what a Conv may have and a layer of ours has not."""
+    """Raises ValueError for what a Conv may have and a layer of ours does not."""
     for name in ("mask", "preferred_element_type", "conv_general_dilated_cls"):
         if getattr(conv, name, None) is not None:
             raise ValueError(f"{what}: {name} is not None, and a layer of depthwise_jax has no such argument")

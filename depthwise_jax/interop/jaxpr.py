@@ -6,7 +6,7 @@ flax.linen.Conv's argument of the same name.
 
 Equations are replaced in the jaxpr itself, inside jit, scan, while, cond, remat and shard_map too; everything else in
 it stays as it is. So the function must be given before it is differentiated, `jax.grad(accelerate(f))`: the gradient of
-a convolution in the kernel is no depthwise convolution, and is left as it is in `accelerate(jax.grad(f))`.
+a convolution in the kernel is not a depthwise convolution, and is left as it is in `accelerate(jax.grad(f))`.
 """
 
 import functools
@@ -145,7 +145,7 @@ def _traced(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Close
     return closed, arrays, jax.tree.structure(shapes)
 
 
-# By the jaxpr that was rewritten: the same jaxpr gives the same one again, so that what JAX compiled for it is found.
+# By the jaxpr that was rewritten: the same jaxpr gives the same one again, and JAX finds what it compiled for it.
 _rewritten: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 

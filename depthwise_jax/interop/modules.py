@@ -93,7 +93,7 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
         (module, params): `params` is a dict of the values as JAX arrays.
 
     Raises:
-        ValueError: the framework is none of the two, the layer takes no such arguments, or the values do not fit it.
+        ValueError: framework is neither, the layer takes no such arguments, or the values do not fit it.
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {FRAMEWORKS}; got {framework!r}")

@@ -192,7 +192,7 @@ def from_arrays(
         `(module, params)`, as `from_torch`.
 
     Raises:
-        ValueError: the convolution is not depthwise; the arrays do not fit; or a layer of ours cannot spell an
+        ValueError: the convolution is not depthwise; the arrays do not fit; or a layer of ours cannot express an
             argument, which `depthwise_conv` on a padded input computes. The message names it.
 
     Examples:
@@ -243,7 +243,7 @@ def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dic
 
     Raises:
         TypeError: no layer of ours, or its parameters missing or given twice.
-        ValueError: PyTorch cannot spell the layer; the message names the argument.
+        ValueError: PyTorch cannot express the layer; the message names the argument.
     """
     contract, values = parts(module, params)
     if contract.separable:
@@ -285,7 +285,7 @@ def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     arguments, state = to_arrays(module, params)
     dtype = getattr(torch, str(state["weight"].dtype))
     conv = getattr(torch.nn, f"Conv{state['weight'].ndim - 2}d")(**arguments, dtype=dtype)
-    # NumPy's bfloat16 is none to PyTorch; through float32 nothing is lost.
+    # PyTorch does not take NumPy's bfloat16; going through float32 loses nothing.
     wide = {name: a.astype(np.promote_types(a.dtype, np.float32)) for name, a in state.items()}
     conv.load_state_dict({name: torch.from_numpy(a).to(dtype) for name, a in wide.items()})
     return conv
@@ -404,7 +404,7 @@ def _array(value: Any, what: str) -> Any:
     if not value.is_floating_point():
         raise ValueError(f"{what} must hold real floating-point numbers; got {value.dtype}")
     value = value.detach().resolve_neg().cpu()
-    if value.dtype == torch.bfloat16:  # NumPy's is none to PyTorch; through float32 nothing is lost
+    if value.dtype == torch.bfloat16:  # PyTorch does not give NumPy's; going through float32 loses nothing
         return value.float().numpy().astype(jnp.bfloat16)
     if value.dtype not in (torch.float16, torch.float32, torch.float64):
         raise ValueError(f"{what} is {value.dtype}, which a layer does not compute with; convert it to bfloat16 first")

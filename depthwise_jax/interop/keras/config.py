@@ -1,5 +1,6 @@
 """A model's configuration as Keras writes it: its depthwise layers, by the names of what they lie in and their own."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,11 +51,9 @@ class Entry:
         groups = self.config.get("groups", 1)
         return self.class_name in LAYERS or (self.class_name in CONVS and isinstance(groups, int) and groups > 1)
 
-    def may_be(self, other: "Entry") -> bool:
-        """Whether this entry of a shared object may be of the one that another entry is of."""
-        if self.shared == other.shared:
-            return True
-        return other.shared is None and _without_numbers(self.config) == _without_numbers(other.config)
+    def content(self) -> str:
+        """What it says of itself, without Keras' numbers of objects."""
+        return json.dumps([self.class_name, _without_numbers(self.config)], sort_keys=True)
 
 
 def entries(config: dict[str, Any]) -> list[Entry]:

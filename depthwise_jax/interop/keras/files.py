@@ -4,7 +4,6 @@ import io
 import json
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -29,10 +28,6 @@ from depthwise_jax.interop.keras.config import (
 from depthwise_jax.interop.keras.hdf5 import Array, Budget, Group, damage, open_file
 from depthwise_jax.interop.keras.layers import OURS, SavedLayer
 from depthwise_jax.interop.modules import channels_of, check_values
-
-# What zipfile raises where an archive is not what it should be.
-_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError)
-_ARCHIVE_ERRORS += (LookupError,)
 
 
 def read_weights(path: str | PathLike[str], *, classes: Mapping[str, str] | None = None) -> dict[str, SavedLayer]:
@@ -83,7 +78,7 @@ def _checked(classes: Mapping[str, str]) -> Mapping[str, str]:
 
 def _unpacked(file: Any, path: str, budget: Budget) -> tuple[bytes, dict[str, Any]]:
     """The weights and the configuration in an archive."""
-    with _archive_damage(path), zipfile.ZipFile(file) as archive:
+    with damage(path), zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
     for name in names:
@@ -98,26 +93,12 @@ def _unpacked(file: Any, path: str, budget: Budget) -> tuple[bytes, dict[str, An
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{path}: the archive's member {wanted!r} must be stored or deflated")
         budget.take(member.file_size, f"the archive's member {wanted!r}")
-        with _archive_damage(path), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+        with damage(path), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
             contents.append(stream.read(member.file_size))
             if stream.read(1):  # which checks the sum too
                 raise zipfile.BadZipFile(f"{wanted!r} is larger than it says")
     weights, config = contents
     return weights, _json(config, path)
-
-
-class _archive_damage:
-    """Around calls of zipfile alone: its errors say that the file is damaged."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, _ARCHIVE_ERRORS):
-            raise ValueError(f"{self._path} is damaged: {error}") from error
 
 
 def _json(text: Any, path: str) -> dict[str, Any]:
@@ -127,7 +108,21 @@ def _json(text: Any, path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: the model's configuration is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: the model's configuration must be a dict; got a {type(config).__name__}")
-    return config
+    level: list[Any] = [config]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for node in level
+            for inner in (node.values() if isinstance(node, dict) else node)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return config
+    raise ValueError(f"{path}: the model's configuration is nested more than {_DEEPEST} deep")
+
+
+# How deeply a configuration may be nested; a model in a model takes four levels.
+_DEEPEST = 200
 
 
 @dataclass(frozen=True)
@@ -193,12 +188,22 @@ def _layers(
             layers[name] = saved
             read[layer.names] = saved
     weighted = {layer.names for layer in found}
+    # Keras writes a shared layer once, under its first name, where its configuration may not have its number.
+    by_number: dict[int, Entry] = {}
+    by_content: dict[str, list[Entry]] = {}
+    for entry in known:
+        if entry.is_ours and entry.names in weighted:
+            if entry.shared is None:
+                by_content.setdefault(entry.content(), []).append(entry)
+            else:
+                by_number[entry.shared] = entry
     for entry in known:
         if not entry.is_ours or entry.names in weighted:
             continue
         name = "/".join(entry.names)
-        # Keras writes a shared layer once, under its first name.
-        first = [other for other in known if other.names in weighted and entry.shared and entry.may_be(other)]
+        first: list[Entry] = []
+        if entry.shared is not None:
+            first = [by_number[entry.shared]] if entry.shared in by_number else by_content.get(entry.content(), [])
         if len(first) == 1:
             if first[0].names in read:
                 layers[name] = replace(read[first[0].names], name=name, config=entry.config)
@@ -210,8 +215,8 @@ def _layers(
             raise ValueError(f"{path}: there are no weights for the layer {name!r}")
     if unknown:
         warnings.warn(
-            f"{path}: {len(unknown)} layers that look depthwise are left out, since the file does not tell what they "
-            f"are: {', '.join(tell(unknown))}. Say it by their names or classes, "
+            f"{path}: left out, since the file does not tell what they are, though they look depthwise: "
+            f"{', '.join(tell(unknown))}. Tell it by their names or classes, "
             "read_weights(path, classes={'the name': 'DepthwiseConv2D'})",
             stacklevel=4,
         )
@@ -254,7 +259,7 @@ def _looks_depthwise(layer: _Found) -> bool:
     *_, channels, multiplier = shapes[0]
     if "depthwise_kernel" in layer.arrays or (len(shapes) == 3 and len(shapes[1]) == len(shapes[0])):
         return True
-    if len(shapes) > 2 or (len(shapes) == 2 and shapes[1] not in ((channels * multiplier,),)):
+    if len(shapes) > 2 or (len(shapes) == 2 and shapes[1] != (channels * multiplier,)):
         return False
     if layer.entry is None and layer.hint is not None:  # Keras' convolution, whose groups the file does not tell
         return layer.hint in CONVS and channels == 1 and multiplier > 1
@@ -306,30 +311,45 @@ def _legacy(top: Group, known: list[Entry], path: str) -> list[_Found]:
         for weight in group.texts("weight_names") or ():
             *scopes, parameter = weight.partition(":")[0].split("/")
             layers.setdefault(tuple(scopes), {})[parameter] = group.array(weight)
-        found += _matched(group_name, layers, [entry for entry in known if entry.names[0] == group_name])
+        found += _matched(group_name, layers, [entry for entry in known if entry.names[0] == group_name], path)
     return found
 
 
-def _matched(group: str, layers: Mapping[Names, Mapping[str, Array]], known: list[Entry]) -> Iterator[_Found]:
+def _matched(
+    group: str, layers: Mapping[Names, Mapping[str, Array]], known: list[Entry], path: str
+) -> Iterator[_Found]:
     """The layers of one group of the legacy layout, each with its entry.
 
     A weight's name begins with the scopes that its layer was made in: name scopes, the models around it, or some of
-    them. So an entry's names come in it in their order, after the group's.
+    them. So an entry's names come in it in their order, after the group's; and where these tell no difference, the
+    layers come in the model's order, as Keras reads them.
+
+    Raises:
+        ValueError: they do not, since Keras writes frozen layers last.
     """
-    leaves = [entry for entry in known if not any(_lies_in(other, entry) for other in known)]
+    around = {entry.names[:length] for entry in known for length in range(1, len(entry.names))}
+    leaves = [entry for entry in known if entry.names not in around]
+    by_name: dict[str, list[Entry]] = {}
+    for entry in leaves:
+        by_name.setdefault(entry.names[-1], []).append(entry)
     matches: dict[Names, Entry] = {}
     ranked = sorted(
         (
-            (in_order(entry.names, (group, *scopes)), scopes[-1:] == entry.names[-1:], scopes, entry)
+            (in_order(entry.names, (group, *scopes)), scopes, entry)
             for scopes in layers
-            for entry in leaves
+            for entry in by_name.get(scopes[-1] if scopes else group, ())
         ),
-        key=lambda match: (match[1], match[0]),
+        key=lambda match: match[0],
         reverse=True,
     )
     taken: set[Names] = set()
-    for _, same_name, scopes, entry in ranked:
-        if same_name and scopes not in matches and entry.names not in taken:
+    for score, scopes, entry in ranked:
+        if scopes not in matches and entry.names not in taken:
+            rivals = [other for other in by_name[entry.names[-1]] if other.names not in taken]
+            alike = [other for other in rivals if in_order(other.names, (group, *scopes)) == score]
+            if len({bool(other.config.get("trainable", True)) for other in alike}) > 1:
+                names = " or ".join(repr("/".join(other.names)) for other in alike)
+                raise ValueError(f"{path}: the weights {'/'.join(scopes)!r} in {group!r} may be those of {names}")
             matches[scopes] = entry
             taken.add(entry.names)
     rest = [scopes for scopes in layers if scopes not in matches]
@@ -343,10 +363,6 @@ def _matched(group: str, layers: Mapping[Names, Mapping[str, Array]], known: lis
         names = inner if entry is None else entry.names
         hint = class_of_group("", names[-1])
         yield _Found(names, "/".join((group, *scopes)), hint, arrays, entry)
-
-
-def _lies_in(inner: Entry, outer: Entry) -> bool:
-    return len(inner.names) > len(outer.names) and inner.names[: len(outer.names)] == outer.names
 
 
 def _saved(name: str, class_name: str, layer: _Found, path: str) -> SavedLayer | None:

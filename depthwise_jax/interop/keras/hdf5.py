@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import mmap
+import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,15 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# What h5py raises where a file is not what it should be.
+# What h5py and zipfile raise where a file is not what it should be.
 _ERRORS = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError)
-_ERRORS += (AttributeError, NotImplementedError)
+_ERRORS += (AttributeError, NotImplementedError, zlib.error, zipfile.BadZipFile)
 
 
 class Budget:
     """How many bytes reading a file may make up: a small multiple of what lies on the disk.
 
-    Keras compresses nothing, so that its arrays never hold more than the file does.
+    Keras compresses nothing: its arrays never hold more than the file does.
     """
 
     # Bytes that any file may take, and those that each of its own may become when inflated or read repeatedly. Weights
@@ -52,7 +53,7 @@ def damage(path: str) -> Iterator[None]:
     """Around calls of a library that reads a file: its errors say that the file is damaged. No code of ours goes in."""
     try:
         yield
-    except (*_ERRORS, zlib.error) as error:
+    except _ERRORS as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -147,7 +148,7 @@ class Group:
         """A member.
 
         Raises:
-            ValueError: there is none of this name, or it leads out of the file.
+            ValueError: it does not exist, or it leads out of the file.
         """
         import h5py
 
@@ -168,7 +169,7 @@ class Group:
         raise ValueError(f"{self._path}: {name!r} in {self.name!r} is neither a group nor an array")
 
     def group(self, name: str) -> "Group":
-        """The group at a path in this one, each step of which must lie in the file."""
+        """The group at a path in this one; each step must lie in the file."""
         found: Group | Array = self
         for step in name.split("/"):
             if isinstance(found, Array):
@@ -187,7 +188,7 @@ class Group:
         return found
 
     def text(self, name: str) -> str | None:
-        """An attribute that holds one text; None if there is none of this name."""
+        """An attribute that holds one text; None if it does not exist."""
         found = self._attribute(name)
         if found is not None and len(found) != 1:
             raise ValueError(

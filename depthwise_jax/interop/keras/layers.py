@@ -61,7 +61,7 @@ def from_keras(
 
     Raises:
         TypeError: another object, or a subclass with a `call` or another method of its own.
-        ValueError: the layer is not built or not depthwise, or has what ours cannot spell, by name: custom parts that
+        ValueError: the layer is not built or not depthwise, or has what ours cannot express, by name: custom parts that
             cannot be kept, which an argument takes the place of.
     """
     if isinstance(layer, SavedLayer):
@@ -139,7 +139,7 @@ def to_keras(module: Any, params: Mapping[str, Any] | None = None) -> Any:
 
     Raises:
         TypeError: no layer of ours, or its parameters missing or given twice.
-        ValueError: Keras has no word for one of the arguments, or the parameters do not fit.
+        ValueError: Keras has no equivalent of one of the arguments, or the parameters do not fit.
     """
     import keras
 
