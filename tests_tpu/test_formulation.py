@@ -13,7 +13,7 @@ SUM, CONVOLUTION = "sum", "convolution"
 CASES = [
     (Case((8, 256, 256), (4,)), (SUM, SUM, SUM)),
     (Case((32, 256, 256), (8,)), (SUM, SUM, SUM)),
-    (Case((8, 256, 256), (9,)), (CONVOLUTION, CONVOLUTION, SUM)),
+    (Case((8, 256, 256), (9,)), (CONVOLUTION, SUM, SUM)),
     (Case((8, 256, 256), (16,)), (CONVOLUTION,) * 3),
     (Case((4, 256, 256), (16,)), (SUM, SUM, SUM)),
     (Case((4, 256, 256), (17,)), (CONVOLUTION,) * 3),
@@ -22,6 +22,7 @@ CASES = [
     (Case((4, 28, 28, 128), (3, 3)), (SUM, SUM, SUM)),
     (Case((4, 28, 28, 256), (3, 3)), (SUM, SUM, CONVOLUTION)),
     (Case((8, 28, 28, 128), (3, 3)), (CONVOLUTION,) * 3),
+    (Case((2, 28, 28, 128), (3, 3)), (CONVOLUTION,) * 3),
     (Case((4, 28, 28, 128), (5, 5)), (CONVOLUTION,) * 3),
     (Case((4, 28, 28, 128), (3, 3), multiplier=2), (CONVOLUTION,) * 3),
     (Case((4, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
