@@ -11,11 +11,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import depthwise_jax
+import depthwise_jax.optim
+from tests.cases import Case
+from tests.oracle import assert_close
 
 README = Path(__file__).parent.parent / "README.md"
 LIBRARIES = ("here", "Keras", "Flax", "PyTorch")
@@ -180,6 +186,61 @@ def test_configurations() -> None:
     assert (ours.kernel_size, ours.strides, ours.padding, ours.name) == ((3, 3), (2, 2), "same", "dw")
     assert keras.layers.DepthwiseConv2D.from_config(ours.get_config()).get_config() == config
     assert not hasattr(nn.Conv, "from_config")
+
+
+def test_feasible_weights() -> None:
+    row, average = table()["weights feasible after each update"], table()["and after an average of weights"]
+    assert [row[library] for library in LIBRARIES] == ["yes", "yes", "no", "no"]
+    assert [average[library] for library in LIBRARIES] == ["`project_params`", "no", "no", "no"]
+    rng = np.random.default_rng(0)
+    steps = rng.normal(size=(2, 3, 3, CHANNELS, 1)).astype(np.float32)
+    layer = depthwise_jax.DepthwiseConv2D(3, use_bias=False, depthwise_constraint="unit_norm")
+    theirs = keras.layers.DepthwiseConv2D(3, use_bias=False, depthwise_constraint="unit_norm")
+    theirs.build(image(1).shape)
+    constraints = depthwise_jax.optim.constraints_of(layer, image(1))
+    transform = optax.chain(optax.sgd(1.0), depthwise_jax.optim.project(constraints))
+    params: Any = layer.init(jax.random.key(0), image(1))["params"]
+    ours, others = [], []
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    for step in steps:
+        updates, _ = transform.update({"kernel": jnp.asarray(step)}, transform.init(params), params)
+        params = optax.apply_updates(params, updates)
+        ours.append(params)
+        optimizer.apply([step], [theirs.kernel])
+        others.append(np.asarray(theirs.kernel.value))
+
+    def norms(kernel: Any) -> np.ndarray:
+        return np.sqrt(np.sum(np.asarray(kernel, np.float64) ** 2, axis=0))
+
+    for kernel in (*(params["kernel"] for params in ours), *others):
+        np.testing.assert_allclose(norms(kernel), 1, atol=1e-5)
+    mean = jax.tree.map(lambda *kernels: sum(kernels) / len(kernels), *ours)
+    assert norms(mean["kernel"]).min() < 0.99
+    projected: Any = depthwise_jax.optim.project_params(mean, constraints)
+    np.testing.assert_allclose(norms(projected["kernel"]), 1, atol=1e-5)
+    optimizer.finalize_variable_values([theirs.kernel])  # the average, as after fit
+    assert norms(theirs.kernel.value).min() < 0.99
+
+
+def test_kernel_gradient_on_a_mesh() -> None:
+    row = table()["kernel gradient on a mesh of several axes"]
+    assert [row[library] for library in LIBRARIES] == ["right", "too large (1)", "too large (1)", "not JAX"]
+    mesh = jax.make_mesh((2, 2), ("b", "c"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    case = Case("mesh", (4, 9, 9, CHANNELS), (3, 3, CHANNELS, 1), {"padding": "same"})
+    x, w, g = case.operands()
+    truth = case.oracle.kernel_grad(x, g)
+    x, g = (jax.device_put(a, NamedSharding(mesh, PartitionSpec("b"))) for a in (x, g))
+
+    def of_lax(x: Any, w: Any) -> Any:
+        w, names = w.reshape(3, 3, 1, CHANNELS), ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=names, feature_group_count=CHANNELS)
+
+    def gradient(f: Callable[..., Any]) -> Any:
+        return jax.jit(lambda x, w, g: jax.vjp(lambda w: f(x, w), w)[1](g)[0])(x, w, g)
+
+    right, too_large = gradient(case.conv()), gradient(of_lax)
+    assert_close(right, truth, 1e-5)
+    assert_close(too_large, 2 * truth, 1e-5)
 
 
 def test_links_lead_somewhere() -> None:
