@@ -10,6 +10,7 @@ import pytest
 from depthwise_jax.convolution import Convolution
 from depthwise_jax.layout import Layout
 from depthwise_jax.lowering import Call, conv, taps
+from depthwise_jax.sharding import Partitioning
 from depthwise_jax.window import Window
 
 
@@ -17,7 +18,8 @@ def call_of(direction: str, rank: int, k: int, dilation: int, channels: int, mul
     low = (k - 1) * dilation
     window = Window((k,) * rank, (1,) * rank, ((low, 0),) * rank, (dilation,) * rank)
     convolution = Convolution(window, Layout(rank, "channels_last"), (9,) * rank)
-    return Call(direction, convolution, "tpu", jnp.dtype("float32"), batch=2, channels=channels, multiplier=multiplier)
+    known = Partitioning(batch=2)
+    return Call(direction, convolution, "tpu", jnp.dtype("float32"), known, channels=channels, multiplier=multiplier)
 
 
 def loops(x: np.ndarray, kernel: np.ndarray, dilation: int) -> np.ndarray:
