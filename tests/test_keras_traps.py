@@ -140,6 +140,11 @@ def test_11_norm_constraints_have_keras_axis_and_window_is_per_filter():
     assert config["depthwise_constraint"]["config"] == {"max_value": 2, "axis": [0, 1]}
     theirs = keras.constraints.deserialize(config["depthwise_constraint"])
     np.testing.assert_allclose(filter_norms(theirs(kernel)), 2, rtol=1e-6)
+    # Each number of a bias is a filter's own: no axis is summed over.
+    config_of_bias = DepthwiseConv2D(3, bias_constraint=constraints.MaxNorm(0.5, axis="window")).get_config()
+    assert config_of_bias["bias_constraint"]["config"]["axis"] == []
+    theirs = keras.constraints.deserialize(config_of_bias["bias_constraint"])
+    np.testing.assert_allclose(theirs(np.array([0.25, -3, 0.5], np.float32)), [0.25, -0.5, 0.5], rtol=1e-6)
     config = DepthwiseConv1D(3, depthwise_constraint=constraints.MaxNorm(2, axis="window")).get_config()
     assert config["depthwise_constraint"]["config"] == {"max_value": 2, "axis": [0]}
 
