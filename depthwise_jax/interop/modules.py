@@ -18,7 +18,7 @@ FRAMEWORKS = ("linen", "nnx")
 _BOOKKEEPING = frozenset(
     {"__init__", "__repr__", "__doc__", "__module__", "__qualname__", "__annotations__", "__dict__", "__weakref__"}
     | {"__slots__", "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__type_params__"}
-    | {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}
+    | {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__", "__replace__"}
 )
 
 
