@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_two_processes_train_as_one_does() -> None:
-    # Without the eight devices of these tests, and without LLVM's optimisations: the compiling takes the time.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    # With LLVM's optimisations: without them the same sums, right to 1e-7 each, end 1e-3 apart after 20 steps.
+    environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-m", "examples.two_processes", "--steps", "20", "--seconds", "400"],
         cwd=ROOT,
