@@ -22,8 +22,14 @@ def find() -> Path | str:
         distribution = importlib.metadata.distribution("depthwise_jax")
     except importlib.metadata.PackageNotFoundError:
         distribution = None
-    files = (distribution.files if distribution else None) or ()
-    installed = [Path(str(file.locate())).resolve() for file in files if file.name == NAME]
+    # distribution.files leaves out what is gone, from Python 3.12 on.
+    record = (distribution.read_text("RECORD") if distribution else None) or ""
+    names = [line.split(",")[0] for line in record.splitlines()]
+    installed = [
+        Path(str(distribution.locate_file(name))).resolve()
+        for name in names
+        if distribution is not None and name.endswith(f"/{NAME}")
+    ]
     imported = [(Path(entry) / NAME).resolve() for entry in sys.modules["depthwise_jax.lowering"].__path__]
     path = next(filter(Path.is_file, [*imported, *installed]), None)
     where = f"depthwise_jax {__version__} is imported from {Path(__file__).parents[1]}"
