@@ -83,7 +83,7 @@ def explain(
     types[0] = types[0].update(shape=convolution.input_grad_shape(types[0].shape, kernel.shape))
     if in_sharding is not None:
         stated = sharding.operand_specs(in_sharding, len(x.shape), request.layout)
-        if stated is not None:
+        if stated is not None and stated[0]:
             types = [sharding.typed(aval, spec) for aval, spec in zip(types, stated[1], strict=False)]
     dtype = dtypes.promoted(x.dtype, kernel.dtype)
     x_type, kernel_type = types

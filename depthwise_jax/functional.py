@@ -309,8 +309,11 @@ def _bind(request: Request, primitive: Primitive, dtype: Any, x: Array, *others:
         stated = sharding.operand_specs(request.in_sharding, x.ndim, request.layout)
         if stated is not None:
             axes, specs = stated
-            typed: Any = jax.sharding.explicit_axes(bind, axes=axes, in_sharding=specs[: 1 + len(others)])
-            bind = typed
+            if axes:
+                typed: Any = jax.sharding.explicit_axes(bind, axes=axes, in_sharding=specs[: 1 + len(others)])
+                bind = typed
+            else:
+                x = lax.with_sharding_constraint(x, specs[0])
     return bind(x, *others)
 
 

@@ -161,7 +161,8 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
         layout: the layout of x.
 
     Returns:
-        The mesh axes that become explicit, and the specs of x, kernel and bias; None without a mesh.
+        The mesh axes that become explicit, and the specs of x, kernel and bias; None without a mesh. Inside a
+        shard_map over some axes the automatic ones stay so: JAX 0.10.2 cannot differentiate `explicit_axes` there.
 
     Raises:
         TypeError, ValueError: in_sharding is not a spec for x on this mesh.
@@ -182,7 +183,8 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
             f"got in_sharding={in_sharding} on a mesh with the axes {mesh.axis_names}, where {mesh.manual_axes} are "
             "manual (inside shard_map, where x is a shard already)"
         )
-    axes = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    automatic_remain = bool(mesh.manual_axes) and AxisType.Auto in mesh.axis_types
+    axes = () if automatic_remain else tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
     channels = spec[layout.channels]
     kernel = PartitionSpec(*(None,) * layout.rank, channels, None)
     return axes, (in_sharding, kernel, PartitionSpec(channels))

@@ -96,15 +96,19 @@ def test_a_program_is_lowered_as_explained(name: str, platform: str) -> None:
 
 
 @pytest.mark.parametrize("platform", lowering.PLATFORMS)
-@pytest.mark.parametrize("manual", [{"b", "c"}, {"b"}], ids=["all axes", "some axes"])
-def test_inside_shard_map(manual: set[str], platform: str) -> None:
+@pytest.mark.parametrize(
+    ("manual", "options"),
+    [({"b", "c"}, {}), ({"b"}, {}), ({"b"}, {"in_sharding": P(None, None, None, "c")})],
+    ids=["all axes", "some axes", "some axes, in_sharding"],
+)
+def test_inside_shard_map(manual: set[str], options: dict[str, Any], platform: str) -> None:
     mesh = mesh_of(AUTO, 2)
     found: dict[str, tuple[str, str]] = {}
-    for direction, f in maps({}).items():
+    for direction, f in maps(options).items():
         explanations: list[Any] = []
 
         def local(x: Any, w: Any, f: Any = f, explanations: list[Any] = explanations) -> Any:
-            explanations.append(explain(x, w, **OPTIONS, platform=platform))
+            explanations.append(explain(x, w, **OPTIONS, **options, platform=platform))
             return f(x, w)
 
         out = P() if direction == "kernel_grad" else BATCH

@@ -190,15 +190,23 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(automatic: Any) -> Non
         depthwise_conv(jnp.ones((3, 5, 5, 4)), jnp.ones((3, 3, 4, 1)), in_sharding=BOTH)
 
 
-def test_inside_shard_map_over_another_axis(automatic: Any) -> None:
+@pytest.mark.parametrize("told", [P(None, None, None, "c"), P("c"), P()], ids=str)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_inside_shard_map_over_another_axis(plain: str, axis_type: AxisType, told: P) -> None:
     # Manual over "b": x is a shard there, and "c" is left to name.
-    case = CASES[0]
-    x, w, _ = case.operands()
+    case, mesh = CASES[0], make_mesh(axis_type)
+    x, w, g = case.operands()
 
     def local(x: Any, w: Any) -> Any:
-        y = depthwise_conv(x, w, **case.geometry, in_sharding=P(None, None, None, "c"))
+        y = case.conv(plain, in_sharding=told)(x, w)
         assert jax.typeof(y).sharding.mesh.axis_names == ("b", "c")
         return y
 
-    f = jax.shard_map(local, mesh=automatic, in_specs=(P("b"), P()), out_specs=P("b"), axis_names={"b"})
-    assert_close(jax.jit(f)(x, w), case.oracle.conv(x, w), 1e-5)
+    f = jax.shard_map(local, mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), axis_names={"b"})
+    expected = truth(case, x, w, g)
+    with jax.set_mesh(mesh):
+        # A cotangent has the type of the result: its batch over "b", and over "c" what was told.
+        spec = P("b", *told[1:]) if told != P("c") else P(("b", "c"))
+        xs, gs = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P("b")), (g, spec)))
+        for name, map_ in maps(f).items():
+            assert_close(jax.jit(map_)(xs, w, gs), expected[name], 1e-5, name)
