@@ -26,7 +26,7 @@ test-torch: $(VENV)/test.installed $(VENV)/torch.installed
 # Whole models of Keras, torchvision and efficientnet-lite-pytorch, and 2,000 damaged files. torchvision and
 # efficientnet-lite-pytorch come without what they depend on, PyTorch for CUDA: the model classes need none of it.
 test-models: $(VENV)/test.installed $(VENV)/torch.installed
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pillow \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pillow \
 		efficientnet-lite-pytorch==0.1.0
 	$(BIN)/python -m pytest -q -m models $(ARGS) tests/test_real_models.py
 

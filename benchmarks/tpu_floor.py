@@ -92,7 +92,8 @@ class Case:
             use_bias=False,
             dtype=x.dtype,
         )
-        return module.apply({"params": {"kernel": kernel.reshape(*self.window, 1, channels)}}, x)  # type: ignore[return-value]
+        y: Any = module.apply({"params": {"kernel": kernel.reshape(*self.window, 1, channels)}}, x)
+        return y
 
     def task(self, direction: str, dtype: str, by: str) -> Task:
         """One direction; the two gradients in one program are "dx+dw"."""

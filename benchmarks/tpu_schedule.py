@@ -259,7 +259,7 @@ def hbm_bytes(type_: str) -> float:
             for i, n in enumerate(reversed([int(n) for n in tile[1].split(",")])):
                 if i < len(sizes):
                     sizes[i] = -(-sizes[i] // n) * n
-        bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]
+        bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
         total += math.prod(sizes) * bits / 8
     return total
 
