@@ -262,7 +262,7 @@ CASES: dict[str, list[Case]] = {
         Case((32, n, n, c), (3, 3), multiplier=m)
         for m, (c, n) in itertools.product((2, 4), ((128, 28), (256, 28), (512, 14), (64, 56)))
     ],
-    "images": _images((3, 5, 7), (4, 1, 8, 32)),
+    "images": [*_images((3, 5, 7), (4, 1, 8, 32)), *_images((3,), (2, 6))],
     "sequences": [
         *_sequences((4,), (1, 2, 4, 8, 16, 32), (2048,), (768, 1536, 2048, 2560)),
         *_sequences((4,), (8, 2), (1000, 8192), (768, 1000, 2560)),

@@ -96,15 +96,13 @@ class Rule:
 
 
 # Up to these windows over sequences an elementwise sum takes fewer cycles on a TPU v5e than XLA's convolution, by the
-# compiler's schedules (benchmarks/results/tpu_floor.md, "Windows" and "Dilation"): at any batch, and at fewer than 8
-# sequences a device, where the convolution copies its operands to bring the batch into sublanes.
-# Of a window of 9 the gradient of x alone would be faster by convolution, 407 against 428 thousand cycles at (8, 2048,
+# compiler's schedules (benchmarks/results/tpu_floor.md, "Windows", "Dilation" and "Images"): at any batch, and at fewer
+# than 8 sequences or images a device, where the convolution copies its operands to bring the batch into sublanes.
+# Of a window of 9 the gradient of x alone would be faster by convolution, 407 against 413 thousand cycles at (8, 2048,
 # 2048), but a training step has both gradients: 697 as sums, 1,107 as one of each.
 _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 9}
 _SUMMED_TAPS_OF_FEW = 16
 _FEW = 8
-# Of images the convolution is faster at 2 a device all the same, 9.9 against 14.6 thousand cycles at (2, 56, 56, 128).
-_FEW_IMAGES = (1, 3, 4, 5, 6, 7)
 # Channels that lie side by side in a register.
 _LANES = 128
 
@@ -118,7 +116,7 @@ def is_summed_on_tpu(call: Call) -> bool:
     if window.rank == 1:
         return window.size[0] <= (_SUMMED_TAPS_OF_FEW if few else _SUMMED_TAPS[call.direction])
     few_channels = call.direction != "kernel_grad" or call.channels <= _LANES
-    return window.size == (3, 3) and batch in _FEW_IMAGES and few_channels
+    return window.size == (3, 3) and few and few_channels
 
 
 # Of the rows for a platform the first whose lowering does not refuse the call decides; benchmarks/peers.py measures
