@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from depthwise_jax.registry import Registry
+from depthwise_jax._core.registry import Registry
 
 Activation = Callable[[Array], Array]
 

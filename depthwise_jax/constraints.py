@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from depthwise_jax.dtypes import at_least_float32
-from depthwise_jax.introspect import per_instance
-from depthwise_jax.norms import Axis, axes_of, checked_axis, plain_norms, polar, rounded, slice_norms, sum_error
-from depthwise_jax.registry import Registry
+from depthwise_jax._core.dtypes import at_least_float32
+from depthwise_jax._core.introspect import per_instance
+from depthwise_jax._core.norms import Axis, axes_of, checked_axis, plain_norms, polar, rounded, slice_norms, sum_error
+from depthwise_jax._core.registry import Registry
 
 _KERAS_EPSILON = 1e-7  # keras.config.epsilon()
 _INF = float("inf")

@@ -11,10 +11,10 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from depthwise_jax import primitives
-from depthwise_jax.convolution import Convolution, hashable_precision
-from depthwise_jax.layout import Layout
-from depthwise_jax.window import Window, resolve
+from depthwise_jax._core.convolution import Convolution, hashable_precision
+from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.window import Window, resolve
+from depthwise_jax.lowering import primitives
 
 
 def conv_general_dilated(

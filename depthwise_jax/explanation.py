@@ -9,10 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from depthwise_jax import dtypes, lowering, primitives, sharding
+from depthwise_jax import lowering
+from depthwise_jax._core import dtypes, sharding
+from depthwise_jax._core.sharding import Partitioning
+from depthwise_jax._core.window import Padding
 from depthwise_jax.functional import Request, kernel_layout
-from depthwise_jax.sharding import Partitioning
-from depthwise_jax.window import Padding
+from depthwise_jax.lowering import primitives
 
 
 @dataclass(frozen=True)

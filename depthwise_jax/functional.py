@@ -14,10 +14,12 @@ from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from depthwise_jax import activations, dtypes, fused, hints, lowering, primitives, sharding
-from depthwise_jax.convolution import Convolution, hashable_precision
-from depthwise_jax.layout import Layout
-from depthwise_jax.window import InputPadding, Padding, resolve
+from depthwise_jax import activations, lowering
+from depthwise_jax._core import dtypes, fused, hints, sharding
+from depthwise_jax._core.convolution import Convolution, hashable_precision
+from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.window import InputPadding, Padding, resolve
+from depthwise_jax.lowering import primitives
 
 
 def depthwise_conv(

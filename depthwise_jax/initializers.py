@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from depthwise_jax.registry import Registry
+from depthwise_jax._core.registry import Registry
 
 Shape = tuple[int, ...]
 Initializer = Callable[[Array, Shape, Any], Array]

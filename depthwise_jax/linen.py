@@ -10,10 +10,12 @@ from flax.core import meta
 from jax import Array
 from jax.typing import ArrayLike
 
-from depthwise_jax import fields, introspect, regularizers, settings
-from depthwise_jax.dtypes import added
-from depthwise_jax.fields import DepthwiseFields, SeparableFields
-from depthwise_jax.spec import Parameter, Spec, arguments_from_config, check_spelling, data_format
+from depthwise_jax import regularizers, settings
+from depthwise_jax._contract import fields
+from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields
+from depthwise_jax._contract.spec import Parameter, Spec, arguments_from_config, check_spelling, data_format
+from depthwise_jax._core import introspect
+from depthwise_jax._core.dtypes import added
 
 
 class _Layer(nn.Module):

@@ -16,11 +16,13 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
 
-from depthwise_jax import fields, introspect, regularizers, settings
-from depthwise_jax.dtypes import added
-from depthwise_jax.fields import DepthwiseFields, SeparableFields
-from depthwise_jax.spec import Spec, arguments_from_config, check_spelling
-from depthwise_jax.window import per_axis
+from depthwise_jax import regularizers, settings
+from depthwise_jax._contract import fields
+from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields
+from depthwise_jax._contract.spec import Spec, arguments_from_config, check_spelling
+from depthwise_jax._core import introspect
+from depthwise_jax._core.dtypes import added
+from depthwise_jax._core.window import per_axis
 
 
 class Loss(nnx.Intermediate):

@@ -52,9 +52,9 @@ import optax
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey, keystr
 
-from depthwise_jax import introspect
+from depthwise_jax._core import introspect
+from depthwise_jax._core.dtypes import at_least_float32, promoted
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
-from depthwise_jax.dtypes import at_least_float32, promoted
 
 Path = tuple[str, ...]
 

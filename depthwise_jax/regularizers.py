@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from depthwise_jax.dtypes import at_least_float32
-from depthwise_jax.registry import Registry
+from depthwise_jax._core.dtypes import at_least_float32
+from depthwise_jax._core.registry import Registry
 
 
 class Regularizer:

@@ -5,7 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
-from depthwise_jax.layout import DATA_FORMATS
+from depthwise_jax._core.layout import DATA_FORMATS
 
 _image_data_format: str | None = None
 

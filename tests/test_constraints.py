@@ -18,10 +18,10 @@ from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
 from depthwise_jax import constraints, initializers
+from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.window import Window
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm, compose
-from depthwise_jax.layout import Layout
 from depthwise_jax.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer
-from depthwise_jax.window import Window
 from tests.keras_reference import keras
 
 NARROW = (jnp.bfloat16, jnp.float16)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthwise_jax import introspect, linen, spec
+from depthwise_jax import linen
+from depthwise_jax._contract import spec
+from depthwise_jax._core import introspect
 from tests.keras_reference import keras
 
 LAYERS = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")

@@ -12,7 +12,8 @@ import pytest
 from flax.linen.summary import tabulate
 
 import depthwise_jax
-from depthwise_jax import depthwise_conv, initializers, introspect, linen, regularizers, separable_conv
+from depthwise_jax import depthwise_conv, initializers, linen, regularizers, separable_conv
+from depthwise_jax._core import introspect
 from depthwise_jax.linen import regularization_loss
 from tests.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv2D
 

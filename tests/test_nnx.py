@@ -16,8 +16,8 @@ from flax import nnx
 
 import depthwise_jax
 from depthwise_jax import constraints, initializers, linen, optim, regularizers, settings
+from depthwise_jax._contract.spec import Spec
 from depthwise_jax.nnx import Loss, regularization_loss
-from depthwise_jax.spec import Spec
 from tests.cases import CASES, CORE, Case
 from tests.test_keras_conformance import LAYERS, draw
 

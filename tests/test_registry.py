@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from depthwise_jax import DepthwiseConv2D
-from depthwise_jax.registry import Registry, closest
+from depthwise_jax._core.registry import Registry, closest
 
 
 @dataclasses.dataclass(frozen=True)

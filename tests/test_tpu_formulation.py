@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.layout import Layout
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.sharding import Partitioning
+from depthwise_jax._core.window import Window
 from depthwise_jax.lowering import Call, conv, taps
-from depthwise_jax.sharding import Partitioning
-from depthwise_jax.window import Window
 
 
 def call_of(direction: str, rank: int, k: int, dilation: int, channels: int, multiplier: int) -> Call:

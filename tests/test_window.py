@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from depthwise_jax.window import Window, resolve
+from depthwise_jax._core.window import Window, resolve
 from tests.oracle import EmptyOutputError, Oracle
 
 

@@ -11,7 +11,7 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from depthwise_jax import introspect
+from depthwise_jax._core import introspect
 from depthwise_jax.drop_in import conv_general_dilated
 from depthwise_jax.interop.modules import make, overridden, parts
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax.core import meta
 
 from depthwise_jax import linen
-from depthwise_jax.spec import Spec
+from depthwise_jax._contract.spec import Spec
 
 FRAMEWORKS = ("linen", "nnx")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.dtypes import widened
-from depthwise_jax.sharding import Partitioning
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.dtypes import widened
+from depthwise_jax._core.sharding import Partitioning
 
 MAPS = ("forward", "input_grad", "kernel_grad")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

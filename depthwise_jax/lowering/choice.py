@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 
+from depthwise_jax._core.registry import closest
 from depthwise_jax.lowering import conv, native, taps
 from depthwise_jax.lowering.call import Call
-from depthwise_jax.registry import closest
 
 
 class Lowering(Protocol):

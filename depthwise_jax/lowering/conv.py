@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.dtypes import widened
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.dtypes import widened
 from depthwise_jax.lowering.call import Call
 
 # Positions that a window may span along an axis. XLA's CPU convolution reads outside of its arrays where a window of

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.fused import ACTIVATIONS
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.fused import ACTIVATIONS
 from depthwise_jax.lowering import library
 from depthwise_jax.lowering.call import MAPS, Call
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from depthwise_jax import fused
+from depthwise_jax._core import fused
 from depthwise_jax.lowering.call import Call
 from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, KeepingLowering, Lowering, choose
 

@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.dtypes import widened
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.dtypes import widened
 from depthwise_jax.lowering.call import Call
 
 # Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.

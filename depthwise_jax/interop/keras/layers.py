@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from depthwise_jax import activations, constraints, fields, initializers, linen, regularizers, spec
+from depthwise_jax import activations, constraints, initializers, linen, regularizers
+from depthwise_jax._contract import fields, spec
 from depthwise_jax.interop.keras.config import CONVS, LAYERS, Names, named
 from depthwise_jax.interop.modules import Converted, channels_of, make, overridden, parts, real_array
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jax import lax
 
-from depthwise_jax.layout import Layout
-from depthwise_jax.window import Window
+from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.window import Window
 
 Shape = tuple[int, ...]
 

@@ -13,12 +13,13 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import Array
 
-from depthwise_jax import activations, constraints, hints, initializers, regularizers
+from depthwise_jax import activations, constraints, initializers, regularizers
+from depthwise_jax._core import hints
+from depthwise_jax._core.layout import DATA_FORMATS, Layout
+from depthwise_jax._core.registry import check_depth, closest
+from depthwise_jax._core.window import canonical_padding, per_axis
 from depthwise_jax.functional import Request, convolve, convolve_separably
 from depthwise_jax.initializers import Initializer
-from depthwise_jax.layout import DATA_FORMATS, Layout
-from depthwise_jax.registry import check_depth, closest
-from depthwise_jax.window import canonical_padding, per_axis
 
 Shape = tuple[int, ...]
 

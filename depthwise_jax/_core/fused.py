@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from depthwise_jax.layout import Layout
+from depthwise_jax._core.layout import Layout
 
 ACTIVATIONS = ("linear", "relu", "relu6")
 # The functions that the names stand for, as depthwise_jax.activations gives them.

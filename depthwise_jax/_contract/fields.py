@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from depthwise_jax.window import Padding
+from depthwise_jax._core.window import Padding
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -38,9 +38,10 @@ from jax.extend.core.primitives import name_p
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from depthwise_jax import dtypes, fused, lowering, sharding
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.sharding import Partitioning
+from depthwise_jax import lowering
+from depthwise_jax._core import dtypes, fused, sharding
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.sharding import Partitioning
 
 # What remat policies call a convolution's value, such as
 # jax.checkpoint_policies.save_only_these_names("depthwise_conv").

@@ -15,8 +15,8 @@ import jax
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from depthwise_jax.convolution import Convolution
-from depthwise_jax.layout import Layout
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.layout import Layout
 
 # One entry of a PartitionSpec: None, a mesh axis, or a tuple of them.
 Entry = Any
