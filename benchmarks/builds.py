@@ -174,10 +174,10 @@ def main() -> None:
     arguments = parser.parse_args()
     modes = tuple(arguments.modes.split(","))
     if not set(modes) <= set(MODES):
-        raise SystemExit(f"--modes must name some of {', '.join(MODES)}, got {arguments.modes!r}")
+        raise SystemExit(f"--modes must name some of {', '.join(MODES)}; got {arguments.modes!r}")
     cases = [case for case in NETWORKS if any(part in case.name for part in arguments.layers.split(","))]
     if not cases:
-        raise SystemExit(f"--layers must match layers of tests/cases.py, got {arguments.layers!r}")
+        raise SystemExit(f"--layers must match layers of tests/cases.py; got {arguments.layers!r}")
     environment.enter("benchmarks.builds", arguments.threads, arguments.isa)
     for build, path in zip(BUILDS, (arguments.old, arguments.new), strict=True):
         print(f"{build}: {path}, {load(build, path)}")

@@ -42,7 +42,7 @@ def enter(module: str, threads: int, isa: str | None = None) -> None:
     if hasattr(os, "sched_getaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         if len(processors) < threads:
-            raise ValueError(f"threads must be at most the {len(processors)} processors there are, got {threads}")
+            raise ValueError(f"threads must be at most the {len(processors)} processors there are; got {threads}")
         os.sched_setaffinity(0, processors[:threads])
     environment = {
         **os.environ,

@@ -293,7 +293,7 @@ def _names(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     for name in names:
         if name not in known:
-            raise SystemExit(f"--{option} must name some of {', '.join(known)}, got {name!r}")
+            raise SystemExit(f"--{option} must name some of {', '.join(known)}; got {name!r}")
     return names
 
 

@@ -59,7 +59,7 @@ def draw(data: dict[str, Any], mode: str) -> Any:
     """
     rows = [row for row in data["rows"] if row["mode"] == mode]
     if not rows:
-        raise ValueError(f"mode must be one that was measured, got {mode!r}, of which there are no rows")
+        raise ValueError(f"mode must be one that was measured; got {mode!r}, which has no rows")
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     directions = [name for name in TITLES if any(row["direction"] == name for row in rows)]
     names = [name for name in STYLES if any(name in row["ms"] for row in rows)]

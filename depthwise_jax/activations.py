@@ -56,7 +56,7 @@ def sparsemax(x: Array, axis: int = -1) -> Array:
     return jnp.moveaxis(along_last(jnp.moveaxis(x, axis, -1)), -1, axis)
 
 
-# Keras' "threshold" takes two more arguments, so that no layer can call it, and is left out.
+# Keras' "threshold" is left out: it takes two more arguments, and no layer can call it.
 _REGISTRY = Registry(
     "activation",
     "keras.activations",

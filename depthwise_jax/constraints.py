@@ -62,11 +62,18 @@ class Constraint:
         return w
 
     def project_with_margin(self, w: jax.Array) -> jax.Array:
-        """The projection onto a set smaller by what rounding may add later; `self(w)` where there is no such set."""
+        """The projection onto a set smaller by what rounding may add later; `self(w)` where there is no such set.
+
+        Args:
+            w: a real floating-point array.
+        """
         return self(w)
 
     def excess(self, w: jax.Array) -> jax.Array | None:
         """How far each slice of `w` that is projected on its own lies outside the set; None if that is unknown.
+
+        Args:
+            w: a real floating-point array.
 
         Returns:
             Distances >= 0, one for each slice, with the rank of `w` and along every axis its length or 1.
@@ -74,7 +81,11 @@ class Constraint:
         return None
 
     def violation(self, w: jax.Array) -> jax.Array | None:
-        """The largest of `excess(w)`, a scalar: 0 for a member, NaN where `w` has one; None if unknown."""
+        """The largest of `excess(w)`, a scalar: 0 for a member, NaN where `w` has one; None if unknown.
+
+        Args:
+            w: a real floating-point array.
+        """
         excess = self.excess(w)
         return None if excess is None else jnp.max(excess, initial=0)
 
@@ -85,7 +96,7 @@ class Constraint:
             window_axes: the axes that `axis="window"` stands for in the parameter at hand.
 
         Raises:
-            ValueError: Keras has no word for it.
+            ValueError: Keras has no such constraint.
         """
         return {}
 
@@ -115,6 +126,9 @@ def compose(*constraints: Callable[..., Any]) -> Constraint:
 
 def as_constraint(constraint: Any) -> Constraint:
     """`constraint` itself if it is a `Constraint`, else a callable's wrapper.
+
+    Args:
+        constraint: a `Constraint`, or any function from an array to an array of its shape and dtype.
 
     Raises:
         TypeError: not callable.
@@ -291,7 +305,7 @@ class MaxNorm(_Norm):
         exact: the projection itself instead: members stay as they are, and applying it twice changes nothing.
 
     Raises:
-        TypeError, ValueError: an argument that is none of this, or an axis that the array has not.
+        TypeError, ValueError: an argument of another type or value, or an axis that the array does not have.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -33,7 +33,7 @@ def conv_general_dilated(
 ) -> Array:
     """`lax.conv_general_dilated`, with depthwise convolutions and their strided transposes computed by this package.
 
-    Give it to what takes a convolution: `flax.linen.Conv(..., conv_general_dilated=conv_general_dilated)`.
+    Pass it to a module that takes a convolution: `flax.linen.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
     A call is taken if each group has one input channel, and there are several; if lhs and the result lie alike,
     channels last or channels first; and if lhs and rhs are floating or complex, of one dtype that the result has too.

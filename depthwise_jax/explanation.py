@@ -19,7 +19,11 @@ from depthwise_jax.lowering import primitives
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which lowering computes a call and its two gradients, and why; prints as three lines."""
+    """Which lowering computes a call and its two gradients, and why; prints as three lines.
+
+    Attributes:
+        forward, input_grad, kernel_grad: the choice for each map, with its `lowering` and `reason`.
+    """
 
     forward: lowering.Choice
     input_grad: lowering.Choice
@@ -120,5 +124,5 @@ def _platform(platform: str | None) -> str:
         version = jax.local_devices()[0].client.platform_version.lower()
         return "rocm" if "rocm" in version else "cuda"
     if platform not in lowering.PLATFORMS:
-        raise ValueError(f"platform must be one of {(*lowering.PLATFORMS, 'gpu')}, got platform={platform!r}")
+        raise ValueError(f"platform must be one of {(*lowering.PLATFORMS, 'gpu')}; got {platform!r}")
     return platform

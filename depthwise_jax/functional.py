@@ -238,11 +238,11 @@ def kernel_layout(kernel: Sequence[int], data_format: str, name: str) -> Layout:
     rank = len(kernel) - 2
     if not 1 <= rank <= 3:
         raise ValueError(
-            f"{name} must have shape (*window, channels, multiplier) with one to three window axes, "
+            f"{name} must have shape (*window, channels, multiplier) with one to three window axes; "
             f"got shape {tuple(kernel)}{hints.of_kernel(kernel, None, name)}"
         )
     if 0 in kernel:
-        raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier), got shape {tuple(kernel)}")
+        raise ValueError(f"{name} must have no empty axis, (*window, channels, multiplier); got shape {tuple(kernel)}")
     return Layout(rank, data_format)
 
 
@@ -349,7 +349,7 @@ def _checked_bias(bias: ArrayLike | None, channels: int, what: str) -> Array | N
         return None
     bias = jnp.asarray(bias)
     if bias.shape != (channels,):
-        raise ValueError(f"bias must have shape ({what},) = ({channels},), got shape {bias.shape}")
+        raise ValueError(f"bias must have shape ({what},) = ({channels},); got shape {bias.shape}")
     return bias
 
 
@@ -358,7 +358,7 @@ def _result_dtype(preferred: DTypeLike | None, *operands: Array | None) -> Any:
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
     kind = next((kind for kind in kinds if jnp.issubdtype(natural, kind)), None)
     if kind is None:
-        raise TypeError(f"the operands must be numbers, got operands that promote to {natural}")
+        raise TypeError(f"the operands must be numbers; got operands that promote to {natural}")
     if preferred is None:
         return natural
     dtype = jax.dtypes.canonicalize_dtype(preferred)

@@ -64,7 +64,11 @@ class Ones(_Configured):
 
 @dataclass(frozen=True)
 class Constant(_Configured):
-    """All `value`, a finite number."""
+    """All `value`.
+
+    Args:
+        value: a finite number, else ValueError.
+    """
 
     value: float | int | bool = 0.0
 
@@ -74,7 +78,11 @@ class Constant(_Configured):
 
 @dataclass(frozen=True)
 class Identity(_Configured):
-    """`gain` times the identity matrix; ValueError for any other shape, which every parameter of a convolution has."""
+    """`gain` times the identity matrix; ValueError for a shape that is not a matrix's.
+
+    Args:
+        gain: a finite number, else ValueError.
+    """
 
     gain: float = 1.0
 
@@ -86,7 +94,12 @@ class Identity(_Configured):
 
 @dataclass(frozen=True)
 class RandomNormal(_Configured):
-    """Normal with `mean` and `stddev`; `seed` as this module says."""
+    """Normal with `mean` and `stddev`.
+
+    Args:
+        mean, stddev: finite numbers, else ValueError.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     mean: float = 0.0
     stddev: float = 0.05
@@ -98,7 +111,12 @@ class RandomNormal(_Configured):
 
 @dataclass(frozen=True)
 class RandomUniform(_Configured):
-    """Uniform in `[minval, maxval)`; `seed` as this module says."""
+    """Uniform in `[minval, maxval)`.
+
+    Args:
+        minval, maxval: finite numbers, else ValueError.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     minval: float = -0.05
     maxval: float = 0.05
@@ -110,7 +128,13 @@ class RandomUniform(_Configured):
 
 @dataclass(frozen=True)
 class TruncatedNormal(_Configured):
-    """Normal with `mean` and `stddev`, cut off at two standard deviations; `stddev` is that before the cut."""
+    """Normal with `mean` and `stddev`, cut off at two standard deviations.
+
+    Args:
+        mean: a finite number, else ValueError.
+        stddev: the standard deviation before the cut, a finite number, else ValueError.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     mean: float = 0.0
     stddev: float = 0.05
@@ -125,6 +149,10 @@ class Orthogonal(_Configured):
     """`gain` times an orthogonal matrix of shape `(prod(shape[:-1]), shape[-1])`, reshaped (Saxe et al., 2014).
 
     For a depthwise kernel with depth_multiplier 1 this makes the whole layer, not each filter, one unit vector.
+
+    Args:
+        gain: a finite number, else ValueError.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
     """
 
     gain: float = 1.0
@@ -140,8 +168,14 @@ class Orthogonal(_Configured):
 class STFT(_Configured):
     """The kernel `(T, 1, F//2 + 1)` of a short-time Fourier transform: one side of the spectrum, windowed.
 
-    `window` is a name of scipy.signal.windows or None; `scaling` is "density" (divided by the window's 2-norm),
-    "spectrum" (by its 1-norm) or None.
+    Args:
+        side: "real" or "imag", the part of the spectrum.
+        window: a name of scipy.signal.windows, or None.
+        scaling: "density" (divided by the window's 2-norm), "spectrum" (by its 1-norm) or None.
+        periodic: whether the window is periodic rather than symmetric.
+
+    Raises:
+        ValueError: another side, scaling or window, or a shape of another form.
     """
 
     side: str = "real"
@@ -254,12 +288,12 @@ class VarianceScaling(_Fans):
         scale: positive.
         mode: "fan_in", "fan_out" or "fan_avg", their mean.
         distribution: "truncated_normal" (or "normal"), "untruncated_normal" or "uniform".
-        seed: see this module.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
         input_axes, output_axes: the axes whose sizes are multiplied to make the fans, instead of Keras'.
         fan: "window" for `fan_in = prod(window)` and `fan_out = prod(window)*M`; None for Keras'.
 
     Raises:
-        ValueError: an argument that is none of this, or "window" together with axes.
+        ValueError: an argument outside these values, or "window" together with axes.
 
     Examples:
         >>> import jax
@@ -303,42 +337,72 @@ class _Named(_Fans):
 
 @dataclass(frozen=True)
 class GlorotUniform(_Named):
-    """Uniform in +-`sqrt(6 / (fan_in + fan_out))` (Glorot and Bengio, 2010)."""
+    """Uniform in +-`sqrt(6 / (fan_in + fan_out))` (Glorot and Bengio, 2010).
+
+    Args:
+        input_axes, output_axes, fan: as in `VarianceScaling`.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     _scaling = (1.0, "fan_avg", "uniform")
 
 
 @dataclass(frozen=True)
 class GlorotNormal(_Named):
-    """Truncated normal with variance `2 / (fan_in + fan_out)` (Glorot and Bengio, 2010)."""
+    """Truncated normal with variance `2 / (fan_in + fan_out)` (Glorot and Bengio, 2010).
+
+    Args:
+        input_axes, output_axes, fan: as in `VarianceScaling`.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     _scaling = (1.0, "fan_avg", "truncated_normal")
 
 
 @dataclass(frozen=True)
 class HeUniform(_Named):
-    """Uniform in +-`sqrt(6 / fan_in)` (He et al., 2015)."""
+    """Uniform in +-`sqrt(6 / fan_in)` (He et al., 2015).
+
+    Args:
+        input_axes, output_axes, fan: as in `VarianceScaling`.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     _scaling = (2.0, "fan_in", "uniform")
 
 
 @dataclass(frozen=True)
 class HeNormal(_Named):
-    """Truncated normal with variance `2 / fan_in` (He et al., 2015)."""
+    """Truncated normal with variance `2 / fan_in` (He et al., 2015).
+
+    Args:
+        input_axes, output_axes, fan: as in `VarianceScaling`.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     _scaling = (2.0, "fan_in", "truncated_normal")
 
 
 @dataclass(frozen=True)
 class LecunUniform(_Named):
-    """Uniform in +-`sqrt(3 / fan_in)` (LeCun et al., 1998)."""
+    """Uniform in +-`sqrt(3 / fan_in)` (LeCun et al., 1998).
+
+    Args:
+        input_axes, output_axes, fan: as in `VarianceScaling`.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     _scaling = (1.0, "fan_in", "uniform")
 
 
 @dataclass(frozen=True)
 class LecunNormal(_Named):
-    """Truncated normal with variance `1 / fan_in` (LeCun et al., 1998)."""
+    """Truncated normal with variance `1 / fan_in` (LeCun et al., 1998).
+
+    Args:
+        input_axes, output_axes, fan: as in `VarianceScaling`.
+        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+    """
 
     _scaling = (1.0, "fan_in", "truncated_normal")
 
@@ -408,7 +472,11 @@ def get(identifier: Any, argument: str = "initializer") -> Initializer | None:
 
 
 def warn_of_fans(initializer: Any) -> None:
-    """Warns, once, of an initializer of JAX or Flax whose fan_in counts all channels of a depthwise kernel."""
+    """Warns, once, of an initializer of JAX or Flax whose fan_in counts all channels of a depthwise kernel.
+
+    Args:
+        initializer: a layer's depthwise initializer.
+    """
     code = getattr(initializer, "__code__", None)
     if code is None or getattr(initializer, "__qualname__", "") != "variance_scaling.<locals>.init":
         return
@@ -433,6 +501,11 @@ def serialize(
     initializer: Initializer | None, argument: str = "initializer", window_axes: tuple[int, ...] = ()
 ) -> dict[str, Any] | None:
     """Keras' configuration of a resolved initializer, for a parameter whose window lies along `window_axes`.
+
+    Args:
+        initializer: what `get` returned.
+        argument: the argument's name in messages.
+        window_axes: the axes of the parameter that `fan="window"` counts.
 
     Raises:
         ValueError: it is not built in.

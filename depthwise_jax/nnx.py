@@ -130,7 +130,7 @@ class _Layer(nnx.Module):
         """Makes the layer from Keras' configuration; nothing that the configuration names is imported or run.
 
         Args:
-            in_features: the input's channels, of which Keras' configuration says nothing.
+            in_features: the input's channels, which Keras' configuration does not hold.
             config: as for the Linen layers' `from_config`; its name is of no use here.
             rngs: as for the layer.
 
@@ -281,7 +281,7 @@ def collect(model: nnx.Module) -> Any:
 
 
 def regularization_loss(model: nnx.Module) -> Array:
-    """The sum of all weight penalties of a model: a function of its parameters alone, each of which counts once.
+    """The sum of all weight penalties of a model: a function of its parameters alone; each counts once.
 
     The activity penalties are not in it: `nnx.capture(model, Loss)` collects them.
 

@@ -9,7 +9,7 @@ Examples:
     >>> constraints = constraints_of(model, jax.ShapeDtypeStruct((1, 28, 28, 3), "float32"))
     >>> optimizer = optax.chain(optax.adamw(1e-3), project(constraints))  # project last
 
-`optax.apply_updates` adds the update to the parameter and rounds the sum; `project` chooses the update so that the sum
+`optax.apply_updates` adds the update to the parameter and rounds the sum; `project` chooses the update whose sum
 is feasible after that rounding. What holds then if the parameter was feasible before (else from the second step on):
 
 * NonNeg, Box, and the interval of a composition: exactly, whatever the update, NaN apart.
@@ -257,7 +257,7 @@ class _Prefixes:
             empty = {_names(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_empty)}
             for path in unknown:
                 if path not in empty:
-                    raise ValueError(f"constraints do not match the parameters: there is no parameter {_show(path)}")
+                    raise ValueError(f"constraints do not match the parameters: the model has no {_show(path)}")
 
     def __call__(self, path: Path, leaf: Any) -> Any:
         for length in range(len(path) + 1):

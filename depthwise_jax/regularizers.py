@@ -29,13 +29,21 @@ class Regularizer:
         return jnp.zeros((), x.dtype)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
-        """Keras' configuration."""
+        """Keras' configuration.
+
+        Args:
+            window_axes: as for initializers and constraints; regularizers do not depend on them.
+        """
         return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
 class L1(Regularizer):
-    """`l1 * sum(|x|)`; l1 is finite and not negative, else ValueError."""
+    """`l1 * sum(|x|)`.
+
+    Args:
+        l1: finite and not negative, else ValueError.
+    """
 
     l1: float = 0.01
 
@@ -48,7 +56,11 @@ class L1(Regularizer):
 
 @dataclass(frozen=True)
 class L2(Regularizer):
-    """`l2 * sum(x^2)`; l2 is finite and not negative, else ValueError."""
+    """`l2 * sum(x^2)`.
+
+    Args:
+        l2: finite and not negative, else ValueError.
+    """
 
     l2: float = 0.01
 
@@ -61,7 +73,11 @@ class L2(Regularizer):
 
 @dataclass(frozen=True)
 class L1L2(Regularizer):
-    """`l1 * sum(|x|) + l2 * sum(x^2)`; both are finite and not negative, else ValueError."""
+    """`l1 * sum(|x|) + l2 * sum(x^2)`.
+
+    Args:
+        l1, l2: finite and not negative, else ValueError.
+    """
 
     l1: float = 0.0
     l2: float = 0.0
@@ -76,7 +92,7 @@ class L1L2(Regularizer):
 
 @dataclass(frozen=True)
 class OrthogonalRegularizer(Regularizer):
-    """`factor` times the mean of `|cos|` over the pairs of rows (or columns) of a matrix; no convolution kernel is one.
+    """`factor` times the mean of `|cos|` over the pairs of rows (or columns) of a matrix.
 
     Attributes:
         factor: finite and not negative, else ValueError.
@@ -135,6 +151,10 @@ def get(identifier: Any, argument: str = "regularizer") -> Callable[[Array], Arr
 def serialize(regularizer: Callable[[Array], Array] | None, argument: str = "regularizer") -> dict[str, Any] | None:
     """Keras' configuration of a resolved regularizer.
 
+    Args:
+        regularizer: what `get` returned.
+        argument: the argument's name in messages.
+
     Raises:
         ValueError: it is not built in.
     """
@@ -142,7 +162,12 @@ def serialize(regularizer: Callable[[Array], Array] | None, argument: str = "reg
 
 
 def penalty(regularizer: Callable[[Array], Array], x: Array) -> Array:
-    """The loss that a regularizer puts on `x`, a scalar computed in float32 (in x's dtype where that is wider)."""
+    """The loss that a regularizer puts on `x`, a scalar computed in float32 (in x's dtype where that is wider).
+
+    Args:
+        regularizer: a function from an array to its penalty.
+        x: an array of any shape.
+    """
     return jnp.sum(regularizer(x.astype(at_least_float32(x.dtype))))
 
 

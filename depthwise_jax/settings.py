@@ -48,7 +48,7 @@ def _from_file() -> str:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
-            raise ValueError(f"expected a JSON object, found {type(settings).__name__}")
+            raise ValueError(f"expected a JSON object; got {type(settings).__name__}")
     except FileNotFoundError:
         settings = {}
     except (OSError, ValueError, RecursionError) as error:  # ValueError: malformed JSON or UTF-8
@@ -56,5 +56,5 @@ def _from_file() -> str:
         settings = {}
     value = settings.get("image_data_format", "channels_last")
     if value not in DATA_FORMATS:
-        raise ValueError(f"image_data_format in {path} must be one of {DATA_FORMATS}; found {value!r}")
+        raise ValueError(f"image_data_format in {path} must be one of {DATA_FORMATS}; got {value!r}")
     return value

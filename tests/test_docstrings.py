@@ -131,6 +131,27 @@ ON_PAGES = [
 ]
 
 
+def test_what_stands_on_a_page_says_what_its_arguments_are() -> None:
+    pages = re.findall(r"^::: ([\w.]+)$", PAGES, re.MULTILINE)
+    not_shown = ("interop.keras.config", "interop.keras.hdf5", "interop.modules")
+    missing = []
+    for module in MODULES:
+        if module.endswith(not_shown):
+            continue
+        for name, item, text in documented(module):
+            if not any(name == page or name.startswith(f"{page}.") for page in pages):
+                continue
+            if inspect.isclass(item) and "__init__" not in vars(item):
+                continue  # its base class documents them
+            signature = inspect.signature(item.__init__ if inspect.isclass(item) else item)
+            parameters = {*signature.parameters} - {"self", "cls"}
+            if module.endswith(".activations") and parameters == {"x"}:
+                continue  # the formula says it
+            if parameters and not (section(text, "Args") or section(text, "Attributes")):
+                missing.append(f"{name}({', '.join(parameters)})")
+    assert not missing
+
+
 @pytest.mark.parametrize("docstring", ON_PAGES)
 def test_markdown_takes_no_formula_for_emphasis(docstring: str) -> None:
     text = re.sub(r"^ *>>>.*\n(?:(?! *\n).*\n?)*", "", docstring, flags=re.MULTILINE)  # examples, with what they print

@@ -156,11 +156,11 @@ def test_nnx(automatic: Any) -> None:
 @pytest.mark.parametrize(
     ("in_sharding", "error", "message"),
     [
-        ("b", TypeError, "in_sharding must be None or a jax.sharding.PartitionSpec, got in_sharding='b'"),
+        ("b", TypeError, "in_sharding must be None or a jax.sharding.PartitionSpec; got 'b'"),
         (
             P(*(None,) * 5),
             ValueError,
-            r"in_sharding must have at most one entry for each of the 4 axes of x, got in_sharding=P",
+            r"in_sharding must have at most one entry for each of the 4 axes of x; got P",
         ),
         (
             P("rows"),

@@ -456,10 +456,10 @@ def test_a_changed_shape_is_an_error_when_the_step_is_traced(constraint: Any) ->
     ("constraints", "message"),
     [
         ({"dw": {"kernel": NonNeg()}}, "no entry for 'dw/bias'; an unconstrained one is None"),
-        ({"dw": {"kernel": NonNeg(), "bias": None, "scale": None}}, "there is no parameter 'dw/scale'"),
-        ({"dw": {"kernel": {"value": NonNeg(), "box": None}, "bias": None}}, "there is no parameter 'dw/kernel/box'"),
-        ({"conv": NonNeg()}, "there is no parameter 'conv'"),
-        ([NonNeg()], "there is no parameter '0'"),
+        ({"dw": {"kernel": NonNeg(), "bias": None, "scale": None}}, "the model has no 'dw/scale'"),
+        ({"dw": {"kernel": {"value": NonNeg(), "box": None}, "bias": None}}, "the model has no 'dw/kernel/box'"),
+        ({"conv": NonNeg()}, "the model has no 'conv'"),
+        ([NonNeg()], "the model has no '0'"),
     ],
 )
 def test_constraints_that_do_not_match(constraints: Any, message: str) -> None:

@@ -209,7 +209,7 @@ class Spec:
         sizes = tuple(input_shape)
         if not all(size is None or (isinstance(size, int | np.integer) and size >= 0) for size in sizes):
             raise TypeError(f"input_shape must hold integers and None; got {input_shape!r}")
-        # For an unknown axis: the window's length, so that no output is empty; two channels, which glu can halve.
+        # For an unknown axis: the window's length, for a non-empty output; two channels, which glu can halve.
         window = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)]
         stand_ins = self.layout.arrange([1] * (len(sizes) - self.layout.rank - 1), window, 2)
         known = [stand_in if size is None else int(size) for size, stand_in in zip(sizes, stand_ins, strict=False)]
@@ -233,7 +233,7 @@ class Spec:
             ValueError: Keras has no word for one of the arguments.
         """
         if self.layout.rank == 3:
-            raise ValueError(f"Keras has no {self.layer}, so that it has no Keras configuration")
+            raise ValueError(f"Keras has no {self.layer}, so this layer cannot be serialised for Keras")
         if self.padding not in ("valid", "same"):
             raise ValueError(
                 f"padding={self.arguments['padding']!r} has no Keras configuration; 'valid' and 'same' have"
@@ -376,7 +376,9 @@ _RESOLVERS = {
 def _regularizer(identifier: Any, argument: str) -> Callable[[Array], Array] | None:
     regularizer = regularizers.get(identifier, argument)
     if isinstance(regularizer, regularizers.OrthogonalRegularizer):
-        raise ValueError(f"{argument}: OrthogonalRegularizer is for matrices, and a convolution's arrays are none")
+        raise ValueError(
+            f"{argument}: OrthogonalRegularizer needs a matrix; convolution kernels and biases are not matrices"
+        )
     return regularizer
 
 

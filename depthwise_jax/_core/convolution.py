@@ -70,6 +70,6 @@ def hashable_precision(precision: Any) -> Any:
     if (pair and len(values) != 2) or not all(valid):
         raise ValueError(
             "precision must be None, a jax.lax.Precision, its name, or a pair of them for x and kernel; "
-            f"got precision={precision!r}"
+            f"got {precision!r}"
         )
     return values if pair else precision

@@ -36,7 +36,7 @@ _SPELLINGS = {
 
 
 def of_arguments(layer: str, names: Iterable[str]) -> str | None:
-    """The message for arguments of a layer that are another library's; None if there are none.
+    """The message for arguments of a layer that are another library's; None if no argument is.
 
     Args:
         layer: the layer's name.

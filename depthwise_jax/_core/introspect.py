@@ -59,7 +59,7 @@ def collect(
 
     Returns:
         A tree like `model.init(...)["params"]` whose leaves are `Found`, or None where a parameter has neither
-        constraint nor regularizer. Metadata boxes (`nn.Partitioned`) stand in it as one leaf, so that it is a tree
+        constraint nor regularizer. Metadata boxes (`nn.Partitioned`) stand in it as one leaf, which makes it a tree
         prefix of boxed params and the same tree as unboxed ones.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
@@ -97,7 +97,7 @@ def tagged(
     constraint: Callable[..., Any] | None,
     regularizer: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """What a layer passes to `self.param` in place of the initializer `init`, so that `collect` finds the parameter.
+    """What a layer passes to `self.param` in place of the initializer `init`, for `collect` to find the parameter.
 
     Args:
         module: the layer, bound.

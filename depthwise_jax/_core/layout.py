@@ -36,7 +36,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.data_format not in DATA_FORMATS:
-            raise ValueError(f"data_format must be one of {DATA_FORMATS}, got data_format={self.data_format!r}")
+            raise ValueError(f"data_format must be one of {DATA_FORMATS}; got {self.data_format!r}")
 
     @property
     def channels(self) -> int:

@@ -149,7 +149,7 @@ def typed(aval: Any, spec: PartitionSpec) -> Any:
 def check_in_sharding(in_sharding: PartitionSpec | None) -> None:
     """Raises TypeError unless `in_sharding` is None or a PartitionSpec."""
     if in_sharding is not None and not isinstance(in_sharding, PartitionSpec):
-        raise TypeError(f"in_sharding must be None or a jax.sharding.PartitionSpec, got in_sharding={in_sharding!r}")
+        raise TypeError(f"in_sharding must be None or a jax.sharding.PartitionSpec; got {in_sharding!r}")
 
 
 def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tuple[Any, ...] | None:
@@ -169,9 +169,7 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
     """
     check_in_sharding(in_sharding)
     if len(in_sharding) > ndim:
-        raise ValueError(
-            f"in_sharding must have at most one entry for each of the {ndim} axes of x, got in_sharding={in_sharding}"
-        )
+        raise ValueError(f"in_sharding must have at most one entry for each of the {ndim} axes of x; got {in_sharding}")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
@@ -180,7 +178,7 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
     if not named.isdisjoint(mesh.manual_axes) or not named <= {*mesh.axis_names}:
         raise ValueError(
             "in_sharding must name automatic or explicit axes of the mesh; "
-            f"got in_sharding={in_sharding} on a mesh with the axes {mesh.axis_names}, where {mesh.manual_axes} are "
+            f"got {in_sharding} on a mesh with the axes {mesh.axis_names}, where {mesh.manual_axes} are "
             "manual (inside shard_map, where x is a shard already)"
         )
     automatic_remain = bool(mesh.manual_axes) and AxisType.Auto in mesh.axis_types

@@ -82,16 +82,16 @@ def per_axis(value: Any, rank: int, argument: str) -> tuple[int, ...]:
     """One positive integer per spatial axis, from an integer for all axes or a sequence of `rank` of them.
 
     Raises:
-        TypeError: not integers (booleans and floats are none).
+        TypeError: not integers (booleans and floats do not count).
         ValueError: the wrong number of them, or one below 1.
     """
     expected = f"{argument} must be a positive integer or {rank} of them"
     values = tuple(value) if _is_sequence(value) else (value,) * rank
     if len(values) != rank:
-        raise ValueError(f"{expected}, got {argument}={value!r}")
-    numbers = tuple(_integer(v, f"{expected}, got {argument}={value!r}") for v in values)
+        raise ValueError(f"{expected}; got {value!r}")
+    numbers = tuple(_integer(v, f"{expected}; got {value!r}") for v in values)
     if any(number < 1 for number in numbers):
-        raise ValueError(f"{expected}, got {argument}={value!r}")
+        raise ValueError(f"{expected}; got {value!r}")
     return numbers
 
 
@@ -104,14 +104,14 @@ def canonical_padding(padding: Any, rank: int) -> str | tuple[tuple[int, int], .
     """
     expected = (
         f"padding must be one of {PADDINGS}, an integer, or one (low, high) pair for each of the {rank} spatial axes, "
-        f"none negative; got padding={padding!r}"
+        f"none negative; got {padding!r}"
     )
     if isinstance(padding, str):
         name = padding.lower()
         if name not in PADDINGS:
             raise ValueError(expected)
         if name == "causal" and rank != 1:
-            raise ValueError(f"padding='causal' is for one spatial axis, got {rank} of them")
+            raise ValueError(f"padding='causal' is for one spatial axis; got {rank} of them")
         return name
     if not _is_sequence(padding):
         amount = _integer(padding, expected)
@@ -163,7 +163,7 @@ def resolve(
         input_padding = InputPadding(_PAD_MODES[kind], tuple(((e - 1) // 2, e // 2) for e in window.extent))
         if any(isinstance(n, int) and n == 0 for n in spatial):
             raise ValueError(
-                f"padding={kind!r} needs an input to read, got an input with spatial shape {tuple(spatial)}"
+                f"padding={kind!r} needs an input to read; got an input with spatial shape {tuple(spatial)}"
             )
         spatial = [n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True)]
     return _tightened(window, spatial, window.output_shape(spatial)), input_padding

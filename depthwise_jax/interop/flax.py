@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,12 @@ def params_to_flax(params: Any, params_of_convs: Any) -> Any:
         ValueError: the trees differ in anything else than such kernels.
     """
 
+    ours, theirs = meta.unbox(params), meta.unbox(params_of_convs)
+    try:
+        chex.assert_trees_all_equal_structs(ours, theirs)
+    except AssertionError as error:
+        raise ValueError(f"params must be a tree like params_of_convs: {error}") from error
+
     def back(path: Any, value: Any, target: Any) -> Any:
         shape, wanted = jnp.shape(value), jnp.shape(target)
         if shape == wanted:
@@ -184,19 +191,25 @@ def params_to_flax(params: Any, params_of_convs: Any) -> Any:
             raise ValueError(f"the parameter {name!r} must be a depthwise kernel that fits {wanted}; got {shape}")
         return kernel_to_flax(value)
 
-    try:
-        return jax.tree_util.tree_map_with_path(back, meta.unbox(params), meta.unbox(params_of_convs))
-    except TypeError as error:
-        raise ValueError(f"params must be a tree like params_of_convs: {error}") from error
+    return jax.tree.map_with_path(back, ours, theirs)
 
 
 def kernel_from_flax(kernel: Any, channels: int) -> Any:
-    """`(..., 1, C*M)` as `(..., C, M)`; output channel `c*M + m` is the same number in both."""
+    """`(..., 1, C*M)` as `(..., C, M)`; output channel `c*M + m` is the same number in both.
+
+    Args:
+        kernel: a kernel (*window, 1, C*M) of Flax' Conv, leading axes allowed.
+        channels: the input's channels C.
+    """
     return kernel.reshape((*kernel.shape[:-2], channels, kernel.shape[-1] // channels))
 
 
 def kernel_to_flax(kernel: Any) -> Any:
-    """`(..., C, M)` as `(..., 1, C*M)`."""
+    """`(..., C, M)` as `(..., 1, C*M)`.
+
+    Args:
+        kernel: a kernel (*window, C, M) of depthwise_conv, leading axes allowed.
+    """
     return kernel.reshape((*kernel.shape[:-2], 1, kernel.shape[-2] * kernel.shape[-1]))
 
 

@@ -90,7 +90,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` does with each grouped convolution of a call; prints as one line each."""
+    """What `accelerate` does with each grouped convolution of a call; prints as one line each.
+
+    Attributes:
+        sites: the grouped convolutions, in the order of the program.
+    """
 
     sites: tuple[Site, ...]
 
@@ -109,7 +113,11 @@ class Report:
 
 
 class Accelerated:
-    """What `accelerate` returns: a function, with `report`."""
+    """What `accelerate` returns: a function, with `report`.
+
+    Args:
+        function: the function whose convolutions are replaced.
+    """
 
     def __init__(self, function: Callable[..., Any]):
         self._function = function

@@ -162,6 +162,6 @@ def check_implementation(implementation: str | None) -> None:
     """Raises ValueError unless `implementation` is None or the name of a lowering."""
     if implementation is not None and not (isinstance(implementation, str) and implementation in LOWERINGS):
         raise ValueError(
-            f"implementation must be None or one of {tuple(LOWERINGS)}, "
-            f"got implementation={implementation!r}; " + closest(str(implementation), LOWERINGS)
+            f"implementation must be None or one of {tuple(LOWERINGS)}; "
+            f"got {implementation!r}; " + closest(str(implementation), LOWERINGS)
         )

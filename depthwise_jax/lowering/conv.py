@@ -29,7 +29,7 @@ def refusal(call: Call) -> str | None:
     """Why lax's convolution cannot serve a call, or None."""
     extents = call.convolution.window.extent
     if call.platform == "cpu" and max(extents) > _EXTENT:
-        return f"XLA's convolution is wrong where a window spans more than about {_EXTENT} positions, got {extents}"
+        return f"XLA's convolution is wrong where a window spans more than about {_EXTENT} positions: {extents}"
     if call.direction == "kernel_grad" and _counts_replicas(call):
         # kernel_grad has the details.
         reason = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"
@@ -72,7 +72,7 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype.
 
-    With several kernels per channel it is a sum of single-kernel transposes: lax's own transpose is no depthwise
+    With several kernels per channel it is a sum of single-kernel transposes: lax's own transpose is not a depthwise
     convolution then, and partitions with an all-gather.
     """
     x = jax.ShapeDtypeStruct(call.convolution.input_grad_shape(g.shape, kernel.shape), g.dtype)

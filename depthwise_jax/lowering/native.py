@@ -6,7 +6,7 @@ picks the instruction set when it is loaded, or takes the one that the environme
 says why, and the other lowerings serve.
 
 The kernels know one form: channels last, and a channel's M kernels outermost in kernel and y; axes that stand elsewhere
-are moved. Where M is 1 that axis is left out, so that nothing stands between a program's arrays and the call: XLA
+are moved. Where M is 1 that axis is left out, and nothing stands between a program's arrays and the call: XLA
 copies narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once.
 Operands and result have one dtype: what is to be converted is converted inside, for XLA would wake its threads for it.
 """
@@ -89,7 +89,7 @@ def refusal(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"there are kernels for {', '.join(_DTYPES)}, not for {call.dtype}"
     if call.symbolic:
-        return f"the kernels need known spatial sizes, got the symbolic {call.convolution.spatial}"
+        return f"the kernels need known spatial sizes, not the symbolic {call.convolution.spatial}"
     return _too_large(call.convolution) or status().reason or None
 
 
@@ -106,7 +106,7 @@ def _too_large(convolution: Convolution) -> str | None:
     }
     for name, values in numbers.items():
         if max(values) > _LARGEST:
-            return f"the kernels take {name} up to 2**31, got {values}"
+            return f"the kernels take {name} up to 2**31, not {values}"
     return None
 
 

@@ -15,7 +15,7 @@ is for what a compiled kernel can do at its store. Its value stays fused where i
 is the three maps' times a mask that its value tells.
 
 Their parameters: `convolution`, the static Convolution; `stacked`, how many leading axes both operands have in common,
-each index of which is a convolution of its own (what vmap over both makes); `dtype`, the result's; `implementation`,
+where each index is a convolution of its own (vmap over both makes them); `dtype`, the result's; `implementation`,
 the name of a lowering or None; and `differentiated`, True where derivatives are taken at a value of conv_p or
 conv_fused_p, and absent elsewhere.
 """

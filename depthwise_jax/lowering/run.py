@@ -18,7 +18,7 @@ def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: 
     """One map, on the chosen lowering.
 
     Args:
-        *operands: the map's two operands, with `stacked` leading axes in common, each index of which is a convolution
+        *operands: the map's two operands, with `stacked` leading axes in common, where each index is a convolution
             of its own.
         call: the call.
         stacked: the number of those axes.

@@ -53,7 +53,7 @@ def refusal(call: Call) -> str | None:
     """Why taps cannot serve a call, or None."""
     convolution, window = call.convolution, call.convolution.window
     if call.symbolic:
-        return f"it needs known spatial sizes, got the symbolic {convolution.spatial}"
+        return f"it needs known spatial sizes, not the symbolic {convolution.spatial}"
     axes = zip(convolution.spatial, convolution.out, window.strides, window.padding, window.extent, strict=True)
     spans = tuple(low + n + (o - 1) * s + e for n, o, s, (low, _), e in axes)
     if max(spans) > _POSITIONS:
@@ -75,7 +75,7 @@ def operand_dtype(call: Call) -> Any:
 def keeps_value(call: Call) -> bool:
     """Whether a value must be kept for the backward pass.
 
-    XLA's TPU compiler would compute an elementwise sum once more there, within a matrix product that is no faster for
+    XLA's TPU compiler would compute an elementwise sum once more there, within a matrix product that gains nothing from
     it: a training step around a window of 4 takes 1.2 times as long.
     """
     return call.differentiated and call.platform == "tpu"
