@@ -104,7 +104,7 @@ def test_an_empty_axis_is_no_input(padding: str) -> None:
     ids=str,
 )
 def test_strides_and_dilation(argument: str, value: Any, error: Any) -> None:
-    refused(error, (argument, f"{argument}={value!r}", "positive"), **{argument: value})
+    refused(error, (f"{argument} must be a positive integer", f"; got {value!r}"), **{argument: value})
 
 
 @pytest.mark.parametrize(

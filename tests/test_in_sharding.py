@@ -165,7 +165,7 @@ def test_nnx(automatic: Any) -> None:
         (
             P("rows"),
             ValueError,
-            r"in_sharding must name .* got in_sharding=.*'rows'.* on a mesh with the axes \('b', 'c'\)",
+            r"in_sharding must name .*; got .*'rows'.* on a mesh with the axes \('b', 'c'\)",
         ),
     ],
     ids=str,

@@ -186,6 +186,8 @@ def test_a_tree_that_does_not_fit_is_refused_by_path():
         params_to_flax({**moved, "stem": {**moved["stem"], "bias": jnp.ones(4)}}, params)
     with pytest.raises(ValueError, match=r"'dw/kernel' must be a depthwise kernel that fits \(3, 3, 1, 3\)"):
         params_to_flax({**moved, "dw": {**moved["dw"], "kernel": jnp.ones((3, 3, 2, 1))}}, params)
+    with pytest.raises(ValueError, match="params must be a tree like params_of_convs"):
+        params_to_flax({name: moved[name] for name in moved if name != "stem"}, params)
 
 
 PARAMS = {"kernel": np.ones((3, 3, 1, 4), np.float32), "bias": np.zeros(4, np.float32)}
