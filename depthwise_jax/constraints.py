@@ -15,6 +15,7 @@ A pointwise kernel (1, 1, C, F) or a dense one (C, F) has its filters along C: `
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
@@ -26,7 +27,7 @@ from jax.core import Tracer
 from depthwise_jax._core.dtypes import at_least_float32
 from depthwise_jax._core.introspect import per_instance
 from depthwise_jax._core.norms import Axis, axes_of, checked_axis, plain_norms, polar, rounded, slice_norms, sum_error
-from depthwise_jax._core.registry import Registry
+from depthwise_jax._core.registry import Registry, shown
 
 _KERAS_EPSILON = 1e-7  # keras.config.epsilon()
 _INF = float("inf")
@@ -156,6 +157,8 @@ class Box(Constraint):
     upper: Any = _INF
 
     def __post_init__(self) -> None:
+        for argument, value in (("lower", self.lower), ("upper", self.upper)):
+            _check_number(value, f"Box: {argument}")
         if _is_number(self.lower) and _is_number(self.upper) and not self.lower <= self.upper:
             raise ValueError(f"Box: lower must not exceed upper; got lower={self.lower!r}, upper={self.upper!r}")
 
@@ -214,6 +217,8 @@ class _Norm(Constraint):
         name = type(self).__name__
         object.__setattr__(self, "axis", checked_axis(self.axis, name))
         least, greatest = self._norm_bounds()
+        for argument, value in (("min_value", least), ("max_value", greatest), ("rate", self.rate)):
+            _check_number(value, f"{name}: {argument}")
         for argument, value in (("min_value", least), ("max_value", greatest)):
             if _is_number(value) and not 0 <= value < _INF:
                 raise ValueError(f"{name}: {argument} must be finite and not negative; got {value!r}")
@@ -464,6 +469,9 @@ class _Function(Constraint):
 class _Composition(Constraint):
     parts: tuple[Constraint, ...]
 
+    def __repr__(self) -> str:
+        return " & ".join(map(repr, self.parts))
+
     def __post_init__(self) -> None:
         lower, upper = self.interval
         if _is_number(lower) and _is_number(upper) and lower > upper:
@@ -514,6 +522,12 @@ serialize = REGISTRY.serialize
 def _is_number(value: Any) -> bool:
     """A value known now; a traced bound is not."""
     return not isinstance(value, Tracer)
+
+
+def _check_number(value: Any, what: str) -> None:
+    """Raises TypeError unless a bound is a real number or an array of one, traced or not."""
+    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) != 0:
+        raise TypeError(f"{what} must be a number; got {shown(value)}")
 
 
 def _greater(a: Any, b: Any) -> Any:

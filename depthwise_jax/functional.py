@@ -82,7 +82,7 @@ def depthwise_conv(
         >>> jax.grad(lambda kernel: depthwise_conv(x, kernel).sum())(kernel).shape
         (3, 3, 32, 2)
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel = _array("x", x), _array("kernel", kernel)
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,
@@ -139,7 +139,8 @@ def separable_conv(
         >>> separable_conv(x, depthwise, pointwise, padding="same").shape
         (8, 28, 28, 16)
     """
-    x, kernel, pointwise = jnp.asarray(x), jnp.asarray(depthwise_kernel), jnp.asarray(pointwise_kernel)
+    x, kernel = _array("x", x), _array("depthwise_kernel", depthwise_kernel)
+    pointwise = _array("pointwise_kernel", pointwise_kernel)
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "depthwise_kernel"),
         strides=strides,
@@ -217,10 +218,16 @@ class Request:
         layout, channels = self.layout, kernel[-2]
         axes = layout.arrange(["*batch"], [f"spatial{i}" for i in range(layout.rank)], "channels")
         if len(x) < layout.rank + 1 or x[layout.channels] != channels:
-            hint = hints.of_kernel(kernel, x[layout.channels] if len(x) > layout.rank else None)
+            came = x[layout.channels] if len(x) > layout.rank else None
+            if hint := hints.of_kernel(kernel, came):
+                raise ValueError(
+                    f"kernel must have shape (*window, {came}, multiplier) for x of shape {tuple(x)} and "
+                    f"data_format={layout.data_format!r}; got shape {tuple(kernel)}{hint}"
+                )
             raise ValueError(
                 f"x must have shape ({', '.join(axes)}) with {channels} channels, to fit the kernel of shape "
-                f"{tuple(kernel)} and data_format={layout.data_format!r}; got shape {tuple(x)}{hint}"
+                f"{tuple(kernel)} and data_format={layout.data_format!r}; got shape {tuple(x)}"
+                f"{hints.of_input(x, layout, channels)}"
             )
         spatial = layout.spatial_shape(x)
         window, input_padding = resolve(spatial, kernel[: layout.rank], self.strides, self.padding, self.dilation_rate)
@@ -344,10 +351,16 @@ def _finish(y: Array, bias: Array | None, request: Request) -> Array:
     return y if request.activation is None else request.activation(y)
 
 
+def _array(name: str, value: Any) -> Array:
+    if value is None or isinstance(value, str):
+        raise TypeError(f"{name} must be an array; got {value!r}")
+    return jnp.asarray(value)
+
+
 def _checked_bias(bias: ArrayLike | None, channels: int, what: str) -> Array | None:
     if bias is None:
         return None
-    bias = jnp.asarray(bias)
+    bias = _array("bias", bias)
     if bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({what},) = ({channels},); got shape {bias.shape}")
     return bias
@@ -365,6 +378,6 @@ def _result_dtype(preferred: DTypeLike | None, *operands: Array | None) -> Any:
     if not jnp.issubdtype(dtype, kind) or dtypes.promoted(natural, dtype) != dtype:
         raise TypeError(
             f"preferred_element_type must be {natural}, to which the operands promote, or a wider type of its kind; "
-            f"got preferred_element_type={jnp.dtype(preferred)}"
+            f"got {jnp.dtype(preferred)}"
         )
     return dtype

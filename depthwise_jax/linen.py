@@ -26,6 +26,8 @@ class _Layer(nn.Module):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name in ("kernel_size", "strides", "padding", "dilation_rate"):
+            object.__setattr__(self, name, _hashable(getattr(self, name)))
         # Read once, at construction, as Keras does: clones keep it.
         given = settings.image_data_format() if self.data_format is None else self.data_format
         object.__setattr__(self, "data_format", data_format(given))
@@ -81,6 +83,11 @@ class _Layer(nn.Module):
             ValueError: it is another layer's, or names what is not built in.
         """
         return cls(**arguments_from_config(cls.__name__, fields.names(cls), config))
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, for a module to be a static argument of jax.jit."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _zero() -> Any:

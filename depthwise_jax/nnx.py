@@ -6,6 +6,7 @@ layer is found too.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -54,6 +55,11 @@ class _Layer(nnx.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_spelling(cls.__name__, ["rngs", *fields.names(cls)], kwargs)
+        try:
+            inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+        except TypeError as error:
+            first = ", ".join(f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING)
+            raise TypeError(f"{cls.__name__}({first}, ..., rngs=nnx.Rngs(0)): {error}") from None
         return super().__new__(cls)
 
     def __post_init__(self, rngs: nnx.Rngs) -> None:
@@ -308,6 +314,8 @@ def regularization_loss(model: nnx.Module) -> Array:
 
 
 def _params(model: nnx.Module) -> Any:
+    if not isinstance(model, nnx.Module | nnx.State):
+        raise TypeError(f"model must be a module; got {introspect.described(model)}")
     return nnx.to_flat_state(nnx.state(model, nnx.Param))
 
 

@@ -54,6 +54,7 @@ from jax.tree_util import GetAttrKey, keystr
 
 from depthwise_jax._core import introspect
 from depthwise_jax._core.dtypes import at_least_float32, promoted
+from depthwise_jax._core.registry import shown
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
 
 Path = tuple[str, ...]
@@ -92,7 +93,11 @@ def constraints_of(
     else:
         from depthwise_jax import nnx  # loaded when first used
 
-        found = nnx.collect(model, *args, **kwargs)
+        if args or kwargs:
+            raise TypeError(
+                f"model must be a flax.linen.Module to take example inputs; got {introspect.described(model)}"
+            )
+        found = nnx.collect(model)
     return jax.tree.map(_constraint_of, found)
 
 
@@ -269,6 +274,11 @@ class _Prefixes:
 
 
 def _resolve(path: Path, entry: Any) -> Constraint | None:
+    if hasattr(entry, "shape"):
+        raise TypeError(
+            f"constraint of {_show(path)} must be a constraint or None; got {shown(entry)}: "
+            "were params and constraints given in the wrong order?"
+        )
     resolved = get(entry, f"constraint of {_show(path)}")
     return None if resolved is None else as_constraint(resolved)
 

@@ -33,7 +33,7 @@ def test_a_kernel_of_another_library_gets_its_reshape(name):
     kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     x = np.random.default_rng(1).normal(size=input_shape).astype(np.float32)
     rank = len(shape) - 2
-    with pytest.raises(ValueError, match=r"x must have shape") as refused:
+    with pytest.raises(ValueError, match=r"kernel must have shape") as refused:
         depthwise_conv(x, kernel)
     message = str(refused.value)
     cures = re.findall(r"becomes (.*?)(?=; (?:a |one )|$)", message)

@@ -1,6 +1,8 @@
-"""Kernels and arguments as other libraries have them, for the ends of error messages."""
+"""What a user may have meant, for the ends of error messages: other libraries' kernels, arguments and layouts."""
 
 from collections.abc import Iterable, Sequence
+
+from depthwise_jax._core.layout import Layout
 
 _GROUPS = "leave it out: each channel is its own group"
 _FEATURES = "the output has depth_multiplier channels for each of the input's: give depth_multiplier"
@@ -67,6 +69,8 @@ def of_kernel(shape: Sequence[int], channels: int | None, name: str = "kernel") 
         return ""
     *window, inputs, outputs = shape
     found = []
+    if outputs == channels and inputs != 1:
+        found.append(f"a kernel (*window, C) without a multiplier becomes {name}[..., None]")
     if inputs == 1 and outputs % channels == 0:
         ours = (*window, channels, outputs // channels)
         found.append(f"a kernel (*window, 1, C*M) of lax or Flax becomes {name}.reshape{ours}")
@@ -79,3 +83,30 @@ def of_kernel(shape: Sequence[int], channels: int | None, name: str = "kernel") 
         inner = (channels, features // channels, *window)
         found.append(f"a weight (C*M, 1, *window) of PyTorch becomes {name}.reshape{inner}.transpose{axes}")
     return "".join(f"; {hint}" for hint in found)
+
+
+def of_input(shape: Sequence[int], layout: Layout, channels: int) -> str:
+    """The other data format, where the input has its channels there, for the end of a message.
+
+    Args:
+        shape: the input's.
+        layout: where the channels were expected.
+        channels: how many there should be.
+    """
+    other = "channels_last" if layout.data_format == "channels_first" else "channels_first"
+    axis = Layout(layout.rank, other).channels
+    if len(shape) <= layout.rank or shape[axis] != channels:
+        return ""
+    return f"; axis {axis} has {channels} entries: pass data_format={other!r} if those are the channels"
+
+
+def of_window(size: Sequence[int], spatial: Sequence[int]) -> str:
+    """What a window larger than the whole input may have been meant for, for the end of a message.
+
+    Args:
+        size: the window's taps along each axis.
+        spatial: the input's size along each axis.
+    """
+    if len({*size}) > 1 or not all(isinstance(n, int) and size[0] > n for n in spatial):
+        return ""
+    return "; a layer's first argument is kernel_size, not a number of features"

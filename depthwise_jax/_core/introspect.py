@@ -5,6 +5,7 @@ the parameter in a metadata box. `nn.vmap` and `nn.scan` tell such a box every a
 are known exactly, at any depth, whether the modules are shared, rematerialised, compact or set up.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +62,17 @@ def collect(
         A tree like `model.init(...)["params"]` whose leaves are `Found`, or None where a parameter has neither
         constraint nor regularizer. Metadata boxes (`nn.Partitioned`) stand in it as one leaf, which makes it a tree
         prefix of boxed params and the same tree as unboxed ones.
+
+    Raises:
+        TypeError: not a Linen module, or example inputs that its method does not take.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a flax.linen.Module; got {described(model)}")
+    if method is None or isinstance(method, str):
+        try:
+            inspect.signature(getattr(model, method or "__call__")).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"a Linen model needs example inputs after it, as model.init does: {error}") from None
     leaves, treedef = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
@@ -88,6 +99,13 @@ def collect(
     # The tree itself without boxes: nn.WeightNorm names its parameters after the paths of others, a box's included.
     params = jax.eval_shape(partial(trace_init, {}), arrays)
     return jax.tree.map_with_path(lambda path, _: found.get(path), params, is_leaf=meta.is_axis_metadata)
+
+
+def described(model: Any) -> str:
+    """What came in place of a module, for a message."""
+    if isinstance(model, type):
+        return f"the class {model.__name__}: make a module of it first, {model.__name__}(...)"
+    return f"an object of type {type(model).__name__}"
 
 
 def tagged(

@@ -27,10 +27,15 @@ def check_depth(configuration: Any, argument: str) -> None:
     raise ValueError(f"{argument} must be a configuration of at most {_DEEPEST} levels; got a deeper one")
 
 
+# Names that a message suggests, at most.
+_LIKELY = 4
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """The valid names most like `name`, for the end of an error message; all of them where none is like it."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
-    likely = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    likely = [candidate for candidate in by_lower if len(name) > 1 and candidate.startswith(name.lower())]
+    likely = likely[:_LIKELY] or difflib.get_close_matches(name.lower(), by_lower, n=_LIKELY, cutoff=0.5)
     if likely:
         return f"closest valid names: {', '.join(repr(by_lower[name]) for name in likely)}"
     return f"valid names: {', '.join(repr(candidate) for candidate in sorted(by_lower.values()))}"
@@ -52,7 +57,9 @@ _SHORT.maxother = 200
 
 
 def shown(value: Any) -> str:
-    """A value that came from outside, short enough for a message."""
+    """A value that came from outside, short enough for a message: of an array its dtype and shape."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {value.dtype}{list(value.shape)}"
     return _SHORT.repr(value)
 
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax import lax
+from jax.core import Tracer
+
+from depthwise_jax._core import hints
 
 PADDINGS = ("valid", "same", "causal", "reflect", "circular")
 # What jnp.pad calls the paddings that read the input again.
@@ -66,6 +69,7 @@ class Window:
                 f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={self.size}, "
                 f"dilation_rate={self.dilation} (a span of {self.extent}), padding={self.padding}; "
                 "expected the padded input to be at least as large as the window's span"
+                f"{hints.of_window(self.size, spatial)}"
             )
         return tuple(n // s + 1 for n, s in zip(steps, self.strides, strict=True))
 
@@ -217,6 +221,8 @@ def _is_sequence(value: Any) -> bool:
 def _integer(value: Any, message: str) -> int:
     if isinstance(value, bool):
         raise TypeError(message)
+    if isinstance(value, Tracer):
+        raise TypeError(f"{message}; it is traced: make it static, as in jax.jit(..., static_argnames=...)")
     try:
         return operator.index(value)
     except TypeError:

@@ -49,6 +49,8 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
     if is_linen:
         if not isinstance(params, Mapping):
             raise TypeError(f"a flax.linen.Conv comes with its params; got params={params!r}")
+        if "kernel" not in params and "params" in params:
+            raise ValueError("params must hold 'kernel'; got 'params' in its place: pass variables['params']")
         values = dict(meta.unbox(params))
     elif _is_nnx_conv(conv):
         if params is not None:

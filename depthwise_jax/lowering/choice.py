@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 
-from depthwise_jax._core.registry import closest
 from depthwise_jax.lowering import conv, native, taps
 from depthwise_jax.lowering.call import Call
 
@@ -161,7 +160,4 @@ def choose(call: Call, implementation: str | None) -> Choice:
 def check_implementation(implementation: str | None) -> None:
     """Raises ValueError unless `implementation` is None or the name of a lowering."""
     if implementation is not None and not (isinstance(implementation, str) and implementation in LOWERINGS):
-        raise ValueError(
-            f"implementation must be None or one of {tuple(LOWERINGS)}; "
-            f"got {implementation!r}; " + closest(str(implementation), LOWERINGS)
-        )
+        raise ValueError(f"implementation must be None or one of {tuple(LOWERINGS)}; got {implementation!r}")
