@@ -13,7 +13,7 @@ CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*
 .PHONY: demo test test-torch test-models test-tpu tpu-floor notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed
-	$(BIN)/python notebooks/demo.py
+	$(BIN)/python -m notebooks.demo
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)

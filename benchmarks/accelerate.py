@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import interleaved
 from depthwise_jax.interop import accelerate
-from tests.models import MODELS, Model
+from workloads import results
+from workloads.models import MODELS, Model
 
 SIZES: dict[str, Callable[[], Model]] = {
     "Keras MobileNetV2 (alpha 1, 4x96x96)": partial(MODELS["keras"], batch=4, size=96, alpha=1.0),
@@ -55,7 +56,7 @@ def main() -> None:
             tasks = {label: partial(finished, f, params, x) for label, f in (("plain", plain), ("ours", fast))}
             samples = interleaved(tasks, rounds, seconds=math.inf)
             before, after = (1e3 * np.median(samples[label]) for label in tasks)
-            speed_up = ratio(samples["plain"], samples["ours"])
+            speed_up = results.ratio(samples["plain"], samples["ours"])
             print(f"{name:44} {direction:9} {before:9.2f} {after:9.2f} {speed_up:8.2f}x")
 
 

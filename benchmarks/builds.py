@@ -4,11 +4,11 @@
     python -m benchmarks.builds OLD.so NEW.so --layers k3,k5,k7,s2 --modes single --rounds 15
 
 Both libraries are loaded at once, and the calls of both are made of the same operands, without anything of the package
-around them. Every result is compared with a float64 reference before it is timed. A row is a layer of tests/cases.py, a
-direction, and single calls or chains of calls in one program; its ratio is the median over rounds of new / old, so less
-than 1 says that the new build is faster. The range beside it holds the middle half of the rounds: where it is wide, the
-machine was busy, and the ratio of the fastest samples of both says more. The geometric means at the end are what to
-judge by. On a busy machine, --threads 1 waits for no other thread.
+around them. Every result is compared with a float64 reference before it is timed. A row is a layer of
+workloads/layers.py, a direction, and single calls or chains of calls in one program; its ratio is the median over
+rounds of new / old, so less than 1 says that the new build is faster. The range beside it holds the middle half of the
+rounds: where it is wide, the machine was busy, and the ratio of the fastest samples of both says more. The geometric
+means at the end are what to judge by. On a busy machine, --threads 1 waits for no other thread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from benchmarks.contestants import CHAIN, COPIES, PAIRS, unrolled
 from benchmarks.timing import interleaved
 from depthwise_jax.lowering import native
 from depthwise_jax.lowering.call import MAPS
-from tests.cases import NETWORKS, Case
+from workloads.layers import NETWORKS
+from workloads.workload import Workload
+
+# By direction and mode, new / old by the median over rounds and by the fastest samples.
+Ratios = dict[tuple[str, str], tuple[float, float]]
 
 BUILDS = ("old", "new")
 MODES = ("single", "chain")
@@ -58,9 +62,9 @@ def load(build: str, path: Path) -> str:
     return instruction_set.decode()
 
 
-def maps(build: str, case: Case, dtype: str) -> dict[str, Callable[..., Any]]:
+def maps(build: str, case: Workload, dtype: str) -> dict[str, Callable[..., Any]]:
     """The maps of a case by direction, on operands as `arranged` makes them."""
-    oracle = case.oracle
+    oracle = case.resolved
     channels, multiplied = oracle.channels, () if oracle.multiplier == 1 else (oracle.multiplier,)
     batch = int(np.prod(oracle.batch))
     shapes = {
@@ -83,22 +87,22 @@ def maps(build: str, case: Case, dtype: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-def arranged(case: Case, operands: work.Operands) -> work.Operands:
+def arranged(case: Workload, operands: work.Operands) -> work.Operands:
     """x, w and g as the kernels take them: a channel's M kernels outermost in w and g, left out where M is 1."""
-    multiplier = case.oracle.multiplier
+    multiplier = case.resolved.multiplier
     w, g = operands["w"], operands["g"]
     g = np.moveaxis(g.reshape(*g.shape[:-1], -1, multiplier), -1, 0)
     w = np.moveaxis(w, -1, 0)
     return {"x": operands["x"], "w": w, "g": g} if multiplier > 1 else {"x": operands["x"], "w": w[0], "g": g[0]}
 
 
-def restored(case: Case, direction: str, result: work.Array) -> work.Array:
+def restored(case: Workload, direction: str, result: work.Array) -> work.Array:
     """A result of the kernels as the reference has it."""
-    if case.oracle.multiplier > 1 and direction != "dx":
+    if case.resolved.multiplier > 1 and direction != "dx":
         result = np.moveaxis(result, 0, -1)
     elif direction == "dw":
         result = result[..., None]
-    return result.reshape(case.oracle.y_shape) if direction == "forward" else result
+    return result.reshape(case.resolved.y_shape) if direction == "forward" else result
 
 
 def programs(function: Callable[..., Any], direction: str, arguments: tuple[Any, Any]) -> dict[str, Callable[[], Any]]:
@@ -116,7 +120,7 @@ def programs(function: Callable[..., Any], direction: str, arguments: tuple[Any,
     }
 
 
-def measure(case: Case, dtype: str, modes: tuple[str, ...], rounds: int) -> dict[tuple[str, str], tuple[float, float]]:
+def measure(case: Workload, dtype: str, modes: tuple[str, ...], rounds: int) -> Ratios:
     """Prints a row for each direction and mode of a layer; returns the ratio of each, by the median and by the fastest.
 
     Raises:
@@ -177,7 +181,7 @@ def main() -> None:
         raise SystemExit(f"--modes must name some of {', '.join(MODES)}; got {arguments.modes!r}")
     cases = [case for case in NETWORKS if any(part in case.name for part in arguments.layers.split(","))]
     if not cases:
-        raise SystemExit(f"--layers must match layers of tests/cases.py; got {arguments.layers!r}")
+        raise SystemExit(f"--layers must match layers of workloads/layers.py; got {arguments.layers!r}")
     environment.enter("benchmarks.builds", arguments.threads, arguments.isa)
     for build, path in zip(BUILDS, (arguments.old, arguments.new), strict=True):
         print(f"{build}: {path}, {load(build, path)}")

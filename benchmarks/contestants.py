@@ -26,7 +26,7 @@ from jax import lax
 from benchmarks import environment
 from benchmarks.work import Array, Operands, pads
 from depthwise_jax import depthwise_conv, explain
-from tests.cases import Case
+from workloads.workload import Workload
 
 CHAIN = 8
 _TINY = 1e-30
@@ -55,13 +55,13 @@ class Task:
     read: Callable[[Any], Array]
 
 
-Contestant = Callable[[Case, Operands, str, str, bool], Task]
+Contestant = Callable[[Workload, Operands, str, str, bool], Task]
 # x, w, b or None, whether relu follows
 Convolution = Callable[[Any, Any, Any, bool], Any]
 
 
-def _ours(implementation: str | None) -> Callable[[Case], Convolution]:
-    def make(case: Case) -> Convolution:
+def _ours(implementation: str | None) -> Callable[[Workload], Convolution]:
+    def make(case: Workload) -> Convolution:
         conv = case.conv(implementation)
         return lambda x, w, b, relu: conv(x, w, b, activation="relu" if relu else None)
 
@@ -73,8 +73,8 @@ def _finished(y: Any, b: Any, relu: bool) -> Any:
     return jax.nn.relu(y) if relu else y
 
 
-def _lax(case: Case) -> Convolution:
-    oracle, spatial = case.oracle, "DHW"[3 - case.oracle.rank :]
+def _lax(case: Workload) -> Convolution:
+    oracle, spatial = case.resolved, "DHW"[3 - case.resolved.rank :]
     layouts = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
 
     def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
@@ -93,8 +93,8 @@ def _lax(case: Case) -> Convolution:
     return conv
 
 
-def _flax(case: Case) -> Convolution:
-    oracle = case.oracle
+def _flax(case: Workload) -> Convolution:
+    oracle = case.resolved
     features = oracle.channels * oracle.multiplier
 
     def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
@@ -115,11 +115,11 @@ def _flax(case: Case) -> Convolution:
     return conv
 
 
-def _keras(case: Case) -> Convolution:
+def _keras(case: Workload) -> Convolution:
     keras = _optional("keras")
     if keras.backend.backend() != "jax":
         raise MissingError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
-    strides = case.oracle.strides[0]
+    strides = case.resolved.strides[0]
 
     def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
         x = keras.ops.pad(x, [(0, 0), *pads(case), (0, 0)])
@@ -130,10 +130,10 @@ def _keras(case: Case) -> Convolution:
     return conv
 
 
-def _in_jax(make: Callable[[Case], Convolution], implementation: str | None = "conv") -> Contestant:
+def _in_jax(make: Callable[[Workload], Convolution], implementation: str | None = "conv") -> Contestant:
     """A contestant of a convolution that JAX traces; its `implementation` as explain() takes it."""
 
-    def contestant(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+    def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
         conv = make(case)
         x, w, g, b = (jnp.asarray(operands[name], dtype) for name in ("x", "w", "g", "b"))
         functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -235,7 +235,7 @@ def _filters(w: Array) -> Array:
 
 
 def _torch(channels_last: bool) -> Contestant:
-    def contestant(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+    def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
         torch = _optional("torch")
         gpu = jax.default_backend() == "gpu"
         if gpu and not torch.cuda.is_available():
@@ -247,7 +247,7 @@ def _torch(channels_last: bool) -> Contestant:
             result = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, dtype))
             return result.to("cuda" if gpu else "cpu").contiguous(memory_format=layout)
 
-        oracle = case.oracle
+        oracle = case.resolved
         channels, multiplier = oracle.channels, oracle.multiplier
         strides, dilation = _two(oracle.strides, 1), _two(oracle.dilation, 1)
         padding, out = _two(pads(case), (0, 0)), _two(oracle.out, 1)
@@ -338,13 +338,13 @@ def _in_turn(run: Callable[[], Any]) -> Callable[[], Any]:
     return chain
 
 
-def _tensorflow(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+def _tensorflow(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
     tf = _optional("tensorflow")
     if dtype != "float32":
         raise UnsupportedError("timed in float32 only")
     if not tf.config.threading.get_intra_op_parallelism_threads():
         tf.config.threading.set_intra_op_parallelism_threads(environment.processors())
-    oracle = case.oracle
+    oracle = case.resolved
     strides = _two(oracle.strides, 1)
     if strides[0] != strides[1] or set(oracle.dilation) != {1}:
         raise UnsupportedError("strides that differ, or dilation")
@@ -368,11 +368,11 @@ def _tensorflow(case: Case, operands: Operands, direction: str, dtype: str, chai
     return Task(_in_turn(run) if chained else run, lambda y: y.numpy().reshape(shape))
 
 
-def _onnxruntime(case: Case, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
+def _onnxruntime(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
     if direction not in ("forward", "bias_relu") or dtype != "float32":
         raise UnsupportedError("timed for forward passes in float32 only")
     onnx, runtime = _optional("onnx"), _optional("onnxruntime")
-    oracle = case.oracle
+    oracle = case.resolved
     window = _filters(operands["w"])
     x = np.ascontiguousarray(np.moveaxis(_images(operands["x"]), -1, 1))
     filters = np.ascontiguousarray(np.moveaxis(window.reshape(*window.shape[:2], 1, -1), (2, 3), (1, 0)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -29,18 +28,6 @@ def measure(threads: int) -> dict[str, Any]:
         "multiply_add": _multiply_adds(threads),
         "multiply_add_is": f"float32 product of two {_SIDE} x {_SIDE} matrices, G multiply-adds a second, best of five",
     }
-
-
-def memory_ms(limits: dict[str, Any], traffic: int) -> float:
-    """Milliseconds that a copy of so many bytes takes, read and written together; interpolated between the sizes."""
-    sizes = np.log([point["bytes"] for point in limits["copy"]])
-    rates = np.log([point["GB/s"] for point in limits["copy"]])
-    return 1e3 * traffic / (1e9 * math.exp(np.interp(math.log(traffic), sizes, rates)))
-
-
-def arithmetic_ms(limits: dict[str, Any], multiplications: int) -> float:
-    """Milliseconds that so many float32 multiply-adds take on all threads."""
-    return 1e3 * multiplications / (1e9 * max(limits["multiply_add"].values()))
 
 
 def _copy(threads: int, size: int) -> float:

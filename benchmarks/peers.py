@@ -5,12 +5,12 @@
     python -m benchmarks.peers --json benchmarks/results/cpu.json --check
     python -m benchmarks.peers --read benchmarks/results/cpu.json --check   # prints and checks, measures nothing
 
-The layers are NETWORKS of tests/cases.py. Every result is compared with a float64 reference (benchmarks/work.py: NumPy
-over the window's taps) before it is timed. Samples are taken in turn, one of each contestant a round (of those that are
-ten times slower than the fastest after the others); a ratio is the median over rounds of the pairwise ratio, ours /
-theirs, so that less than 1 is faster. A row with noisy samples, of whichever contestant, is measured again, and the
-calmest measurement counts. On CPU all have the same number of threads. On a GPU the same command times the contestants
-that run there.
+The layers are those of workloads/layers.py. Every result is compared with a float64 reference (benchmarks/work.py:
+NumPy over the window's taps) before it is timed. Samples are taken in turn, one of each contestant a round (of those
+that are ten times slower than the fastest after the others); a ratio is the median over rounds of the pairwise ratio,
+ours / theirs, so that less than 1 is faster. A row with noisy samples, of whichever contestant, is measured again, and
+the calmest measurement counts. On CPU all have the same number of threads. On a GPU the same command times the
+contestants that run there.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ import numpy as np
 
 from benchmarks import environment, limits, work
 from benchmarks.contestants import CHAIN, CONTESTANTS, DEFAULT, MissingError, UnsupportedError, latency
-from benchmarks.timing import NOISY, calm, ratio, spread
+from benchmarks.timing import NOISY, calm, spread
 from depthwise_jax.lowering import native
-from tests.cases import NETWORKS, Case
+from workloads import results
+from workloads.layers import NETWORKS
+from workloads.workload import Workload
 
 MODES = ("single", "chain")
 DTYPES = ("float32", "bfloat16")
@@ -70,7 +72,7 @@ class Run:
     unsupported: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    def layer(self, case: Case) -> None:
+    def layer(self, case: Workload) -> None:
         """Adds the rows of a layer."""
         operands = work.operands(case)
         for direction in self.directions:
@@ -102,9 +104,6 @@ class Run:
                 fastest = min(medians.values(), default=0)
                 slow = {name for name, t in medians.items() if t > _HOPELESS * fastest and CHAIN * t > self.seconds}
                 calls = CHAIN if mode == "chain" else 1
-                milliseconds = {
-                    name: [float(f"{1e3 * sample / calls:.4g}") for sample in taken] for name, taken in samples.items()
-                }
                 row = {
                     "layer": case.name,
                     "direction": direction,
@@ -112,7 +111,7 @@ class Run:
                     "bytes": work.traffic(case, direction, 4),
                     "multiply_adds": work.multiplications(case),
                     "attempts": attempts,
-                    "ms": milliseconds,
+                    "ms": {name: results.milliseconds(taken, calls) for name, taken in samples.items()},
                 }
                 self.rows.append(row)
                 _print_row(row)
@@ -130,7 +129,7 @@ def _print_row(row: dict[str, Any]) -> None:
 def _of(row: dict[str, Any], ours: str, theirs: str) -> float:
     """ours / theirs in a row, NaN where either is missing."""
     taken = row["ms"]
-    return ratio(taken[ours], taken[theirs]) if ours in taken and theirs in taken else float("nan")
+    return results.ratio(taken[ours], taken[theirs]) if ours in taken and theirs in taken else float("nan")
 
 
 def call_latency(rounds: int, attempts: int) -> dict[str, Any]:
@@ -205,10 +204,6 @@ def against_lax(rows: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
-def _mean(values: Any) -> float:
-    return float(np.exp(np.mean(np.log(list(values)))))
-
-
 def check(data: dict[str, Any]) -> bool:
     """Prints PASS or FAIL for each threshold; whether all pass. What was not measured on all layers does not."""
     rows, lines = data["rows"], []
@@ -223,7 +218,7 @@ def check(data: dict[str, Any]) -> bool:
         if not found:
             judge(threshold.name, 0, False, "")
             continue
-        mean, (worst, value) = _mean(found.values()), max(found.items(), key=lambda item: item[1])
+        mean, (worst, value) = results.mean(found.values()), max(found.items(), key=lambda item: item[1])
         limit = "" if threshold.worst is None else f" (at most {threshold.worst})"
         passed = mean <= threshold.mean and (threshold.worst is None or value <= threshold.worst)
         text = f"{mean:.3f} (at most {threshold.mean}), worst {value:.3f}{limit} {worst}"
@@ -231,7 +226,7 @@ def check(data: dict[str, Any]) -> bool:
     if data["isa"] is None:
         found = against_lax(rows)
         if found:
-            mean, (worst, value) = _mean(found.values()), min(found.items(), key=lambda item: item[1])
+            mean, (worst, value) = results.mean(found.values()), min(found.items(), key=lambda item: item[1])
             text = f"{mean:.1f}x (at least {_LAX_MEAN}x), worst {value:.1f}x (at least {_LAX_WORST}x) {worst}"
             judge("forward + dx + dw against lax", len(found), mean >= _LAX_MEAN and value >= _LAX_WORST, text)
         else:
@@ -259,8 +254,8 @@ def report(data: dict[str, Any]) -> None:
             for row in chosen:
                 ours = np.median(row["ms"]["ours"]) if "ours" in row["ms"] else float("nan")
                 least = (
-                    limits.memory_ms(data["limits"], row["bytes"]),
-                    limits.arithmetic_ms(data["limits"], row["multiply_adds"]),
+                    results.memory_ms(data["limits"], row["bytes"]),
+                    results.arithmetic_ms(data["limits"], row["multiply_adds"]),
                 )
                 cells = [f"{value:.4f}" for value in (*least, ours)]
                 cells += [f"{_of(row, 'ours', name):.3f}" for name in names]
@@ -269,7 +264,7 @@ def report(data: dict[str, Any]) -> None:
             cells = []
             for name in names:
                 found = [value for row in chosen if not np.isnan(value := _of(row, "ours", name))]
-                cells.append(f"{_mean(found):.3f}" if found else "")
+                cells.append(f"{results.mean(found):.3f}" if found else "")
             print("| geometric mean | | | | " + " | ".join(cells) + " |")
     print()
     for direction in dict.fromkeys(row["direction"] for row in rows):
@@ -279,7 +274,7 @@ def report(data: dict[str, Any]) -> None:
                 if found:
                     worst, value = max(found.items(), key=lambda item: item[1])
                     print(
-                        f"{direction}, {mode}: {ours} / {theirs}: geometric mean {_mean(found.values()):.3f}, "
+                        f"{direction}, {mode}: {ours} / {theirs}: geometric mean {results.mean(found.values()):.3f}, "
                         f"worst {value:.3f} ({worst}), {len(found)} layers"
                     )
 
@@ -316,12 +311,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge by the thresholds; exits 1 if one fails")
     arguments = parser.parse_args()
     if arguments.read:
-        data, wrong = json.loads(arguments.read.read_text()), []
+        data, wrong = results.read(arguments.read), []
     else:
         environment.enter("benchmarks.peers", arguments.threads, arguments.isa)
         data, wrong = measure(arguments)
         if arguments.json:
-            write(data, arguments.json)
+            results.write(data, arguments.json)
     report(data)
     passed = check(data) if arguments.check else True
     sys.exit(0 if passed and not wrong else 1)
@@ -371,14 +366,6 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if data["left_out"]:
         print(f"left out for lack of time: {', '.join(data['left_out'])}")
     return data, run.wrong
-
-
-def write(data: dict[str, Any], path: Path) -> None:
-    """Writes the results, a row a line."""
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])
-    rest = json.dumps(data | {"rows": []}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(rest.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n")
 
 
 if __name__ == "__main__":

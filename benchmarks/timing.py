@@ -77,9 +77,3 @@ def calm(
         samples = interleaved(functions, rounds, seconds)
         taken.append((max(map(spread, samples.values()), default=0.0), samples))
     return min(taken, key=lambda attempt: attempt[0])[1], len(taken)
-
-
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """The median over rounds of ours / theirs, over the rounds that both have."""
-    common = min(len(ours), len(theirs))
-    return float(np.median(np.divide(ours[:common], theirs[:common])))

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests_tpu.compiler import Figures, compile_for_tpu, make_mesh  # isort: skip  # sets the environment of libtpu
+from workloads.tpu.compiler import Figures, compile_for_tpu, make_mesh  # isort: skip  # sets the environment of libtpu
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from tests.mobilenet import FEW_STAGES, STAGES, MobileNetV2
-from tests_tpu.layers import LAYERS, MAPS, Layer, compile_layer, ours, plain, told
-from tests_tpu.network import CONSTRAINT, forward, training_step
+from workloads.mobilenet import FEW_STAGES, STAGES, MobileNetV2
+from workloads.tpu.layers import LAYERS, MAPS, Layer, compile_layer, ours, plain, told
+from workloads.tpu.network import CONSTRAINT, forward, training_step
 
 HEADER = ("program", "by", "est. cycles", "fusions", "copies", "collectives", "groups of", "temporary MB")
 

@@ -32,7 +32,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-import tests_tpu.compiler  # noqa: F401  # sets the rest of libtpu's environment
+import workloads.tpu.compiler  # noqa: F401  # sets the rest of libtpu's environment
 
 _DUMP = Path(tempfile.mkdtemp(prefix="tpu_schedule_"))
 os.environ["LIBTPU_INIT_ARGS"] = (

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -33,45 +32,15 @@ import numpy as np
 import optax
 
 from benchmarks import environment
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import interleaved
 from depthwise_jax import DepthwiseConv2D
-from tests.mobilenet import STAGES, MobileNetV2
+from workloads import results
+from workloads.convnext import ConvNeXt, torch_convnext
+from workloads.mobilenet import STAGES, MobileNetV2, torch_mobilenet
 
 CLASSES = 1000
 _RATE, _MOMENTUM = 1e-3, 0.9
-# Channels and blocks of the first two stages of ConvNeXt-T, with fewer blocks.
-CONVNEXT = ((96, 2), (192, 2))
 KINDS: tuple[str, ...] = ("depthwise", "pointwise", "batch norm")
-
-
-class ConvNeXt(nn.Module):
-    """Blocks of Liu et al., "A ConvNet for the 2020s" (2022).
-
-    Attributes:
-        plain: whether the depthwise convolutions are flax.linen.Conv.
-    """
-
-    plain: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits (batch, CLASSES) of images (batch, height, width, 3)."""
-        del train  # it has no batch norm
-        for stage, (channels, blocks) in enumerate(CONVNEXT):
-            if stage:
-                x = nn.LayerNorm(name=f"norm{stage}")(x)
-            size = (2, 2) if stage else (4, 4)
-            x = nn.Conv(channels, size, size, name=f"down{stage}")(x)
-            for block in range(blocks):
-                name = f"block{stage}_{block}"
-                if self.plain:
-                    y = nn.Conv(channels, (7, 7), feature_group_count=channels, name=f"{name}_depthwise")(x)
-                else:
-                    y = DepthwiseConv2D(7, padding="same", name=f"{name}_depthwise")(x)
-                y = nn.gelu(nn.Dense(4 * channels, name=f"{name}_expand")(nn.LayerNorm(name=f"{name}_norm")(y)))
-                y = nn.Dense(channels, name=f"{name}_project")(y)
-                x = x + y * self.param(f"{name}_scale", nn.initializers.constant(1e-6), (channels,))
-        return nn.Dense(CLASSES, name="classifier")(x.mean((1, 2)))
 
 
 @dataclass(frozen=True)
@@ -95,75 +64,6 @@ def optional_torch() -> Any:
     return torch
 
 
-def torch_mobilenet(torch: Any) -> Any:
-    """MobileNetV2 as tests/mobilenet.py has it."""
-    layers = torch.nn
-
-    def conv(channels: int, features: int, window: int, stride: int, groups: int, activation: bool) -> list[Any]:
-        return [
-            layers.Conv2d(channels, features, window, stride, window // 2, groups=groups, bias=False),
-            layers.BatchNorm2d(features, momentum=0.01),
-            *([layers.ReLU6(inplace=True)] if activation else []),
-        ]
-
-    class Residual(layers.Module):
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Any) -> Any:
-            return x + self.inner(x)
-
-    modules = conv(3, 32, 3, 2, 1, True)
-    channels = 32
-    for expansion, features, blocks, first_stride in STAGES:
-        for i in range(blocks):
-            hidden, stride = expansion * channels, first_stride if i == 0 else 1
-            expand = conv(channels, hidden, 1, 1, 1, True) if expansion > 1 else []
-            block = layers.Sequential(
-                *expand, *conv(hidden, hidden, 3, stride, hidden, True), *conv(hidden, features, 1, 1, 1, False)
-            )
-            modules.append(Residual(block) if stride == 1 and features == channels else block)
-            channels = features
-    modules += conv(channels, 1280, 1, 1, 1, True)
-    modules += [layers.AdaptiveAvgPool2d(1), layers.Flatten(), layers.Linear(1280, CLASSES)]
-    return layers.Sequential(*modules)
-
-
-def torch_convnext(torch: Any) -> Any:
-    """ConvNeXt as above; what works on channels sees them last, which moves no data."""
-    layers = torch.nn
-
-    class Block(layers.Module):
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.depthwise = layers.Conv2d(channels, channels, 7, padding=3, groups=channels)
-            self.inner = layers.Sequential(
-                layers.LayerNorm(channels, eps=1e-6),
-                layers.Linear(channels, 4 * channels),
-                layers.GELU(approximate="tanh"),
-                layers.Linear(4 * channels, channels),
-            )
-            self.scale = layers.Parameter(1e-6 * torch.ones(channels))
-
-        def forward(self, x: Any) -> Any:
-            y = self.inner(self.depthwise(x).permute(0, 2, 3, 1)) * self.scale
-            return x + y.permute(0, 3, 1, 2)
-
-    class Norm(layers.LayerNorm):
-        def forward(self, input: Any) -> Any:
-            return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    modules: list[Any] = []
-    previous = 3
-    for stage, (channels, blocks) in enumerate(CONVNEXT):
-        size = 2 if stage else 4
-        modules += [Norm(previous, eps=1e-6)] if stage else []
-        modules += [layers.Conv2d(previous, channels, size, size), *(Block(channels) for _ in range(blocks))]
-        previous = channels
-    return layers.Sequential(*modules, layers.AdaptiveAvgPool2d(1), layers.Flatten(), layers.Linear(previous, CLASSES))
-
-
 NETWORKS = {
     "MobileNetV2": Network(
         MobileNetV2(CLASSES, dtype=jnp.float32),
@@ -176,7 +76,7 @@ NETWORKS = {
 }
 
 
-def data(network: Network) -> tuple[np.ndarray, np.ndarray]:
+def batch(network: Network) -> tuple[np.ndarray, np.ndarray]:
     """Images (batch, size, size, 3) and labels (batch,)."""
     rng = np.random.default_rng(0)
     shape = (network.batch, network.size, network.size, 3)
@@ -270,7 +170,7 @@ def measure(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
         AssertionError: the two Flax models differ in the loss or in what a step gains, or PyTorch's model has another
             number of parameters.
     """
-    images, labels = data(network)
+    images, labels = batch(network)
     initial = jax.jit(network.ours.init)(jax.random.key(0), images)
     makers = {
         "ours": partial(JaxTraining, network.ours, initial, images, labels),
@@ -299,7 +199,7 @@ def measure(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
     return {
         "parameters": counts["ours"],
         "losses": losses,
-        "ms": {name: [float(f"{1e3 * sample:.4g}") for sample in taken] for name, taken in samples.items()},
+        "ms": {name: results.milliseconds(taken) for name, taken in samples.items()},
         "compile_s": {name: [round(value, 2) for value in taken] for name, taken in compilations.items()},
     }
 
@@ -386,7 +286,7 @@ def report(data: dict[str, Any]) -> None:
     for network, found in data["networks"].items():
         for name, taken in found["ms"].items():
             compilation = f"{min(found['compile_s'][name]):.2f}" if name in found["compile_s"] else ""
-            against = ratio(found["ms"]["ours"], taken)
+            against = results.ratio(found["ms"]["ours"], taken)
             print(
                 f"| {network} | {name} | {np.median(taken):.2f} | {against:.3f} | {compilation} "
                 f"| {found['losses'][name][-1]:.3f} |"
@@ -407,7 +307,7 @@ def check(data: dict[str, Any]) -> bool:
     if found is None:
         print("NOT MEASURED MobileNetV2")
         return False
-    speed = 1 / ratio(found["ms"]["ours"], found["ms"]["flax"])
+    speed = 1 / results.ratio(found["ms"]["ours"], found["ms"]["flax"])
     ours, flax = (min(found["compile_s"][name]) for name in ("ours", "flax"))
     lines = [
         (speed >= 5, f"MobileNetV2 step against flax.linen.Conv: {speed:.2f}x faster (at least 5x)"),
@@ -430,10 +330,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="judge by the thresholds; exits 1 if one fails")
     arguments = parser.parse_args()
     if arguments.read:
-        results = json.loads(arguments.read.read_text())
+        data = results.read(arguments.read)
     else:
         environment.enter("benchmarks.training", arguments.threads)
-        results = {
+        data = {
             "machine": environment.machine(),
             "versions": environment.versions(),
             "threads": arguments.threads,
@@ -443,11 +343,10 @@ def main() -> None:
             "parts": parts(NETWORKS["MobileNetV2"], arguments.rounds) if "MobileNetV2" in arguments.networks else {},
         }
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    report(results)
+            results.write(data, arguments.json)
+    report(data)
     if arguments.check:
-        sys.exit(0 if check(results) else 1)
+        sys.exit(0 if check(data) else 1)
 
 
 if __name__ == "__main__":

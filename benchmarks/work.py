@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.cases import Case
+from workloads.workload import Workload
 
 # "bias_relu" is the forward pass with a bias, and relu after it.
 DIRECTIONS = ("forward", "bias_relu", "dx", "dw")
@@ -19,26 +19,26 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Operands = dict[str, Array]
 
 
-def operands(case: Case) -> Operands:
+def operands(case: Workload) -> Operands:
     """x, w, g (shaped like y) and the bias b, float32, all of them exact in bfloat16."""
     x, w, g = case.operands()
     arrays = {"x": x, "w": w, "g": g, "b": case.draw(g.shape[-1:], 3)}
     return {name: array.astype(ml_dtypes.bfloat16).astype(np.float32) for name, array in arrays.items()}
 
 
-def pads(case: Case) -> list[tuple[int, int]]:
+def pads(case: Workload) -> list[tuple[int, int]]:
     """The padding of each spatial axis, (low, high)."""
     padding = case.geometry.get("padding", "valid")
-    oracle = case.oracle
+    oracle = case.resolved
     if isinstance(padding, int):
         return [(padding, padding)] * oracle.rank
     sizes = zip(oracle.out, oracle.strides, oracle.window, oracle.spatial, oracle.low, strict=True)
     return [(low, max((out - 1) * s + k - n - low, 0)) for out, s, k, n, low in sizes]
 
 
-def truth(case: Case, direction: str, operands: Operands) -> Array:
+def truth(case: Workload, direction: str, operands: Operands) -> Array:
     """The result of a map in float64: in NumPy, a slice of the padded input for each tap of the window."""
-    oracle = case.oracle
+    oracle = case.resolved
     x, w, g, b = (operands[name].astype(np.float64) for name in ("x", "w", "g", "b"))
     padded = np.pad(x, [(0, 0), *pads(case), (0, 0)])
     g = g.reshape(*g.shape[:-1], oracle.channels, oracle.multiplier)
@@ -60,9 +60,9 @@ def truth(case: Case, direction: str, operands: Operands) -> Array:
     return np.maximum(y + b, 0) if direction == "bias_relu" else y
 
 
-def _taps(case: Case) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+def _taps(case: Workload) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
     """Every tap, and what of the padded input it reads."""
-    oracle = case.oracle
+    oracle = case.resolved
     for tap in itertools.product(*map(range, oracle.window)):
         reads = (slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, oracle.out, oracle.strides, strict=True))
         yield tap, (slice(None), *reads)
@@ -77,15 +77,15 @@ def tolerance(direction: str, dtype: str) -> float:
     return (1e-4 if direction == "dw" else 1e-5) + roundings * 2.0**-8
 
 
-def multiplications(case: Case) -> int:
+def multiplications(case: Workload) -> int:
     """The fused multiply-adds of any of the maps: taps that fall on the padding are not counted."""
-    oracle = case.oracle
+    oracle = case.resolved
     axes = zip(oracle.out, oracle.strides, oracle.window, oracle.low, oracle.spatial, strict=True)
     pairs = (sum(0 <= o * s + t - low < n for o in range(out) for t in range(k)) for out, s, k, low, n in axes)
     return math.prod(oracle.batch) * math.prod(pairs) * oracle.channels * oracle.multiplier
 
 
-def traffic(case: Case, direction: str, itemsize: int) -> int:
+def traffic(case: Workload, direction: str, itemsize: int) -> int:
     """The bytes of the operands and of the result: each is read or written at least once."""
-    sizes = {"x": math.prod(case.x), "w": math.prod(case.kernel), "g": math.prod(case.oracle.y_shape)}
-    return itemsize * (sum(sizes.values()) + (case.oracle.y_shape[-1] if direction == "bias_relu" else 0))
+    sizes = {"x": math.prod(case.x), "w": math.prod(case.kernel), "g": math.prod(case.resolved.y_shape)}
+    return itemsize * (sum(sizes.values()) + (case.resolved.y_shape[-1] if direction == "bias_relu" else 0))

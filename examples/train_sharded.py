@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax.optim import constraints_of, feasibility, project
-from notebooks.demo import Digits, load
+from workloads.digits import Digits, load
 
 BATCH = 64
 

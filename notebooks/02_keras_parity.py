@@ -12,6 +12,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp()  # away from this user's settings
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"  # or TensorFlow, which Keras imports where it is installed, prints about it
 
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +23,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pandas as pd
-from demo import load
 from IPython.display import display
+
+sys.path.insert(0, "..")  # workloads/ lies beside this directory
 
 import depthwise_jax
 from depthwise_jax import regularization_loss
@@ -31,6 +33,7 @@ from depthwise_jax.constraints import MaxNorm, MinMaxNorm, NonNeg
 from depthwise_jax.initializers import HeNormal
 from depthwise_jax.interop.keras import from_keras
 from depthwise_jax.optim import constraints_of, project
+from workloads.digits import load
 
 plt.style.use("depthwise_jax.mplstyle")
 EPSILON = np.finfo(np.float32).eps

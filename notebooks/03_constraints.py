@@ -6,6 +6,7 @@
 # measures what the other places do: inside the forward pass, before the update, first in the chain, before an average.
 
 # %%
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,14 +18,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pandas as pd
-from demo import load
-from eegnet import HEAD_LIMIT, SPATIAL_LIMIT, EEGNet
-from eegnet import load as load_series
 from IPython.display import display
+
+sys.path.insert(0, "..")  # workloads/ lies beside this directory
 
 from depthwise_jax import DepthwiseConv2D
 from depthwise_jax.constraints import MaxNorm, NonNeg, UnitNorm
 from depthwise_jax.optim import constraints_of, feasibility, project, project_params
+from workloads.digits import load
+from workloads.eegnet import HEAD_LIMIT, SPATIAL_LIMIT, EEGNet
+from workloads.eegnet import load as load_series
 
 plt.style.use("depthwise_jax.mplstyle")
 

@@ -10,7 +10,6 @@
 # of its slowest layers take too long to be timed.
 
 # %%
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,16 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-sys.path.insert(0, "..")  # the benchmarks lie beside this directory
+sys.path.insert(0, "..")  # workloads/ lies beside this directory
 
-from benchmarks import limits
-from benchmarks.plot import STYLES, draw
-from benchmarks.timing import ratio
 from depthwise_jax import explain
 from depthwise_jax.lowering import native
-from tests.cases import NETWORKS
+from workloads import results
+from workloads.chart import STYLES, draw
+from workloads.layers import NETWORKS
 
 plt.style.use("depthwise_jax.mplstyle")
-data: dict[str, Any] = json.loads(Path("../benchmarks/results/cpu.json").read_text())
+data = results.read(Path("../benchmarks/results/cpu.json"))
 print(data["machine"]["cpu"], "with", data["threads"], "threads; compiled kernels:", data["compiled_kernels"])
 print(", ".join(f"{name} {version}" for name, version in data["versions"].items()))
 rows = {(row["layer"], row["direction"], row["mode"]): row for row in data["rows"]}
@@ -100,7 +98,7 @@ plt.show()
 def ratios(peer: str, direction: str, mode: str) -> dict[str, float]:
     """By layer, ours over the peer's, where both were measured."""
     measured = {layer: rows.get((layer, direction, mode), {"ms": {}})["ms"] for layer in layers}
-    return {layer: ratio(ms["ours"], ms[peer]) for layer, ms in measured.items() if "ours" in ms and peer in ms}
+    return {layer: results.ratio(ms["ours"], ms[peer]) for layer, ms in measured.items() if "ours" in ms and peer in ms}
 
 
 figure, axes = plt.subplots(1, len(PEERS), figsize=(10, 3.2))
@@ -112,7 +110,7 @@ for ax, (peer, mode) in zip(axes, PEERS.items(), strict=True):
         worst = max(found, key=lambda layer, found=found: found[layer], default=None)
         summary[peer, title] = {
             "layers": len(found),
-            "geometric mean": np.exp(np.mean(np.log(list(found.values())))) if found else np.nan,
+            "geometric mean": results.mean(found.values()) if found else np.nan,
             "worst": found[worst] if worst else np.nan,
             "worst layer": worst,
         }
@@ -143,8 +141,8 @@ for case in NETWORKS:
         row = rows.get((case.name, direction, "chain"))
         if row is None or "ours" not in row["ms"]:
             continue
-        memory = limits.memory_ms(data["limits"], row["bytes"])
-        arithmetic = limits.arithmetic_ms(data["limits"], row["multiply_adds"])
+        memory = results.memory_ms(data["limits"], row["bytes"])
+        arithmetic = results.arithmetic_ms(data["limits"], row["multiply_adds"])
         line["bound by"] = "memory" if memory > arithmetic else "arithmetic"
         line[f"{direction}, of the limit"] = f"{max(memory, arithmetic) / np.median(row['ms']['ours']):.0%}"
     table[case.name] = line

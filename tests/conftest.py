@@ -14,7 +14,7 @@ import hypothesis
 import jax
 import pytest
 
-from tests.cases import LOWERINGS, PLAIN
+from tests.support.cases import LOWERINGS, PLAIN
 
 # Compiling takes the time, so no deadline; the same examples at every run, so that others see the same failures.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, database=None, print_blob=True)

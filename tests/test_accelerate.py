@@ -15,8 +15,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 import depthwise_jax
 from depthwise_jax.interop import accelerate
-from tests.models import MODELS, Equinoctial
-from tests.test_keras_conformance import QUICKLY
+from tests.support.compiling import QUICKLY
+from workloads.models import MODELS, Equinoctial
 
 
 def grouped(function: Any, *args: Any) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import activations
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 NAMES = sorted(set(keras.src.activations.ALL_OBJECTS_DICT) - {"threshold", "sparsemax"})
 X = np.concatenate([np.linspace(-8, 8, 65), np.linspace(-1, 1, 63)]).astype(np.float32).reshape(2, 4, 4, 4)

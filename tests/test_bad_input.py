@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, explain, separable_conv
-from tests.cases import LOWERINGS
+from tests.support.cases import LOWERINGS
 
 X = jax.ShapeDtypeStruct((2, 8, 9, 3), jnp.float32)
 KERNEL = jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32)

@@ -8,7 +8,6 @@ have none.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections import Counter
 from typing import Any
@@ -21,8 +20,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import PLAIN, Case
-from tests.oracle import assert_close, widest
+from tests.support import maps
+from tests.support.assertions import assert_close
+from tests.support.cases import PLAIN, Case
+from tests.support.meshes import make_mesh, specs
+from tests.support.oracle import widest
 
 CASES = [
     Case(
@@ -54,20 +56,10 @@ COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 
 
-def make_mesh(axis_type: AxisType, sharded: str, axes: int = 2) -> jax.sharding.Mesh:
+def mesh_for(axis_type: AxisType, sharded: str, axes: int = 2) -> jax.sharding.Mesh:
     """Eight devices, all along the rows or four by two; or four in one axis."""
     sizes = {"b": 8} if sharded == "rows" else {"b": 4, "c": 2} if axes == 2 else {sharded[0]: 4}
-    devices = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=devices)
-
-
-def specs(case: Case, sharded: str) -> tuple[P, P, P]:
-    """For x and y, for the kernel, and for the bias."""
-    rank = len(case.kernel) - 2
-    b, c = ("b" if "batch" in sharded else None), ("c" if "channels" in sharded else None)
-    spatial = ("b" if sharded == "rows" else None, *(None,) * (rank - 1))
-    image = P(b, c, *spatial) if case.oracle.channel_axis != -1 else P(b, *spatial, c)
-    return image, P(*(None,) * rank, c, None), P(c)
+    return make_mesh(axis_type, **sizes)
 
 
 def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[str]]:
@@ -87,27 +79,27 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
     ids=str,
 )
 def test_depthwise(case: Case, lowering: str | None, sharded: str, axis_type: AxisType) -> None:
-    check_depthwise(case, lowering, sharded, make_mesh(axis_type, sharded))
+    check_depthwise(case, lowering, sharded, mesh_for(axis_type, sharded))
 
 
 @pytest.mark.parametrize("sharded", ["batch", "channels"])
 @pytest.mark.parametrize("case", [*CASES[4:8], FIRST], ids=str)
 def test_conv_over_one_axis(case: Case, sharded: str) -> None:
     # Its kernel gradient is a convolution there, and on a mesh of several axes another one.
-    check_depthwise(case, "conv", sharded, make_mesh(AxisType.Auto, sharded, axes=1))
+    check_depthwise(case, "conv", sharded, mesh_for(AxisType.Auto, sharded, axes=1))
 
 
 @pytest.mark.parametrize("sharded", ALL_REDUCES)
 @pytest.mark.parametrize("case", [*CASES[4:8], FIRST], ids=str)
 def test_in_sharding(case: Case, sharded: str) -> None:
     told = case.conv(in_sharding=specs(case, sharded)[0])
-    check_depthwise(case, None, sharded, make_mesh(AxisType.Auto, sharded), told)
+    check_depthwise(case, None, sharded, mesh_for(AxisType.Auto, sharded), told)
 
 
 @pytest.mark.parametrize("sharded", ["batch", "channels", "batch+channels"])
 @pytest.mark.parametrize("case", [*CASES[4:8], FIRST], ids=str)
 def test_shard_map(case: Case, sharded: str) -> None:
-    mesh = make_mesh(AxisType.Auto, sharded)
+    mesh = mesh_for(AxisType.Auto, sharded)
     image, kernel, _ = specs(case, sharded)
     f = jax.shard_map(case.conv(), mesh=mesh, in_specs=(image, kernel), out_specs=image)
     check_depthwise(case, None, sharded, mesh, f)
@@ -116,7 +108,7 @@ def test_shard_map(case: Case, sharded: str) -> None:
 @pytest.mark.parametrize("case", CASES[4:8], ids=str)
 def test_shard_map_over_rows(case: Case) -> None:
     # The halo is the caller's: one row from either neighbour at stride 1, one from the next at stride 2.
-    mesh = make_mesh(AxisType.Auto, "rows")
+    mesh = mesh_for(AxisType.Auto, "rows")
     image, kernel, _ = specs(case, "rows")
     downwards, upwards = [(i, i + 1) for i in range(7)], [(i + 1, i) for i in range(7)]
     stride = case.oracle.strides[0]
@@ -135,13 +127,13 @@ def check_depthwise(case: Case, lowering: str | None, sharded: str, mesh: jax.sh
     f, oracle = f or case.conv(lowering), case.oracle
     (x, w, _), (_, w2, g2), (x3, _, g3) = (case.operands(stream) for stream in range(3))
 
-    def maps(x: Any, w: Any, g2: Any, w2: Any, x3: Any, g3: Any) -> tuple[Any, ...]:
+    def three(x: Any, w: Any, g2: Any, w2: Any, x3: Any, g3: Any) -> tuple[Any, ...]:
         dx = jax.linear_transpose(lambda x: f(x, w2), x)(g2)[0]
         dw = jax.linear_transpose(lambda w: f(x3, w), w)(g3)[0]
         return f(x, w), dx, dw
 
     operands = [(x, image), (w, kernel), (g2, image), (w2, kernel), (x3, image), (g3, image)]
-    (y, dx, dw), found = compiled(mesh, maps, operands, (image, image, kernel))
+    (y, dx, dw), found = compiled(mesh, three, operands, (image, image, kernel))
     assert_close(y, oracle.conv(x, w), 1e-5, "forward")
     assert_close(dx, oracle.input_grad(g2, w2), 1e-5, "dx")
     assert_close(dw, oracle.kernel_grad(x3, g3), 1e-5, "dw")
@@ -160,9 +152,8 @@ def test_bias_gradient(case: Case, sharded: str, axis_type: AxisType) -> None:
     image, kernel, bias = specs(case, sharded)
     x, w, g = case.operands()
     b = case.draw((case.oracle.channels * case.oracle.multiplier,), 20)
-    f = lambda x, w, b, g: jax.vjp(lambda b: case.conv()(x, w, b), b)[1](g)[0]  # noqa: E731
     operands = [(x, image), (w, kernel), (b, bias), (g, image)]
-    db, found = compiled(make_mesh(axis_type, sharded), f, operands, bias)
+    db, found = compiled(mesh_for(axis_type, sharded), maps.db(case.conv()), operands, bias)
     assert_close(db, np.moveaxis(g, case.oracle.channel_axis, -1).reshape(-1, b.size).sum(0), 1e-5)
     assert found == +Counter({"all-reduce": ALL_REDUCES[sharded]["db"]})
 
@@ -182,7 +173,7 @@ def test_separable(case: Case, sharded: str, axis_type: AxisType) -> None:
     told: dict[str, Any] = {"out_sharding": out} if axis_type == AxisType.Explicit else {}
     f = lambda x, w, p: separable_conv(x, w, p, **case.geometry, **told)  # noqa: E731
     operands = [(x, image), (w, kernel), (p, P(*kernel[:-2], kernel[-2], None))]
-    y, found = compiled(make_mesh(axis_type, sharded), f, operands, out)
+    y, found = compiled(mesh_for(axis_type, sharded), f, operands, out)
     contracted = np.moveaxis(case.oracle.conv(x, w), axis, -1) @ widest(p).reshape(channels, 6)
     assert_close(y, np.moveaxis(contracted, -1, axis), 1e-5)
     messages = PERMUTES[case.oracle.strides[0]]["forward"] if sharded == "rows" else 0
@@ -198,7 +189,7 @@ def test_a_training_step_needs_one_all_reduce_per_parameter() -> None:
         return jax.grad(lambda w, b: (case.conv(activation="relu")(x, w, b) * g).sum(), (0, 1))(w, b)
 
     operands = [(w, P()), (b, P()), (x, P("b")), (g, P("b"))]
-    (dw, db), found = compiled(make_mesh(AxisType.Auto, "batch"), step, operands, (P(), P()))
+    (dw, db), found = compiled(mesh_for(AxisType.Auto, "batch"), step, operands, (P(), P()))
     assert found.keys() == {"all-reduce"}
     assert found["all-reduce"] <= 2  # the compiler may combine them
     g = g * (case.oracle.add_bias(case.oracle.conv(x, w), b) > 0)
@@ -208,6 +199,6 @@ def test_a_training_step_needs_one_all_reduce_per_parameter() -> None:
 
 def test_the_counter_counts() -> None:
     # This gather cannot be avoided.
-    mesh = make_mesh(AxisType.Auto, "batch")
+    mesh = mesh_for(AxisType.Auto, "batch")
     _, found = compiled(mesh, jnp.sin, [(np.ones((4, 4), np.float32), P("b", "c"))], P())
     assert found["all-gather"] > 0

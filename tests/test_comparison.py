@@ -20,8 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import depthwise_jax
 import depthwise_jax.optim
-from tests.cases import Case
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import Case
 
 README = Path(__file__).parent.parent / "README.md"
 LIBRARIES = ("here", "Keras", "Flax", "PyTorch")

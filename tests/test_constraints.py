@@ -22,7 +22,7 @@ from depthwise_jax._core.layout import Layout
 from depthwise_jax._core.window import Window
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm, compose
 from depthwise_jax.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 NARROW = (jnp.bfloat16, jnp.float16)
 RNG = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from jax.experimental import checkify
 
 import depthwise_jax.nnx
 from depthwise_jax import conv_general_dilated, depthwise_conv, separable_conv
-from tests.layers import DepthwiseConv2D, SeparableConv2D
+from tests.support.layers import DepthwiseConv2D, SeparableConv2D
 
 X, K, G = (1, 5, 5, 8), (3, 3, 8, 1), (1, 3, 3, 8)
 # By what is looked for: the numbers of two operands that are valid, and whose products are not.

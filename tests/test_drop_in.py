@@ -15,8 +15,8 @@ from flax import nnx
 from jax import lax
 
 from depthwise_jax import conv_general_dilated
-from tests.cases import Case
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import Case
 
 C, M = 3, 2
 

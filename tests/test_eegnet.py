@@ -10,7 +10,7 @@ import optax
 
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.optim import constraints_of, project, project_params
-from notebooks.eegnet import CHANNELS, CLASSES, HEAD_LIMIT, SAMPLES, SPATIAL_LIMIT, EEGNet, load
+from workloads.eegnet import CHANNELS, CLASSES, HEAD_LIMIT, SAMPLES, SPATIAL_LIMIT, EEGNet, load
 
 STEPS = 150
 

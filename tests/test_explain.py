@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from depthwise_jax import depthwise_conv, explain, lowering
 from depthwise_jax.lowering import choice, native
 from depthwise_jax.lowering.call import Call
-from tests.cases import Case
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import Case
 
 COMPILED = native.status().instruction_set is not None
 X, W = np.ones((4, 8, 6, 4), np.float32), np.ones((3, 3, 4, 1), np.float32)

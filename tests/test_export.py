@@ -19,8 +19,9 @@ from jax import export
 from depthwise_jax import DepthwiseConv2D, SeparableConv2D, separable_conv
 from depthwise_jax.interop import accelerate
 from depthwise_jax.optim import constraints_of, project
-from tests.cases import CORE, Case
-from tests.oracle import Oracle, assert_close, widest
+from tests.support.assertions import assert_close
+from tests.support.cases import CORE, Case
+from tests.support.oracle import Oracle, widest
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -21,8 +21,9 @@ from jax.experimental import jet
 from jax.test_util import check_grads
 
 from depthwise_jax import separable_conv
-from tests.cases import CORE, Case
-from tests.oracle import Array, Oracle, assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import CORE, Case
+from tests.support.oracle import Array, Oracle
 
 Point = tuple[Any, ...]  # x and kernel
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import explain, separable_conv
-from tests.cases import CORE, SMALL_NETWORKS, Case
+from tests.support.cases import CORE, SMALL_NETWORKS, Case
 
 CONVOLUTION = re.compile(r"\bconvolution\b")
 

@@ -17,16 +17,18 @@ from jax.sharding import PartitionSpec as P
 import depthwise_jax.nnx
 from depthwise_jax import DepthwiseConv2D, SeparableConv2D, depthwise_conv, separable_conv
 from depthwise_jax.optim import constraints_of
-from tests.cases import PLAIN, Case
-from tests.oracle import assert_close, widest
-from tests.test_sharding import CASES, SHARDED, make_mesh, maps, specs, truth
+from tests.support import maps
+from tests.support.assertions import assert_close
+from tests.support.cases import PLAIN, SHARDED_CASES, Case
+from tests.support.meshes import SHARDED, make_mesh, specs
+from tests.support.oracle import widest
 
 BOTH = P("b", None, None, "c")
 
 
 @pytest.fixture(scope="module")
 def automatic() -> jax.sharding.Mesh:
-    return make_mesh(AxisType.Auto)
+    return make_mesh(b=2, c=2)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
@@ -34,13 +36,13 @@ def automatic() -> jax.sharding.Mesh:
 @pytest.mark.parametrize(
     ("lowering", "sharded"), [(n, s) for n in PLAIN for s in SHARDED if (n, s) != ("conv", "rows")]
 )
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SHARDED_CASES, ids=lambda case: case.name)
 def test_values_and_shardings(case: Case, lowering: str, sharded: str, axis_type: AxisType) -> None:
-    mesh = make_mesh(axis_type)
-    image, _ = specs(case, sharded)
-    operands, expected = case.operands(), truth(case, *case.operands())
+    mesh = make_mesh(axis_type, b=2, c=2)
+    image, _, _ = specs(case, sharded)
+    operands, expected = case.operands(), maps.truth(case, *case.operands())
     with jax.set_mesh(mesh):
-        for name, f in maps(case.conv(lowering, in_sharding=image)).items():
+        for name, f in maps.maps(case.conv(lowering, in_sharding=image)).items():
             result = jax.jit(f)(*operands)
             assert_close(result, expected[name], 1e-5, name)
             if name == "forward":
@@ -58,7 +60,7 @@ def test_the_kernel_gradient_needs_no_slabs(m: int, automatic: Any) -> None:
 
     def text(**options: Any) -> str:
         with jax.set_mesh(automatic):
-            return jax.jit(maps(case.conv("conv", **options))["dw"]).lower(x, w, g).as_text()
+            return jax.jit(maps.dw(case.conv("conv", **options))).lower(x, w, g).as_text()
 
     slabs = re.compile(r"lhs_dilate = \[[^]]*[2-9]")
     assert slabs.search(text())
@@ -75,7 +77,7 @@ def test_with_bias_activation_and_paddings(padding: Any, activation: Any, automa
 
     def gradients(**options: Any) -> Any:
         f = case.conv(activation=activation, **options)
-        return jax.jit(lambda x, w, b, g: (f(x, w, b), *jax.vjp(f, x, w, b)[1](g)))(x, w, b, g)
+        return jax.jit(maps.value_and_gradients(f))(x, w, b, g)
 
     expected = gradients()
     with jax.set_mesh(automatic):
@@ -113,7 +115,7 @@ def test_separable(automatic: Any) -> None:
 
 
 def test_without_a_mesh_it_says_nothing() -> None:
-    case = CASES[0]
+    case = SHARDED_CASES[0]
     x, w, _ = case.operands()
     assert_close(jax.jit(case.conv(in_sharding=BOTH))(x, w), case.oracle.conv(x, w), 1e-5)
 
@@ -126,7 +128,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_linen(make: Callable[..., Any], automatic: Any) -> None:
-    layer, x = make(in_sharding=BOTH, depthwise_constraint="max_norm"), CASES[0].draw((4, 8, 6, 4), 1)
+    layer, x = make(in_sharding=BOTH, depthwise_constraint="max_norm"), SHARDED_CASES[0].draw((4, 8, 6, 4), 1)
     plain = make()
     with jax.set_mesh(automatic):
         # One example, which no mesh axis divides, is enough for parameters and shapes.
@@ -144,7 +146,7 @@ def test_linen(make: Callable[..., Any], automatic: Any) -> None:
 
 
 def test_nnx(automatic: Any) -> None:
-    x = CASES[0].draw((4, 8, 6, 4), 1)
+    x = SHARDED_CASES[0].draw((4, 8, 6, 4), 1)
     layer = depthwise_jax.nnx.DepthwiseConv2D(4, 3, padding="same", in_sharding=BOTH, rngs=nnx.Rngs(0))
     expected = layer(x)
     with jax.set_mesh(automatic):
@@ -171,13 +173,13 @@ def test_nnx(automatic: Any) -> None:
     ids=str,
 )
 def test_what_is_no_sharding_of_x(in_sharding: Any, error: Any, message: str, automatic: Any) -> None:
-    x, w, _ = CASES[0].operands()
+    x, w, _ = SHARDED_CASES[0].operands()
     with jax.set_mesh(automatic), pytest.raises(error, match=message):
         depthwise_conv(x, w, in_sharding=in_sharding)
 
 
 def test_a_shard_is_sharded_no_further(automatic: Any) -> None:
-    x, w, _ = CASES[0].operands()
+    x, w, _ = SHARDED_CASES[0].operands()
     f = jax.shard_map(
         lambda x, w: depthwise_conv(x, w, in_sharding=P("b")), mesh=automatic, in_specs=(P("b"), P()), out_specs=P("b")
     )
@@ -194,7 +196,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(automatic: Any) -> Non
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_inside_shard_map_over_another_axis(plain: str, axis_type: AxisType, told: P) -> None:
     # Manual over "b": x is a shard there, and "c" is left to name.
-    case, mesh = CASES[0], make_mesh(axis_type)
+    case, mesh = SHARDED_CASES[0], make_mesh(axis_type, b=2, c=2)
     x, w, g = case.operands()
 
     def local(x: Any, w: Any) -> Any:
@@ -203,10 +205,10 @@ def test_inside_shard_map_over_another_axis(plain: str, axis_type: AxisType, tol
         return y
 
     f = jax.shard_map(local, mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), axis_names={"b"})
-    expected = truth(case, x, w, g)
+    expected = maps.truth(case, x, w, g)
     with jax.set_mesh(mesh):
         # A cotangent has the type of the result: its batch over "b", and over "c" what was told.
         spec = P("b", *told[1:]) if told != P("c") else P(("b", "c"))
         xs, gs = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P("b")), (g, spec)))
-        for name, map_ in maps(f).items():
+        for name, map_ in maps.maps(f).items():
             assert_close(jax.jit(map_)(xs, w, gs), expected[name], 1e-5, name)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import initializers
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 KEY = jax.random.key(0)
 RANDOM = [

@@ -20,9 +20,9 @@ import pytest
 
 from depthwise_jax import linen
 from depthwise_jax.interop.keras import SavedLayer, from_keras, read_weights, to_keras
-from tests import keras_fuzz
-from tests.keras_reference import keras
-from tests.test_keras_conformance import LAYERS, build, draw, weights_for
+from tests.support import keras_fuzz
+from tests.support.keras_layers import LAYERS, build, draw, weights_for
+from workloads.keras_reference import keras
 
 # Keras' own, where it turns its variables into NumPy's arrays
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -486,7 +486,7 @@ def test_read_weights_needs_no_keras(archive):
 
 
 def test_damaged_files_are_refused_or_read(tmp_path):
-    """A sample; `python -m tests.keras_fuzz 2000` reads more."""
+    """A sample; `python -m tests.support.keras_fuzz 2000` reads more."""
     assert keras_fuzz.run(100, tmp_path, seed=1) > 50
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from depthwise_jax import constraints
 from depthwise_jax.interop.keras import SavedLayer, from_keras, layers_from_keras, read_weights, to_keras
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),

@@ -15,8 +15,8 @@ from jax import lax
 from jax.ad_checkpoint import print_saved_residuals
 
 from depthwise_jax import depthwise_conv
-from tests.cases import CORE, Case
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import CORE, Case
 
 SQUARE = Case("square", (2, 5, 4, 3), (3, 3, 3, 1), {"padding": "same"})  # y has the shape of x
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CASES, CORE, SMALL_NETWORKS, Case, label
-from tests.oracle import assert_close, widest
+from tests.support.assertions import assert_close
+from tests.support.cases import CASES, CORE, SMALL_NETWORKS, Case, label
+from tests.support.oracle import widest
 
 
 @pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests import layers as linen
-from tests.oracle import Oracle
+from tests.support import layers as linen
+from tests.support.oracle import Oracle
 
 KEY = jax.random.key(0)
 LAST, FIRST = "channels_last", "channels_first"

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from depthwise_jax import linen, optim
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 STEPS = 50
 LEARNING_RATE, MOMENTUM = 0.05, 0.9

@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from depthwise_jax import constraints, depthwise_conv, initializers, linen, optim, regularizers
-from tests.keras_reference import keras
-from tests.layers import DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D, SeparableConv2D
+from tests.support.layers import DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D, SeparableConv2D
+from workloads.keras_reference import keras
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype(np.float32)

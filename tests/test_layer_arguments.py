@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from depthwise_jax import linen
-from tests.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv1D, SeparableConv2D
+from tests.support.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv1D, SeparableConv2D
 
 KEY = jax.random.key(0)
 ONE_PER_AXIS = ("kernel_size", "strides", "dilation_rate")

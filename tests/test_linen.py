@@ -15,7 +15,7 @@ import depthwise_jax
 from depthwise_jax import depthwise_conv, initializers, linen, regularizers, separable_conv
 from depthwise_jax._core import introspect
 from depthwise_jax.linen import regularization_loss
-from tests.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv2D
+from tests.support.layers import DepthwiseConv1D, DepthwiseConv2D, DepthwiseConv3D, SeparableConv2D
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 5, 6, 3))

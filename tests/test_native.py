@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 from depthwise_jax import depthwise_conv, explain
 from depthwise_jax.lowering import library, native
 from depthwise_jax.lowering.call import MAPS
-from tests.cases import Case, label
-from tests.oracle import Oracle, assert_close, widest
-from tests.test_value import assert_within_roundings
+from tests.support.assertions import assert_close, assert_within_roundings
+from tests.support.cases import Case, label
+from tests.support.oracle import Oracle, widest
 
 ROOT = Path(__file__).parents[1]
 STATUS = native.status()
@@ -43,7 +43,7 @@ HERE = (
 def checked(name: str, *arguments: object, timeout: float = 300, **environment: str) -> str:
     """The last line that a check of native_checks.py prints in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.native_checks", name, *map(str, arguments)],
+        [sys.executable, "-m", "tests.support.native_checks", name, *map(str, arguments)],
         env={**os.environ, "XLA_FLAGS": "", **environment},
         cwd=ROOT,
         capture_output=True,
@@ -219,7 +219,7 @@ def test_kernel_gradients_do_not_depend_on_the_threads() -> None:
 
 @needs_kernels
 def test_eight_python_threads_at_once() -> None:
-    # For a minute: python -m tests.native_checks threads 60
+    # For a minute: python -m tests.support.native_checks threads 60
     assert int(checked("threads", 4)) >= 8
 
 

@@ -18,8 +18,8 @@ import depthwise_jax
 from depthwise_jax import constraints, initializers, linen, optim, regularizers, settings
 from depthwise_jax._contract.spec import Spec
 from depthwise_jax.nnx import Loss, regularization_loss
-from tests.cases import CASES, CORE, Case
-from tests.test_keras_conformance import LAYERS, draw
+from tests.support.cases import CASES, CORE, Case
+from tests.support.keras_layers import LAYERS, draw
 
 NAMES = tuple(f"{kind}Conv{rank}D" for kind in ("Depthwise", "Separable") for rank in (1, 2, 3))
 X = jax.random.normal(jax.random.key(1), (2, 6, 5, 3))

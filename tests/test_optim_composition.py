@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, UnitNorm
 from depthwise_jax.optim import feasibility, project, project_params
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 RNG = np.random.default_rng(0)
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 
-from tests.cases import LOWERINGS, PLAIN, Case
-from tests.oracle import EmptyOutputError, assert_close
-from tests.strategies import cases
+from tests.support.assertions import assert_close
+from tests.support.cases import LOWERINGS, PLAIN, Case
+from tests.support.strategies import cases
+from workloads.workload import EmptyOutputError
 
 # float32's sums, and half a unit in the last place of the narrow dtypes.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}

@@ -14,7 +14,7 @@ import pytest
 
 from depthwise_jax.interop.keras import SavedLayer, from_keras, layers_from_keras, read_weights
 from depthwise_jax.interop.torch import layers_from_torch, params_from_state_dict
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -134,6 +134,6 @@ def test_models_of_pytorch(name):
 
 @pytest.mark.models
 def test_two_thousand_damaged_files(tmp_path):
-    from tests import keras_fuzz
+    from tests.support import keras_fuzz
 
     assert keras_fuzz.run(2000, tmp_path) > 1000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import regularizers
-from tests.keras_reference import keras
+from workloads.keras_reference import keras
 
 W = np.random.default_rng(0).normal(size=(3, 2, 4, 2)).astype(np.float32)
 CONFIGS = [

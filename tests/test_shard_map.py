@@ -12,8 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import separable_conv
-from tests.cases import LOWERINGS, Case
-from tests.oracle import assert_close, widest
+from tests.support import maps
+from tests.support.assertions import assert_close
+from tests.support.cases import LOWERINGS, Case
+from tests.support.meshes import SHARDED, make_mesh, specs
+from tests.support.oracle import widest
 
 LAST = Case("shard-map", (4, 5, 4, 4), (3, 3, 4, 2), {"strides": (2, 1), "padding": "same"})
 FIRST = Case("shard-map-first", (4, 4, 6, 3), (3, 2, 4, 1), {"padding": "reflect", "data_format": "channels_first"})
@@ -21,36 +24,36 @@ FIRST = Case("shard-map-first", (4, 4, 6, 3), (3, 2, 4, 1), {"padding": "reflect
 
 @pytest.fixture(scope="module")
 def mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((2, 2), ("b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    return make_mesh(b=2, c=2)
 
 
-def specs(case: Case, sharded: str) -> tuple[P, P, P]:
-    """For x, kernel and y, with the axes "b", "c" or both sharded."""
-    b, c = ("b" if "b" in sharded else None), ("c" if "c" in sharded else None)
-    image = P(b, c, None, None) if case.geometry.get("data_format") == "channels_first" else P(b, None, None, c)
-    return image, P(None, None, c, None), image
-
-
-SHARDINGS = pytest.mark.parametrize("sharded", ["b", "c", "bc"])
+SHARDINGS = pytest.mark.parametrize("sharded", SHARDED[:3])
 CHECKS = pytest.mark.parametrize("check_vma", [True, False])
 
 
 @pytest.mark.parametrize(
     ("case", "sharded", "check_vma"),
-    [(LAST, "b", True), (LAST, "c", True), (LAST, "bc", True), (LAST, "bc", False), (FIRST, "bc", True)],
+    [
+        (LAST, "batch", True),
+        (LAST, "channels", True),
+        (LAST, "batch+channels", True),
+        (LAST, "batch+channels", False),
+        (FIRST, "batch+channels", True),
+    ],
     ids=str,
 )
 def test_derivatives_of_the_whole(case: Case, implementation: str, mesh: Any, sharded: str, check_vma: bool) -> None:
     x, w, g = case.operands(0)
     tx, tw, _ = case.operands(1)
-    in_x, in_w, out = specs(case, sharded)
-    f = jax.shard_map(case.conv(implementation), mesh=mesh, in_specs=(in_x, in_w), out_specs=out, check_vma=check_vma)
+    image, kernel, _ = specs(case, sharded)
+    options: Any = {"mesh": mesh, "check_vma": check_vma}
+    f = jax.shard_map(case.conv(implementation), in_specs=(image, kernel), out_specs=image, **options)
 
     @jax.jit
     def run(x: Any, w: Any, g: Any, tx: Any, tw: Any) -> Any:
         y, tangent = jax.jvp(f, (x, w), (tx, tw))
         gradient = jax.grad(lambda x, w: (f(x, w) ** 2).sum() / 2, (0, 1))
-        return y, tangent, jax.vjp(f, x, w)[1](g), jax.jvp(gradient, (x, w), (tx, tw))[1]
+        return y, tangent, maps.gradients(f)(x, w, g), jax.jvp(gradient, (x, w), (tx, tw))[1]
 
     y, tangent, (dx, dw), (hx, hw) = run(x, w, g, tx, tw)
     oracle = case.oracle
@@ -68,17 +71,17 @@ def test_derivatives_of_the_whole(case: Case, implementation: str, mesh: Any, sh
 def test_gradients_inside(implementation: str, mesh: Any, sharded: str, check_vma: bool) -> None:
     case = LAST
     x, w, g = case.operands()
-    in_x, in_w, out = specs(case, sharded)
+    image, kernel, _ = specs(case, sharded)
 
     def local(x: Any, w: Any, g: Any) -> Any:
         dx, dw = jax.grad(lambda x, w: (case.conv(implementation)(x, w) * g).sum(), (0, 1))(x, w)
-        if not check_vma and "b" in sharded:
+        if not check_vma and "batch" in sharded:
             dw = lax.psum(
                 dw, "b"
             )  # with the check on, the kernel is known not to vary over "b", and its gradient is summed
         return dx, dw
 
-    f = jax.shard_map(local, mesh=mesh, in_specs=(in_x, in_w, out), out_specs=(in_x, in_w), check_vma=check_vma)
+    f = jax.shard_map(local, mesh=mesh, in_specs=(image, kernel, image), out_specs=(image, kernel), check_vma=check_vma)
     dx, dw = jax.jit(f)(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
@@ -90,15 +93,15 @@ def test_bias_and_activation(implementation: str, mesh: Any, check_vma: bool, ac
     case = LAST
     x, w, g = case.operands()
     b = case.draw((8,), 20)
-    in_x, in_w, out = specs(case, "bc")
+    image, kernel, _ = specs(case, "batch+channels")
     f = jax.shard_map(
         case.conv(implementation, activation=activation),
         mesh=mesh,
-        in_specs=(in_x, in_w, P("c")),
-        out_specs=out,
+        in_specs=(image, kernel, P("c")),
+        out_specs=image,
         check_vma=check_vma,
     )
-    y, (dx, dw, db) = jax.jit(lambda x, w, b, g: (f(x, w, b), jax.vjp(f, x, w, b)[1](g)))(x, w, b, g)
+    y, dx, dw, db = jax.jit(maps.value_and_gradients(f))(x, w, b, g)
     oracle = case.oracle
     before = oracle.add_bias(oracle.conv(x, w), b)
     formula: Any = {
@@ -116,8 +119,9 @@ def test_bias_and_activation(implementation: str, mesh: Any, check_vma: bool, ac
 @CHECKS
 def test_eager(implementation: str, mesh: Any, check_vma: bool) -> None:
     x, w, _ = LAST.operands()
-    in_x, in_w, out = specs(LAST, "bc")
-    f = jax.shard_map(LAST.conv(implementation), mesh=mesh, in_specs=(in_x, in_w), out_specs=out, check_vma=check_vma)
+    image, kernel, _ = specs(LAST, "batch+channels")
+    options: Any = {"mesh": mesh, "check_vma": check_vma}
+    f = jax.shard_map(LAST.conv(implementation), in_specs=(image, kernel), out_specs=image, **options)
     assert_close(f(x, w), LAST.oracle.conv(x, w), 1e-5)
 
 
@@ -155,7 +159,7 @@ def test_some_axes_left_to_the_compiler(mesh: Any, check_vma: bool) -> None:
         check_vma=check_vma,
         axis_names={"b"},
     )
-    y, (dx, dw) = jax.jit(lambda x, w, g: (f(x, w), jax.vjp(f, x, w)[1](g)))(x, w, g)
+    y, dx, dw = jax.jit(maps.value_and_gradients(f))(x, w, g)
     assert_close(y, case.oracle.conv(x, w), 1e-5)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5)
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
@@ -187,9 +191,9 @@ def test_varying_operands_give_a_varying_result(implementation: str, mesh: Any) 
         seen.append(jax.typeof(y).manual_axis_type.varying)
         return y
 
-    in_x, in_w, out = specs(LAST, "bc")
+    image, kernel, _ = specs(LAST, "batch+channels")
     jax.eval_shape(
-        jax.shard_map(local, mesh=mesh, in_specs=(in_x, in_w), out_specs=out),
+        jax.shard_map(local, mesh=mesh, in_specs=(image, kernel), out_specs=image),
         jax.ShapeDtypeStruct(LAST.x, jnp.float32),
         jax.ShapeDtypeStruct(LAST.kernel, jnp.float32),
     )

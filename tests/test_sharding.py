@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,20 +13,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import PLAIN, Case
-from tests.oracle import assert_close, widest
+from tests.support import maps
+from tests.support.assertions import assert_close
+from tests.support.cases import PLAIN, SHARDED_CASES, Case
+from tests.support.meshes import SHARDED, make_mesh, specs
+from tests.support.oracle import widest
 
-CASES = [
-    Case(f"sharded-{name}-m{m}{suffix}", x, (3, 3, 4, m), {"padding": "same", **options})
-    for m in (1, 2)
-    for name, x, options, suffix in (
-        ("plain", (4, 8, 6, 4), {}, ""),
-        ("strided", (4, 8, 6, 4), {"strides": 2}, ""),
-        ("strided", (4, 4, 8, 6), {"strides": 2, "data_format": "channels_first"}, "-first"),
-    )
-]
-
-SHARDED = ("batch", "channels", "batch+channels", "rows")
 # The lowerings, what is sharded, and over how many mesh axes: "conv" has another kernel gradient on several.
 SERVED = [
     (name, sharded, axes)
@@ -38,45 +29,19 @@ SERVED = [
 ]
 
 
-def make_mesh(axis_type: AxisType, sharded: str = "", axes: int = 2) -> jax.sharding.Mesh:
+def mesh_for(axis_type: AxisType, sharded: str, axes: int) -> jax.sharding.Mesh:
     """Four devices, as two by two or in one axis."""
-    sizes = {"b": 2, "c": 2} if axes == 2 else {"c": 4} if sharded == "channels" else {"b": 4}
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=jax.devices()[:4]
-    )
+    return make_mesh(axis_type, **({"b": 2, "c": 2} if axes == 2 else {"c": 4} if sharded == "channels" else {"b": 4}))
 
 
 @pytest.fixture(scope="module")
 def automatic() -> jax.sharding.Mesh:
-    return make_mesh(AxisType.Auto)
+    return make_mesh(b=2, c=2)
 
 
 @pytest.fixture(scope="module")
 def explicit() -> jax.sharding.Mesh:
-    return make_mesh(AxisType.Explicit)
-
-
-def specs(case: Case, sharded: str) -> tuple[P, P]:
-    """For x and y, and for the kernel."""
-    b = "b" if "batch" in sharded else None
-    c = "c" if "channels" in sharded else None
-    rows = "b" if sharded == "rows" else None
-    return P(b, c, rows, None) if case.geometry.get("data_format") == "channels_first" else P(b, rows, None, c), P(
-        None, None, c, None
-    )
-
-
-def maps(f: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The three maps of the case, functions of (x, kernel, g)."""
-    return {
-        "forward": lambda x, w, g: f(x, w),
-        "dx": lambda x, w, g: jax.vjp(lambda x: f(x, w), x)[1](g)[0],
-        "dw": lambda x, w, g: jax.vjp(lambda w: f(x, w), w)[1](g)[0],
-    }
-
-
-def truth(case: Case, x: Any, w: Any, g: Any) -> dict[str, np.ndarray]:
-    return {"forward": case.oracle.conv(x, w), "dx": case.oracle.input_grad(g, w), "dw": case.oracle.kernel_grad(x, g)}
+    return make_mesh(AxisType.Explicit, b=2, c=2)
 
 
 # Batches that the shards divide and that they do not, and those of fewer than three images.
@@ -88,13 +53,13 @@ def test_kernel_gradient_of_conv_over_two_axes(batch: int, spec: P) -> None:
     # The plain convolution's would come out multiplied by the size of an axis that shards nothing.
     case = Case(f"slabs-{batch}", (batch, 8, 6, 4), (3, 3, 4, 2), {"strides": (2, 1), "padding": "same"})
     x, w, g = case.operands()
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh(a=4, b=2)
     constrained = lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))  # noqa: E731
 
     @jax.jit
     def dw(x: Any, w: Any, g: Any) -> Any:
         # Through a cosine: what the padding of uneven shards holds must not show in the sums.
-        return maps(case.conv("conv"))["dw"](jnp.cos(constrained(x)), w, jnp.cos(constrained(g)))
+        return maps.dw(case.conv("conv"))(jnp.cos(constrained(x)), w, jnp.cos(constrained(g)))
 
     with jax.set_mesh(mesh):
         result = dw(x, w, g)
@@ -117,9 +82,9 @@ def test_kernel_gradient_of_conv_by_the_types_of_its_operands(spec: P, plain: bo
     # Where they leave no mesh axis over, nothing is counted twice, and the gradient is that of one device.
     case = Case("typed", (8, 8, 6, 4), (3, 3, 4, 2), {"strides": (1, 2), "padding": "same"})
     x, w, g = case.operands()
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = make_mesh(AxisType.Explicit, a=4, b=2)
     with jax.set_mesh(mesh):
-        dw = jax.jit(maps(case.conv("conv"))["dw"]).lower(typed(mesh, x, spec), w, typed(mesh, g, spec))
+        dw = jax.jit(maps.dw(case.conv("conv"))).lower(typed(mesh, x, spec), w, typed(mesh, g, spec))
         assert (re.search(r"lhs_dilate = \[[^]]*[2-9]", dw.as_text()) is None) == plain
         result = dw.compile()(typed(mesh, x, spec), w, typed(mesh, g, spec))
     assert_close(result, case.oracle.kernel_grad(x, g), 1e-5)
@@ -131,14 +96,14 @@ def test_kernel_gradient_of_conv_with_two_batch_axes(spec: P) -> None:
     case = Case("two-batch-axes", (8, 6, 5, 4), (3, 3, 4, 1))
     x, w, g = case.operands()
     shape = lambda a: a.reshape(4, 2, *a.shape[1:])  # noqa: E731
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = make_mesh(AxisType.Explicit, a=4, b=2)
     if spec == P(None, ("a", "b")):
         shape = lambda a: a.reshape(1, 8, *a.shape[1:])  # noqa: E731
     elif spec == P(("a", "b")):
         shape = lambda a: a.reshape(8, 1, *a.shape[1:])  # noqa: E731
     with jax.set_mesh(mesh):
         xs, gs = (typed(mesh, shape(a), spec) for a in (x, g))
-        lowered = jax.jit(maps(case.conv("conv"))["dw"]).lower(xs, w, gs)
+        lowered = jax.jit(maps.dw(case.conv("conv"))).lower(xs, w, gs)
         dw = lowered.compile()(xs, w, gs)
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
     # No types tell that nothing is held twice, so it is a sum over slabs, but for one axis that is sharded over both.
@@ -147,32 +112,32 @@ def test_kernel_gradient_of_conv_with_two_batch_axes(spec: P) -> None:
 
 
 def test_conv_refuses_what_has_no_slabs_over_two_axes(explicit: Any) -> None:
-    case = CASES[0]
+    case = SHARDED_CASES[0]
     with jax.set_mesh(explicit):
         x, w, g = (typed(explicit, a, P(None, s)) for a, s in zip(case.operands(), ("b", None, "b"), strict=True))
         with pytest.raises(ValueError, match="implementation='conv' cannot serve this kernel"):
-            jax.jit(maps(case.conv("conv"))["dw"]).lower(x, w, g)
+            jax.jit(maps.dw(case.conv("conv"))).lower(x, w, g)
 
 
 @pytest.mark.parametrize("sharded", SHARDED)
 def test_a_mesh_that_only_the_arguments_know(sharded: str, automatic: Any) -> None:
     # No mesh is set: the program learns of it from its arguments, after tracing.
-    case = CASES[4]
-    image, kernel = specs(case, sharded)
+    case = SHARDED_CASES[4]
+    image, kernel, _ = specs(case, sharded)
     operands = [
         jax.device_put(a, NamedSharding(automatic, s))
         for a, s in zip(case.operands(), (image, kernel, image), strict=True)
     ]
-    expected = truth(case, *case.operands())
-    for name, f in maps(case.conv()).items():
+    expected = maps.truth(case, *case.operands())
+    for name, f in maps.maps(case.conv()).items():
         assert_close(jax.jit(f)(*operands), expected[name], 1e-5, name)
 
 
 @pytest.mark.parametrize("sharded", ["batch", "channels", "batch+channels"])
 def test_the_compiler_keeps_the_sharding(sharded: str, plain: str, automatic: Any) -> None:
     # Nobody says how the results are sharded: propagation through the lowering must find it.
-    for case in CASES[1::3]:
-        image, kernel = specs(case, sharded)
+    for case in SHARDED_CASES[1::3]:
+        image, kernel, _ = specs(case, sharded)
         x, w = (
             jax.device_put(a, NamedSharding(automatic, s))
             for a, s in zip(case.operands(), (image, kernel), strict=False)
@@ -195,10 +160,10 @@ def spec_of(a: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(("lowering", "sharded", "axes"), SERVED)
-@pytest.mark.parametrize("case", CASES[5:], ids=str)
+@pytest.mark.parametrize("case", SHARDED_CASES[5:], ids=str)
 def test_explicit(case: Case, lowering: str, sharded: str, axes: int) -> None:
-    image, kernel = specs(case, sharded)
-    mesh = make_mesh(AxisType.Explicit, sharded, axes)
+    image, kernel, _ = specs(case, sharded)
+    mesh = mesh_for(AxisType.Explicit, sharded, axes)
     with jax.set_mesh(mesh):
         x, w, g = (typed(mesh, a, s) for a, s in zip(case.operands(), (image, kernel, image), strict=True))
         tx, tw, _ = (typed(mesh, a, s) for a, s in zip(case.operands(1), (image, kernel, image), strict=True))
@@ -208,7 +173,7 @@ def test_explicit(case: Case, lowering: str, sharded: str, axes: int) -> None:
         @jax.jit
         def run(x: Any, w: Any, g: Any, tx: Any, tw: Any) -> Any:
             y = f(x, w)
-            dx, dw = jax.vjp(f, x, w)[1](g)
+            dx, dw = maps.gradients(f)(x, w, g)
             gradient = jax.grad(lambda x, w: (f(x, w) ** 2).sum() / 2, (0, 1))
             hx, hw = jax.jvp(gradient, (x, w), (tx, tw))[1]
             types.update(y=spec_of(y), dx=spec_of(dx), dw=spec_of(dw), hx=spec_of(hx), hw=spec_of(hw))
@@ -243,14 +208,14 @@ def test_explicit_with_bias_activation_and_paddings(explicit: Any, data_format: 
         (3, 3, 4, 2),
         {"padding": padding, "data_format": data_format},
     )
-    image, kernel = specs(case, "batch+channels")
+    image, kernel, _ = specs(case, "batch+channels")
     x, w, g = case.operands()
     b = case.draw((8,), 20)
     with jax.set_mesh(explicit):
         sharded = [typed(explicit, a, s) for a, s in ((x, image), (w, kernel), (b, P("c")), (g, image))]
         f = case.conv(activation="relu")
         y = jax.jit(f)(*sharded[:3])
-        dx, dw, db = jax.jit(lambda x, w, b, g: jax.vjp(f, x, w, b)[1](g))(*sharded)
+        dx, dw, db = jax.jit(maps.gradients(f))(*sharded)
     assert (spec_of(y), spec_of(dx), spec_of(dw), spec_of(db)) == (tuple(image), tuple(image), tuple(kernel), ("c",))
     before = case.oracle.add_bias(case.oracle.conv(x, w), b)
     g = g * (before > 0)
@@ -271,7 +236,7 @@ def test_explicit_with_bias_activation_and_paddings(explicit: Any, data_format: 
     ids=str,
 )
 def test_explicit_with_one_operand_sharded(x_spec: P, w_spec: P, explicit: Any) -> None:
-    case = CASES[3]
+    case = SHARDED_CASES[3]
     x, w, g = case.operands()
     with jax.set_mesh(explicit):
         xs, ws = typed(explicit, x, x_spec), typed(explicit, w, w_spec)
@@ -287,13 +252,12 @@ def test_explicit_with_one_operand_sharded(x_spec: P, w_spec: P, explicit: Any) 
 
 
 def test_explicit_in_eager_mode(explicit: Any) -> None:
-    case = CASES[3]
+    case = SHARDED_CASES[3]
     x, w, g = case.operands()
-    image, kernel = specs(case, "batch+channels")
+    image, kernel, _ = specs(case, "batch+channels")
     with jax.set_mesh(explicit):
         xs, ws, gs = (typed(explicit, a, s) for a, s in ((x, image), (w, kernel), (g, image)))
-        y, vjp = jax.vjp(case.conv(), xs, ws)
-        dx, dw = vjp(gs)
+        y, dx, dw = maps.value_and_gradients(case.conv())(xs, ws, gs)
     assert (spec_of(y), spec_of(dx), spec_of(dw)) == (tuple(image), tuple(image), tuple(kernel))
     assert_close(y, case.oracle.conv(x, w), 1e-5)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5)
@@ -312,10 +276,10 @@ def test_explicit_vmap(plain: str, explicit: Any) -> None:
 
 
 def test_explicit_scan(plain: str, explicit: Any) -> None:
-    case = CASES[0]
+    case = SHARDED_CASES[0]
     x, _, _ = case.operands()
     w = 0.5 * case.draw((3, *case.kernel), 20)
-    image, _ = specs(case, "batch+channels")
+    image, _, _ = specs(case, "batch+channels")
     with jax.set_mesh(explicit):
         f = jax.jit(lambda x, w: jax.lax.scan(lambda y, k: (case.conv(plain)(y, k), None), x, w)[0])
         y = f(typed(explicit, x, image), typed(explicit, w, P(None, None, None, "c", None)))
@@ -326,7 +290,7 @@ def test_explicit_scan(plain: str, explicit: Any) -> None:
 
 
 def test_explicit_conflict_names_both_shardings(explicit: Any) -> None:
-    case = CASES[0]
+    case = SHARDED_CASES[0]
     x, w, _ = case.operands()
     with jax.set_mesh(explicit), pytest.raises(ValueError, match=r"'b'.*'c'|'c'.*'b'"):
         case.conv()(typed(explicit, x, P(None, None, None, "b")), typed(explicit, w, P(None, None, "c", None)))
@@ -352,7 +316,7 @@ def test_explicit_separable(plain: str, explicit: Any, data_format: str) -> None
         assert spec_of(y) == tuple(out)
         assert_close(y, exact, 1e-5)
         # The channels that are summed over are sharded: the caller says what becomes of the sum.
-        image, kernel = specs(case, "batch+channels")
+        image, kernel, _ = specs(case, "batch+channels")
         operands = typed(explicit, x, image), typed(explicit, w, kernel), typed(explicit, p, P(None, None, "c", None))
         result = P("b", None, None, None)
         y = jax.jit(lambda *z: f(*z, out_sharding=result))(*operands)
@@ -380,7 +344,7 @@ def test_sizes_that_do_not_divide(automatic: Any) -> None:
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_an_axis_that_the_mesh_does_not_divide_is_refused(axis_type: AxisType) -> None:
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh(axis_type, b=2, c=2)
     with pytest.raises(ValueError, match=r"axis 3 is partitioned 2 times, but .*dimension size"):
         typed(mesh, np.ones((4, 5, 5, 3), np.float32), P(None, None, None, "c"))
     inputs = NamedSharding(mesh, P(None, None, None, "c"))
@@ -406,19 +370,15 @@ def test_shardings_that_do_not_fit(what: str, lowering: str | None, axis_type: A
     *specs, error = UNFIT[what]
     x, w, g = case.operands()
     rows = what.startswith("window beyond")
-    mesh = (
-        jax.make_mesh((4,), ("b",), axis_types=(axis_type,), devices=jax.devices()[:4])
-        if rows
-        else make_mesh(axis_type)
-    )
+    mesh = make_mesh(axis_type, b=4) if rows else make_mesh(axis_type, b=2, c=2)
     with jax.set_mesh(mesh):
         xs, ws, gs = (typed(mesh, a, spec) for a, spec in zip((x, w, g), (*specs, specs[0]), strict=True))
         if error and axis_type == AxisType.Explicit:
             with pytest.raises(ValueError, match=error):
                 case.conv(lowering)(xs, ws)
             return
-        y, dx, dw = jax.jit(lambda x, w, g: tuple(f(x, w, g) for f in maps(case.conv(lowering)).values()))(xs, ws, gs)
-    expected = truth(case, x, w, g)
+        y, dx, dw = jax.jit(maps.value_and_gradients(case.conv(lowering)))(xs, ws, gs)
+    expected = maps.truth(case, x, w, g)
     assert_close(y, expected["forward"], 1e-5)
     assert_close(dx, expected["dx"], 1e-5)
     assert_close(dw, expected["dw"], 1e-5)
@@ -430,13 +390,13 @@ def test_shardings_that_do_not_fit(what: str, lowering: str | None, axis_type: A
 @pytest.mark.parametrize("lowering", PLAIN)
 def test_gradients_are_sharded_as_their_operands_are(lowering: str, explicit: Any) -> None:
     # The kernel's channels are sharded and those of x are not, or the other way round: y's are.
-    case = CASES[0]
+    case = SHARDED_CASES[0]
     x, w, g = case.operands()
     for x_spec, w_spec in ((P("b"), P(None, None, "c", None)), (P("b", None, None, "c"), P())):
         with jax.set_mesh(explicit):
             xs, ws = typed(explicit, x, x_spec), typed(explicit, w, w_spec)
             gs = typed(explicit, g, P("b", None, None, "c"))
-            dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(lowering), x, w)[1](g))(xs, ws, gs)
+            dx, dw = jax.jit(maps.gradients(case.conv(lowering)))(xs, ws, gs)
             assert jax.typeof(dx).sharding == jax.typeof(xs).sharding
             assert jax.typeof(dw).sharding == jax.typeof(ws).sharding
         assert_close(dx, case.oracle.input_grad(g, w), 1e-5)

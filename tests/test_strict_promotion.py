@@ -16,9 +16,9 @@ import depthwise_jax.nnx
 from depthwise_jax import depthwise_conv, regularization_loss, separable_conv
 from depthwise_jax.constraints import Box, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm
 from depthwise_jax.optim import apply_updates_projected, constraints_of, feasibility, project, project_params
-from tests.cases import CORE, Case
-from tests.layers import DepthwiseConv2D, SeparableConv2D
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import CORE, Case
+from tests.support.layers import DepthwiseConv2D, SeparableConv2D
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 TOLERANCES = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 1e-5, "float64": 1e-12}

@@ -12,21 +12,13 @@ from flax import linen as nn
 from jax import lax
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, label, reduced
-from tests.keras_reference import keras
-from tests.oracle import assert_close, widest
+from tests.support.assertions import assert_close, assert_within_roundings
+from tests.support.cases import CASES, CORE, LOWERINGS, SMALL_NETWORKS, Case, label, reduced
+from tests.support.oracle import widest
+from workloads.keras_reference import keras
+from workloads.layers import NETWORKS
 
 ONE = CORE[1]  # "same", two kernels per channel
-
-
-def assert_within_roundings(actual: jax.Array, exact: np.ndarray, *roundings: np.ndarray) -> None:
-    """Within float32's accumulation error of `exact`, and half a unit in the last place of each value rounded."""
-    info = jnp.finfo(actual.dtype)
-    allowed = 1e-6 * np.max(np.abs(exact)) + sum(
-        np.abs(r) * float(info.eps) / 2 + float(info.smallest_subnormal) for r in roundings
-    )
-    excess = np.abs(widest(actual) - exact) - allowed
-    assert np.max(excess) <= 0, f"beyond the allowed rounding by {np.max(excess):.3e}"
 
 
 @pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CASES, CORE, LOWERINGS, NETWORKS, SMALL_NETWORKS, Case, label, reduced
-from tests.oracle import assert_close, widest
+from tests.support.assertions import assert_close
+from tests.support.cases import CASES, CORE, LOWERINGS, SMALL_NETWORKS, Case, label, reduced
+from tests.support.oracle import widest
+from workloads.layers import NETWORKS
 
 
 @pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
-from tests.cases import CORE, Case
-from tests.oracle import assert_close, widest
+from tests.support.assertions import assert_close
+from tests.support.cases import CORE, Case
+from tests.support.oracle import widest
 
 SAMPLES = 3
 

@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 from depthwise_jax._core.window import Window, resolve
-from tests.oracle import EmptyOutputError, Oracle
+from tests.support.oracle import Oracle
+from workloads.workload import EmptyOutputError
 
 
 def placements(n: int, k: int, s: int, d: int, low: int, high: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests_tpu.compiler import _group_size, compile_for_tpu, make_mesh, shard_bytes, sharded
+from workloads.tpu.compiler import _group_size, compile_for_tpu, make_mesh, shard_bytes, sharded
 
 
 @pytest.mark.parametrize(

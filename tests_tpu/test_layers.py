@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from jax.sharding import Mesh
 
-from tests_tpu.compiler import make_mesh
-from tests_tpu.layers import EXPECTED, LAYERS, MAPS, Layer, compile_layer, ours, plain, told
+from workloads.tpu.compiler import make_mesh
+from workloads.tpu.layers import EXPECTED, LAYERS, MAPS, Layer, compile_layer, ours, plain, told
 
 
 @pytest.fixture(scope="module")

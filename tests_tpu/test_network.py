@@ -12,9 +12,9 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.mobilenet import FEW_STAGES, STAGES, MobileNetV2
-from tests_tpu.compiler import Figures, compile_for_tpu, make_mesh, shard_bytes
-from tests_tpu.network import CONSTRAINT, Program, forward, training_step
+from workloads.mobilenet import FEW_STAGES, STAGES, MobileNetV2
+from workloads.tpu.compiler import Figures, compile_for_tpu, make_mesh, shard_bytes
+from workloads.tpu.network import CONSTRAINT, Program, forward, training_step
 
 SIZE = 96
 # Topology, mesh axes and stages: the whole network takes minutes to compile, so only once.

@@ -20,7 +20,7 @@ def images(*shape: int) -> jax.Array:
 
 def keras_mobilenet(batch: int, size: int, alpha: float = 0.35) -> Model:
     """Keras' own MobileNetV2 on its JAX backend with random weights: 17 depthwise convolutions."""
-    from tests.keras_reference import keras
+    from workloads.keras_reference import keras
 
     rng = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""Damaged Keras files: `python -m tests.keras_fuzz 2000` reads as many, and fails at one that is not refused by name.
+"""Damaged Keras files, each of which must be refused by name: `python -m tests.support.keras_fuzz 2000` reads 2,000.
 
 Each file is one of the three formats with bytes flipped, bytes overwritten, or the end cut off; archives are deflated
 too. A reading must end in a ValueError or in layers, in bounded time and memory, and write nothing. The HDF5 library
@@ -25,7 +25,7 @@ MEBIBYTES = 200
 
 def seeds() -> list[tuple[str, bytes]]:
     """The sound files, by the ends of their names."""
-    from tests.keras_reference import keras
+    from workloads.keras_reference import keras
 
     layers = keras.layers
     inputs = keras.Input((8, 8, 4))
@@ -108,12 +108,12 @@ def run(count: int, folder: Path, seed: int = 0) -> int:
         (folder / f"{index}{suffix}").write_bytes(packed_again(content, rng) if again else damaged(content, rng))
     before = sorted(folder.iterdir())
     done = subprocess.run(
-        [sys.executable, "-m", "tests.keras_fuzz", "--read", str(folder)],
+        [sys.executable, "-m", "tests.support.keras_fuzz", "--read", str(folder)],
         capture_output=True,
         text=True,
         timeout=60 + count,
         check=False,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(folder.iterdir()) == before

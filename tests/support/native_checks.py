@@ -1,4 +1,4 @@
-"""Checks of the compiled kernels that need a process of their own: python -m tests.native_checks NAME [ARGUMENT].
+"""Checks of the compiled kernels that need their own process: python -m tests.support.native_checks NAME [ARGUMENT].
 
 What may crash or hang is found by its exit status or a time limit, and an environment variable that is read once can be
 set. `threads 60` and `devices` serve as commands too, for a longer run than the test's.
@@ -27,8 +27,9 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, explain
 from depthwise_jax.lowering import native
-from tests.cases import CORE, NETWORKS, Case, reduced
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
+from tests.support.cases import CORE, Case, reduced
+from workloads.layers import NETWORKS
 
 # Sizes at which all kernels have their turn: tiles and tails of channels, both heights of tiles, strides, phases.
 LARGER = (

@@ -1,4 +1,4 @@
-"""MobileNetV2 for tests, benchmarks and notebooks: from this package's layers, or from plain Flax for comparison."""
+"""MobileNetV2: from this package's layers, from plain Flax, and in PyTorch."""
 
 from __future__ import annotations
 
@@ -70,6 +70,41 @@ class MobileNetV2(nn.Module):
                 block += 1
         x = nn.relu6(conv("head", 1280, x))
         return nn.Dense(self.classes, dtype=jnp.float32, name="classifier")(x.mean((1, 2)))
+
+
+def torch_mobilenet(torch: Any, classes: int = 1000) -> Any:
+    """The same network in PyTorch, a sequence of modules."""
+    layers = torch.nn
+
+    def conv(channels: int, features: int, window: int, stride: int, groups: int, activation: bool) -> list[Any]:
+        return [
+            layers.Conv2d(channels, features, window, stride, window // 2, groups=groups, bias=False),
+            layers.BatchNorm2d(features, momentum=0.01),
+            *([layers.ReLU6(inplace=True)] if activation else []),
+        ]
+
+    class Residual(layers.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Any) -> Any:
+            return x + self.inner(x)
+
+    modules = conv(3, 32, 3, 2, 1, True)
+    channels = 32
+    for expansion, features, blocks, first_stride in STAGES:
+        for i in range(blocks):
+            hidden, stride = expansion * channels, first_stride if i == 0 else 1
+            expand = conv(channels, hidden, 1, 1, 1, True) if expansion > 1 else []
+            block = layers.Sequential(
+                *expand, *conv(hidden, hidden, 3, stride, hidden, True), *conv(hidden, features, 1, 1, 1, False)
+            )
+            modules.append(Residual(block) if stride == 1 and features == channels else block)
+            channels = features
+    modules += conv(channels, 1280, 1, 1, 1, True)
+    modules += [layers.AdaptiveAvgPool2d(1), layers.Flatten(), layers.Linear(1280, classes)]
+    return layers.Sequential(*modules)
 
 
 def channel_spec(path: tuple[Any, ...], value: Any, axis: str | None) -> P:

@@ -14,69 +14,18 @@ computed in the widest dtype of its kind (float64, complex128, int64); NumPy run
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from workloads.workload import Geometry
+
 Array = np.ndarray[Any, np.dtype[Any]]
-Padding = str | int | Sequence[tuple[int, int]]
 
 
-class EmptyOutputError(ValueError):
-    """The window fits nowhere."""
-
-
-class Oracle:
+class Oracle(Geometry):
     """The three maps of one geometry, for x (*batch, *spatial, C) or (*batch, C, *spatial), kernel (*window, C, M)."""
-
-    def __init__(
-        self,
-        x_shape: Sequence[int],
-        kernel_shape: Sequence[int],
-        *,
-        strides: int | Sequence[int] = 1,
-        padding: Padding = "valid",
-        data_format: str = "channels_last",
-        dilation_rate: int | Sequence[int] = 1,
-    ) -> None:
-        self.rank = rank = len(kernel_shape) - 2
-        self.x_shape = tuple(x_shape)
-        self.window = tuple(kernel_shape[:rank])
-        self.channels, self.multiplier = kernel_shape[rank:]
-        self.strides = (strides,) * rank if isinstance(strides, int) else tuple(strides)
-        self.dilation = (dilation_rate,) * rank if isinstance(dilation_rate, int) else tuple(dilation_rate)
-        self.channel_axis = -1 if data_format == "channels_last" else -1 - rank
-        sizes = list(x_shape)
-        sizes.pop(self.channel_axis)
-        self.batch, self.spatial = tuple(sizes[: len(sizes) - rank]), tuple(sizes[len(sizes) - rank :])
-        pads: Sequence[tuple[int, int]]
-        spans = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilation, strict=True)]
-        self.again = padding if padding in ("reflect", "circular") else None
-        if padding == "valid":
-            pads = [(0, 0)] * rank
-        elif padding == "same":
-            totals = [
-                max((-(-n // s) - 1) * s + e - n, 0) for n, s, e in zip(self.spatial, self.strides, spans, strict=True)
-            ]
-            pads = [(total // 2, total - total // 2) for total in totals]
-        elif padding == "causal":
-            pads = [(e - 1, 0) for e in spans]
-        elif self.again:
-            pads = [((e - 1) // 2, e // 2) for e in spans]
-        elif isinstance(padding, int):
-            pads = [(padding, padding)] * rank
-        else:
-            pads = padding  # pyright: ignore[reportAssignmentType]
-        self.low = [low for low, _ in pads]
-        room = [n + low + high - e for n, (low, high), e in zip(self.spatial, pads, spans, strict=True)]
-        no_output = padding == "same" and 0 in self.spatial  # ceil(0 / s) is 0
-        if min(room) < 0 or no_output or (self.again and 0 in self.spatial):
-            raise EmptyOutputError(f"{self.spatial=} {self.window=} {pads=}")
-        self.out = tuple(r // s + 1 for r, s in zip(room, self.strides, strict=True))
-        output = [*self.batch, *self.out]
-        output.insert(len(output) + 1 + self.channel_axis, self.channels * self.multiplier)
-        self.y_shape = tuple(output)
 
     def _reads(self) -> Iterator[tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]]:
         """Every (output position, tap, input position) inside the input, as indices behind one batch axis."""
@@ -153,13 +102,3 @@ def widest(a: Any) -> Array:
     if np.issubdtype(a.dtype, np.integer) or a.dtype == np.bool_:
         return a.astype(np.int64)
     return a.astype(np.float64)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "") -> None:
-    """Same shape, and every difference within `tolerance` times the largest expected magnitude."""
-    actual, expected = widest(actual), np.asarray(expected)
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
-    if expected.size:
-        bound = tolerance * np.max(np.abs(expected), initial=0.0)
-        worst = np.max(np.abs(actual - expected))
-        assert worst <= bound, f"{what}: off by {worst:.3e}, allowed {bound:.3e} ({tolerance} of the largest entry)"

@@ -8,8 +8,8 @@ import math
 import hypothesis.strategies as st
 from hypothesis import assume
 
-from tests.cases import Case
-from tests.oracle import EmptyOutputError
+from tests.support.cases import Case
+from workloads.workload import EmptyOutputError
 
 # Products of an output with a tap, for the oracle's loops.
 _WORK = 3000

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv
-from tests_tpu.compiler import Figures, compile_for_tpu, sharded
+from workloads.tpu.compiler import Figures, compile_for_tpu, sharded
 
 MAPS = ("forward", "dx", "dw")
 # Of each map, what its sum over the batch needs.

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.optim import project
-from tests.mobilenet import MobileNetV2, channel_spec
-from tests_tpu.compiler import sharded
+from workloads.mobilenet import MobileNetV2, channel_spec
+from workloads.tpu.compiler import sharded
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 

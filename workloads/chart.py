@@ -1,0 +1,101 @@
+"""A chart of the results of benchmarks.peers, with the machine's limits.
+
+A panel for each map, a line for each layer: milliseconds of one call by each contestant. Shaded is what the machine
+cannot do: faster than a copy moves the operands and the result, or than a matrix product multiplies and adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import FuncFormatter
+
+from workloads import results
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, each with a shape of its own.
+STYLES = {
+    "ours": ("#D55E00", "o"),
+    "ours bfloat16": ("#E69F00", "o"),
+    "native": ("#D55E00", "*"),
+    "taps": ("#F0E442", "X"),
+    "torch_channels_last": ("#0072B2", "s"),
+    "torch_channels_last bfloat16": ("#0072B2", "D"),
+    "torch_contiguous": ("#56B4E9", "v"),
+    "tensorflow": ("#CC79A7", "^"),
+    "onnxruntime": ("#009E73", "P"),
+    "lax": ("#000000", "d"),
+    "flax": ("#666666", "<"),
+    "keras": ("#999999", ">"),
+}
+TITLES = {"forward": "forward", "bias_relu": "forward with bias and relu", "dx": "dx", "dw": "dw"}
+
+
+def draw(data: dict[str, Any], mode: str) -> Any:
+    """The figure of one mode's rows, "single" or "chain".
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in data["rows"] if row["mode"] == mode]
+    if not rows:
+        raise ValueError(f"mode must be one that was measured; got {mode!r}, which has no rows")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    directions = [name for name in TITLES if any(row["direction"] == name for row in rows)]
+    names = [name for name in STYLES if any(name in row["ms"] for row in rows)]
+    height = 1.8 + 0.21 * len(layers)
+    width = 3.4 if len(layers) > 20 else 2.4
+    # The page is white in itself, so that it reads the same on a light and on a dark one.
+    figure, axes = plt.subplots(
+        1,
+        len(directions),
+        figsize=(2.6 + width * len(directions), height),
+        sharey=True,
+        squeeze=False,
+        facecolor="white",
+    )
+    for axis, direction in zip(axes[0], directions, strict=True):
+        chosen = {row["layer"]: row for row in rows if row["direction"] == direction}
+        places = [layers.index(layer) for layer in chosen]
+        memory = [results.memory_ms(data["limits"], row["bytes"]) for row in chosen.values()]
+        arithmetic = [results.arithmetic_ms(data["limits"], row["multiply_adds"]) for row in chosen.values()]
+        axis.barh(places, memory, height=0.9, color="#D9D9D9", label="memory limit", zorder=0)
+        axis.barh(places, arithmetic, height=0.35, color="#A6A6A6", label="arithmetic limit", zorder=1)
+        for name in reversed(names):
+            colour, marker = STYLES[name]
+            points = [
+                (float(np.median(row["ms"][name])), layers.index(layer))
+                for layer, row in chosen.items()
+                if name in row["ms"]
+            ]
+            if points:
+                # lightened outlines keep shapes apart where they overlap
+                axis.scatter(
+                    *zip(*points, strict=True),
+                    s=22,
+                    c=colour,
+                    marker=marker,
+                    edgecolors="white",
+                    linewidths=0.4,
+                    label=name,
+                    zorder=3,
+                )
+        axis.set_xscale("log")
+        axis.set_title(TITLES[direction])
+        axis.set_xlabel("ms per call")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.grid(axis="x", color="#E6E6E6", zorder=-1)
+        axis.set_axisbelow(True)
+    axes[0, 0].set_yticks(range(len(layers)), layers, fontsize=7)
+    axes[0, 0].set_ylim(len(layers) - 0.5, -0.5)
+    by_label = {
+        text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    shown = ["memory limit", "arithmetic limit", *names]
+    figure.legend([by_label[name] for name in shown], shown, loc="lower center", ncols=6, frameon=False, fontsize=8)
+    device = data["machine"]["cpu"] if data["device"] == "cpu" else data["device"]
+    calls = "one call" if mode == "single" else "per call, in chains of 8"
+    figure.suptitle(f"{device}, {data['threads']} threads, float32 unless named, {calls}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
+    return figure

@@ -1,0 +1,1 @@
+"""Programs for the TPU compiler on a machine without a TPU."""
