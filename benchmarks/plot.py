@@ -1,8 +1,10 @@
 """Draws the chart of the results of benchmarks.peers (workloads/chart.py).
 
-python -m benchmarks.plot benchmarks/results/cpu.json                 # writes benchmarks/results/cpu.svg
-python -m benchmarks.plot benchmarks/results/cpu.json --output a.png --mode single
-python -m benchmarks.plot benchmarks/results/cpu.json --brief --mode single --output docs/speed.svg
+    python -m benchmarks.plot benchmarks/results/cpu.json                 # writes benchmarks/results/cpu.svg
+    python -m benchmarks.plot benchmarks/results/cpu.json --output a.png --mode single
+    python -m benchmarks.plot benchmarks/results/cpu.json --brief --mode single --output docs/speed.svg
+
+A chart of one mode's rows: single calls, or calls in chains.
 """
 
 from __future__ import annotations

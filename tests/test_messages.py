@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted([*(ROOT / "depthwise_jax").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+MODULES = sorted(
+    path for folder in ("depthwise_jax", "workloads", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def messages(module: Path) -> Iterator[tuple[int, str]]:
