@@ -28,7 +28,7 @@ from benchmarks import environment, work
 from benchmarks.contestants import CHAIN, COPIES, PAIRS, unrolled
 from benchmarks.timing import interleaved
 from depthwise_jax.lowering import native
-from depthwise_jax.lowering.call import MAPS
+from depthwise_jax.lowering.call import DIRECTIONS, MAPS
 from workloads.layers import NETWORKS
 from workloads.workload import Workload
 
@@ -39,7 +39,6 @@ BUILDS = ("old", "new")
 MODES = ("single", "chain")
 # More than the samples of any layer take: none gets fewer rounds.
 _SECONDS = 600
-_DIRECTIONS: dict[str, str] = dict(zip(("forward", "dx", "dw"), MAPS, strict=True))
 
 
 def load(build: str, path: Path) -> str:
@@ -79,7 +78,7 @@ def maps(build: str, case: Workload, dtype: str) -> dict[str, Callable[..., Any]
     }
     return {
         direction: partial(
-            jax.ffi.ffi_call(f"benchmark.{build}.{_DIRECTIONS[direction]}", jax.ShapeDtypeStruct(shape, dtype)),
+            jax.ffi.ffi_call(f"benchmark.{build}.{DIRECTIONS[direction]}", jax.ShapeDtypeStruct(shape, dtype)),
             **geometry,
             **({"activation": np.int64(0)} if direction == "forward" else {}),
         )

@@ -57,11 +57,11 @@ class Task:
 
 Contestant = Callable[[Workload, Operands, str, str, bool], Task]
 # x, w, b or None, whether relu follows
-Convolution = Callable[[Any, Any, Any, bool], Any]
+Forward = Callable[[Any, Any, Any, bool], Any]
 
 
-def _ours(implementation: str | None) -> Callable[[Workload], Convolution]:
-    def make(case: Workload) -> Convolution:
+def _ours(implementation: str | None) -> Callable[[Workload], Forward]:
+    def make(case: Workload) -> Forward:
         conv = case.conv(implementation)
         return lambda x, w, b, relu: conv(x, w, b, activation="relu" if relu else None)
 
@@ -73,7 +73,7 @@ def _finished(y: Any, b: Any, relu: bool) -> Any:
     return jax.nn.relu(y) if relu else y
 
 
-def _lax(case: Workload) -> Convolution:
+def _lax(case: Workload) -> Forward:
     oracle, spatial = case.resolved, "DHW"[3 - case.resolved.rank :]
     layouts = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
 
@@ -93,7 +93,7 @@ def _lax(case: Workload) -> Convolution:
     return conv
 
 
-def _flax(case: Workload) -> Convolution:
+def _flax(case: Workload) -> Forward:
     oracle = case.resolved
     features = oracle.channels * oracle.multiplier
 
@@ -115,7 +115,7 @@ def _flax(case: Workload) -> Convolution:
     return conv
 
 
-def _keras(case: Workload) -> Convolution:
+def _keras(case: Workload) -> Forward:
     keras = _optional("keras")
     if keras.backend.backend() != "jax":
         raise MissingError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
@@ -130,7 +130,7 @@ def _keras(case: Workload) -> Convolution:
     return conv
 
 
-def _in_jax(make: Callable[[Workload], Convolution], implementation: str | None = "conv") -> Contestant:
+def _in_jax(make: Callable[[Workload], Forward], implementation: str | None = "conv") -> Contestant:
     """A contestant of a convolution that JAX traces; its `implementation` as explain() takes it."""
 
     def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:

@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks import environment, limits, work
 from benchmarks.contestants import CHAIN, CONTESTANTS, DEFAULT, MissingError, UnsupportedError, latency
 from benchmarks.timing import NOISY, calm, spread
-from depthwise_jax.lowering import native
+from depthwise_jax.lowering import DIRECTIONS, native
 from workloads import results
 from workloads.layers import NETWORKS
 from workloads.workload import Workload
@@ -167,14 +167,13 @@ class Threshold:
 
 
 _TORCH = "torch_channels_last"
-_THREE = ("forward", "dx", "dw")
 THRESHOLDS = (
     Threshold("forward", ("forward",), "chain", "ours", _TORCH, 0.75, 1.05),
     Threshold("dx", ("dx",), "chain", "ours", _TORCH, 0.6, 1.05),
     Threshold("dw", ("dw",), "chain", "ours", _TORCH, 0.3, 1.0),
     Threshold("forward, bias and relu", ("bias_relu",), "chain", "ours", _TORCH, 0.65, 1.0),
     Threshold("forward, single calls", ("forward",), "single", "ours", _TORCH, 0.95, None),
-    Threshold("bfloat16 against float32", _THREE, "chain", "ours bfloat16", "ours", 1.0, 1.3),
+    Threshold("bfloat16 against float32", tuple(DIRECTIONS), "chain", "ours bfloat16", "ours", 1.0, 1.3),
 )
 THRESHOLDS_AVX2 = (
     Threshold("forward, AVX2", ("forward",), "chain", "ours", _TORCH, 0.8, None),
@@ -195,7 +194,7 @@ def against_lax(rows: list[dict[str, Any]]) -> dict[str, float]:
     result = {}
     for layer in dict.fromkeys(row["layer"] for row in rows):
         sums = {"ours": 0.0, "lax": 0.0}
-        for direction in _THREE:
+        for direction in tuple(DIRECTIONS):
             for name in sums:
                 found = (times.get((layer, direction, mode), {}).get(name) for mode in ("chain", "single"))
                 sums[name] += next((ms for ms in found if ms is not None), float("nan"))
@@ -297,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="", help="comma-separated; layers whose name contains one of these")
     parser.add_argument("--peers", help=f"comma-separated: {', '.join(CONTESTANTS)}")
-    parser.add_argument("--directions", default=",".join(work.DIRECTIONS))
+    parser.add_argument("--directions", default=",".join(work.TIMED))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--rounds", type=int, default=9)
@@ -329,7 +328,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         raise SystemExit(f"there are contestants for {', '.join(DEFAULT)}, not for {platform}")
     run = Run(
         peers=_names(arguments.peers, tuple(CONTESTANTS), "peers") if arguments.peers else DEFAULT[platform],
-        directions=_names(arguments.directions, work.DIRECTIONS, "directions"),
+        directions=_names(arguments.directions, work.TIMED, "directions"),
         modes=_names(arguments.modes, MODES, "modes"),
         dtypes=_names(arguments.dtypes, DTYPES, "dtypes"),
         rounds=arguments.rounds,

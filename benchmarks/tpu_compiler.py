@@ -20,8 +20,9 @@ from workloads.tpu.compiler import Figures, compile_for_tpu, make_mesh  # isort:
 import jax
 from jax.sharding import PartitionSpec as P
 
+from depthwise_jax.lowering import DIRECTIONS as MAPS
 from workloads.mobilenet import FEW_STAGES, STAGES, MobileNetV2
-from workloads.tpu.layers import LAYERS, MAPS, Layer, compile_layer, ours, plain, told
+from workloads.tpu.layers import LAYERS, Layer, compile_layer, ours, plain, told
 from workloads.tpu.network import CONSTRAINT, forward, training_step
 
 HEADER = ("program", "by", "est. cycles", "fusions", "copies", "collectives", "groups of", "temporary MB")

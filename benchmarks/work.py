@@ -10,10 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from depthwise_jax.lowering import DIRECTIONS
 from workloads.workload import Workload
 
 # "bias_relu" is the forward pass with a bias, and relu after it.
-DIRECTIONS = ("forward", "bias_relu", "dx", "dw")
+TIMED = (*DIRECTIONS, "bias_relu")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Operands = dict[str, Array]

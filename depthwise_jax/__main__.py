@@ -22,15 +22,14 @@ import numpy as np
 from jax import Array, lax
 
 from depthwise_jax import __version__, depthwise_conv, explain, lowering
-from depthwise_jax.lowering import native
+from depthwise_jax.lowering import DIRECTIONS, native
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-MAPS = ("forward", "dx", "dw")
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Call:
+class Example:
     """A call of depthwise_conv: the shapes of x and kernel, and the other arguments."""
 
     x: tuple[int, ...]
@@ -56,22 +55,22 @@ class Call:
 
 # An odd number of channels, a stride, several kernels per channel, a dilation, one and three axes, a fused activation.
 CHECKED = (
-    Call((2, 12, 11, 37), (3, 3, 37, 1)),
-    Call((2, 12, 11, 16), (3, 3, 16, 2), strides=2),
-    Call((2, 24, 15, 15), (3, 3, 24, 1), padding="valid", dilation_rate=2, data_format="channels_first"),
-    Call((2, 40, 8), (4, 8, 1), padding="causal"),
-    Call((1, 6, 7, 5, 8), (2, 3, 2, 8, 1)),
-    Call((2, 14, 14, 32), (5, 3, 32, 1), activation="relu"),
-    Call((2, 9, 9, 32), (3, 3, 32, 1), activation="relu", dtype="bfloat16"),
+    Example((2, 12, 11, 37), (3, 3, 37, 1)),
+    Example((2, 12, 11, 16), (3, 3, 16, 2), strides=2),
+    Example((2, 24, 15, 15), (3, 3, 24, 1), padding="valid", dilation_rate=2, data_format="channels_first"),
+    Example((2, 40, 8), (4, 8, 1), padding="causal"),
+    Example((1, 6, 7, 5, 8), (2, 3, 2, 8, 1)),
+    Example((2, 14, 14, 32), (5, 3, 32, 1), activation="relu"),
+    Example((2, 9, 9, 32), (3, 3, 32, 1), activation="relu", dtype="bfloat16"),
 )
 # The largest error, relative to the sum of the magnitudes of what is added.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-7}
 
 TIMED = {
-    "MobileNetV2 3x3": Call((1, 56, 56, 144), (3, 3, 144, 1)),
-    "EfficientNet 5x5, stride 2": Call((1, 28, 28, 240), (5, 5, 240, 1), strides=2),
-    "ConvNeXt 7x7": Call((1, 14, 14, 384), (7, 7, 384, 1)),
-    "Mamba, causal 4": Call((1, 1024, 256), (4, 256, 1), padding="causal"),
+    "MobileNetV2 3x3": Example((1, 56, 56, 144), (3, 3, 144, 1)),
+    "EfficientNet 5x5, stride 2": Example((1, 28, 28, 240), (5, 5, 240, 1), strides=2),
+    "ConvNeXt 7x7": Example((1, 14, 14, 384), (7, 7, 384, 1)),
+    "Mamba, causal 4": Example((1, 1024, 256), (4, 256, 1), padding="causal"),
 }
 
 
@@ -93,7 +92,7 @@ def main() -> int:
         for choice, directions in choices.items():
             print(f"    {', '.join(directions)}: {choice}")
 
-    print(f"\nself-check against loops in float64 ({', '.join(MAPS)}):")
+    print(f"\nself-check against loops in float64 ({', '.join(DIRECTIONS)}):")
     failures = []
     for name in available():
         outcome = check(name)
@@ -107,7 +106,7 @@ def main() -> int:
 
     if not failures:
         print(f"\nself-benchmark: ms a call, times faster than jax.lax; medians of {ROUNDS} interleaved rounds")
-        print("  " + " " * 28 + "".join(f"{name:>20}" for name in MAPS))
+        print("  " + " " * 28 + "".join(f"{name:>20}" for name in DIRECTIONS))
         for name, call in TIMED.items():
             cells, wrong = benchmark(call)
             failures += [f"{name}: {failure}" for failure in wrong]
@@ -154,7 +153,7 @@ def check(implementation: str) -> Outcome:
         g = jnp.where(smooth, g, 0)
         expected, scales = truth(call, *(np.asarray(operand, np.float64) for operand in (x, kernel, bias, g)))
 
-        def maps(x: Array, kernel: Array, bias: Array, g: Array, call: Call = call) -> tuple[Array, ...]:
+        def maps(x: Array, kernel: Array, bias: Array, g: Array, call: Example = call) -> tuple[Array, ...]:
             y, transpose = jax.vjp(
                 lambda x, kernel: depthwise_conv(
                     x,
@@ -176,7 +175,7 @@ def check(implementation: str) -> Outcome:
             outcome.failures.append(f"{call}: {type(error).__name__}: {error}")
             continue
         wrong = []
-        for name, result, value, scale in zip(MAPS, results, expected, scales, strict=True):
+        for name, result, value, scale in zip(DIRECTIONS, results, expected, scales, strict=True):
             error = np.max(np.abs(np.asarray(result, np.float64) - value) / scale) / TOLERANCE[call.dtype]
             outcome.largest = float(np.fmax(outcome.largest, error))
             if not error <= 1:  # NaN too
@@ -187,7 +186,7 @@ def check(implementation: str) -> Outcome:
 
 
 def truth(
-    call: Call, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, g: np.ndarray
+    call: Example, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, g: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """y, dx and dw by a loop over the taps, and for each the sum of the magnitudes of what was added."""
     if call.data_format == "channels_first":
@@ -233,11 +232,11 @@ def truth(
     return values, scales
 
 
-def benchmark(call: Call) -> tuple[list[tuple[float, float]], list[str]]:
+def benchmark(call: Example) -> tuple[list[tuple[float, float]], list[str]]:
     """Times what is chosen for a call against plain lax.
 
     Returns:
-        Milliseconds and how many times faster than lax for each of MAPS; and what is wrong, by lax's values.
+        Milliseconds and how many times faster than lax for each of DIRECTIONS; and what is wrong, by lax's values.
     """
     x, kernel, _, g = _operands(call)
     window, channels = kernel.shape[:-2], kernel.shape[-2]
@@ -265,7 +264,7 @@ def benchmark(call: Call) -> tuple[list[tuple[float, float]], list[str]]:
         )
 
     cells, wrong = [], []
-    for name, contestants in zip(MAPS, zip(maps(ours), maps(plain), strict=True), strict=True):
+    for name, contestants in zip(DIRECTIONS, zip(maps(ours), maps(plain), strict=True), strict=True):
         result, reference = (np.asarray(function(x, kernel, g), np.float64) for function in contestants)
         # Both round to what the device's matrix units take: half a per cent on those of GPUs and TPUs.
         error = np.max(np.abs(result - reference)) / np.max(np.abs(reference))
@@ -282,12 +281,12 @@ def benchmark(call: Call) -> tuple[list[tuple[float, float]], list[str]]:
     return cells, wrong
 
 
-def _explain(call: Call, implementation: str | None = None) -> Any:
+def _explain(call: Example, implementation: str | None = None) -> Any:
     x, kernel = (jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel))
     return explain(x, kernel, **call.geometry, implementation=implementation)
 
 
-def _operands(call: Call) -> list[Array]:
+def _operands(call: Example) -> list[Array]:
     """x, kernel, bias and a cotangent, the same ones at every run."""
     random = np.random.default_rng(0)
     x, kernel = (jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel))

@@ -16,12 +16,14 @@ import keras
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import depthwise_jax
 import depthwise_jax.optim
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import Case
+from tests.support.meshes import make_mesh
 
 README = Path(__file__).parent.parent / "README.md"
 LIBRARIES = ("here", "Keras", "Flax", "PyTorch")
@@ -225,7 +227,7 @@ def test_feasible_weights() -> None:
 def test_kernel_gradient_on_a_mesh() -> None:
     row = table()["kernel gradient on a mesh of several axes"]
     assert [row[library] for library in LIBRARIES] == ["right", "too large (1)", "too large (1)", "not JAX"]
-    mesh = jax.make_mesh((2, 2), ("b", "c"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = make_mesh(b=2, c=2)
     case = Case("mesh", (4, 9, 9, CHANNELS), (3, 3, CHANNELS, 1), {"padding": "same"})
     x, w, g = case.operands()
     truth = case.oracle.kernel_grad(x, g)
@@ -235,10 +237,7 @@ def test_kernel_gradient_on_a_mesh() -> None:
         w, names = w.reshape(3, 3, 1, CHANNELS), ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=names, feature_group_count=CHANNELS)
 
-    def gradient(f: Callable[..., Any]) -> Any:
-        return jax.jit(lambda x, w, g: jax.vjp(lambda w: f(x, w), w)[1](g)[0])(x, w, g)
-
-    right, too_large = gradient(case.conv()), gradient(of_lax)
+    right, too_large = (jax.jit(maps.dw(f))(x, w, g) for f in (case.conv(), of_lax))
     assert_close(right, truth, 1e-5)
     assert_close(too_large, 2 * truth, 1e-5)
 

@@ -19,8 +19,10 @@ from jax.sharding import PartitionSpec as P
 from depthwise_jax import depthwise_conv, explain, lowering
 from depthwise_jax.lowering import choice, native
 from depthwise_jax.lowering.call import Call
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import Case
+from tests.support.meshes import make_mesh
 
 COMPILED = native.status().instruction_set is not None
 X, W = np.ones((4, 8, 6, 4), np.float32), np.ones((3, 3, 4, 1), np.float32)
@@ -28,17 +30,14 @@ OPTIONS: dict[str, Any] = {"padding": "same"}
 BATCH, BOTH, ROWS = P("b"), P("b", None, None, "c"), P(None, "b")
 
 
-def maps(options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+def programs(options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     """Each map alone, of x and kernel; y has the shape of x."""
 
     def f(x: Any, w: Any) -> Any:
         return depthwise_conv(x, w, **OPTIONS, **options)
 
-    return {
-        "forward": f,
-        "input_grad": lambda x, w: jax.vjp(lambda x: f(x, w), x)[1](f(x, w))[0],
-        "kernel_grad": lambda x, w: jax.vjp(lambda w: f(x, w), w)[1](f(x, w))[0],
-    }
+    input_grad, kernel_grad = (lambda x, w, map_=map_: map_(f)(x, w, f(x, w)) for map_ in (maps.dx, maps.dw))
+    return dict(zip(lowering.MAPS, (f, input_grad, kernel_grad), strict=True))
 
 
 def lowered(text: str, direction: str) -> str:
@@ -52,10 +51,7 @@ def lowered(text: str, direction: str) -> str:
 
 
 def mesh_of(axis_type: AxisType | None, axes: int) -> Any:
-    if axis_type is None:
-        return None
-    sizes = (2, 2) if axes == 2 else (4,)
-    return jax.make_mesh(sizes, ("b", "c")[:axes], axis_types=(axis_type,) * axes, devices=jax.devices()[:4])
+    return None if axis_type is None else make_mesh(axis_type, **({"b": 2, "c": 2} if axes == 2 else {"b": 4}))
 
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -87,7 +83,7 @@ def test_a_program_is_lowered_as_explained(name: str, platform: str) -> None:
         x = jax.device_put(X, NamedSharding(mesh, spec))
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         explained = explain(x, w, **OPTIONS, **options, platform=platform)
-        for direction, f in maps(options).items():
+        for direction, f in programs(options).items():
             try:
                 text = jax.jit(f).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
             except ValueError as error:
@@ -104,7 +100,7 @@ def test_a_program_is_lowered_as_explained(name: str, platform: str) -> None:
 def test_inside_shard_map(manual: set[str], options: dict[str, Any], platform: str) -> None:
     mesh = mesh_of(AUTO, 2)
     found: dict[str, tuple[str, str]] = {}
-    for direction, f in maps(options).items():
+    for direction, f in programs(options).items():
         explanations: list[Any] = []
 
         def local(x: Any, w: Any, f: Any = f, explanations: list[Any] = explanations) -> Any:
@@ -120,7 +116,7 @@ def test_inside_shard_map(manual: set[str], options: dict[str, Any], platform: s
 
 
 def test_an_exported_program_runs_without_this_package() -> None:
-    f = jax.jit(maps({})["forward"])
+    f = jax.jit(programs({})["forward"])
     text = export.export(f, platforms=("cpu",))(X, W).mlir_module()
     assert lowered(text, "forward") == "taps"  # what explain tells of is a program that runs here
 
@@ -165,14 +161,9 @@ def test_a_lowering_is_one_module_and_one_row(monkeypatch: pytest.MonkeyPatch) -
     case = Case("toy", (2, 9, 3), (4, 3, 1))
     x, w, g = case.operands()
     assert explain(x, w, platform="cpu").forward.reason == "a row of one's own"
-    y, vjp = jax.vjp(case.conv("toy"), x, w)
-    dx, dw = vjp(jnp.asarray(g))
-    for actual, expected in (
-        (y, case.oracle.conv(x, w)),
-        (dx, case.oracle.input_grad(g, w)),
-        (dw, case.oracle.kernel_grad(x, g)),
-    ):
-        assert_close(actual, expected, 1e-5)
+    results = maps.value_and_gradients(case.conv("toy"))(x, w, jnp.asarray(g))
+    for actual, (name, expected) in zip(results, maps.truth(case, x, w, g).items(), strict=True):
+        assert_close(actual, expected, 1e-5, name)
     assert "not toy: it knows plain rows only" in explain(x, w, platform="cpu", strides=2).forward.reason
     with pytest.raises(ValueError, match=r"'toy' cannot serve .* plain rows only"):
         case.conv("toy")(jnp.ones((1, 9, 9, 3)), jnp.ones((2, 2, 3, 1)))

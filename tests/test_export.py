@@ -19,6 +19,7 @@ from jax import export
 from depthwise_jax import DepthwiseConv2D, SeparableConv2D, separable_conv
 from depthwise_jax.interop import accelerate
 from depthwise_jax.optim import constraints_of, project
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
 from tests.support.oracle import Oracle, widest
@@ -53,7 +54,7 @@ def test_each_platform_gets_its_own_lowering(platforms: tuple[str, ...]) -> None
     # A rule shared by two platforms is indexed wrongly in an artefact for several, depending on their order.
     case = CORE[1]
     x, w, g = case.operands()
-    f = reloaded(lambda x, w, g: (case.conv()(x, w), *jax.vjp(case.conv(), x, w)[1](g)), x, w, g, platforms=platforms)
+    f = reloaded(maps.value_and_gradients(case.conv()), x, w, g, platforms=platforms)
     y, dx, dw = f.call(x, w, g)
     assert_close(y, case.oracle.conv(x, w), 1e-5)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5)
@@ -75,7 +76,7 @@ def test_the_artefact_is_differentiable(plain: str) -> None:
     case = CORE[1]
     x, w, g = case.operands()
     f = reloaded(case.conv(plain), *symbolic_batch(case), vjp_order=1)
-    dx, dw = jax.vjp(f.call, x, w)[1](g)
+    dx, dw = maps.gradients(f.call)(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5)
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
 

@@ -8,23 +8,15 @@ from typing import Any
 
 import jax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import explain, separable_conv
+from tests.support import maps
 from tests.support.cases import CORE, SMALL_NETWORKS, Case
+from tests.support.meshes import make_mesh
 
 CONVOLUTION = re.compile(r"\bconvolution\b")
-
-
-def maps(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Value and both gradients."""
-
-    def run(x: Any, w: Any, g: Any) -> Any:
-        y, vjp = jax.vjp(f, x, w)
-        return y, *vjp(g)
-
-    return run
 
 
 def compiled_text(f: Callable[..., Any], *operands: Any) -> str:
@@ -33,24 +25,24 @@ def compiled_text(f: Callable[..., Any], *operands: Any) -> str:
 
 def test_the_search_finds_a_convolution() -> None:
     case = CORE[2]
-    assert CONVOLUTION.search(compiled_text(maps(case.conv("conv")), *case.operands()))
+    assert CONVOLUTION.search(compiled_text(maps.value_and_gradients(case.conv("conv")), *case.operands()))
 
 
 @pytest.mark.parametrize("case", [*CORE, SMALL_NETWORKS[1]], ids=str)
 def test_taps_compile_to_no_convolution(case: Case) -> None:
-    assert not CONVOLUTION.search(compiled_text(maps(case.conv("taps")), *case.operands()))
+    assert not CONVOLUTION.search(compiled_text(maps.value_and_gradients(case.conv("taps")), *case.operands()))
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
 def test_batched_taps_compile_to_no_convolution(case: Case) -> None:
     stacked = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in case.operands()]
-    assert not CONVOLUTION.search(compiled_text(jax.vmap(maps(case.conv("taps"))), *stacked))
+    assert not CONVOLUTION.search(compiled_text(jax.vmap(maps.value_and_gradients(case.conv("taps"))), *stacked))
 
 
 @pytest.mark.parametrize("case", [case for case in CORE if case.geometry.get("strides", 1) != 1], ids=str)
 def test_strided_taps_keep_no_dilated_gradient(case: Case) -> None:
     x, w, g = case.operands()
-    text = jax.jit(lambda x, w, g: jax.vjp(lambda x: case.conv("taps")(x, w), x)[1](g)).lower(x, w, g).as_text()
+    text = jax.jit(maps.dx(case.conv("taps"))).lower(x, w, g).as_text()
     assert "lhs_dilat" not in text
     # Nor one that is spelled as a pad: an interior of [.., 1, ..] is a dilation by another name.
     assert not re.search(r"interior = \[[^\]]*[1-9]", text)
@@ -60,7 +52,7 @@ def test_strided_taps_keep_no_dilated_gradient(case: Case) -> None:
 def test_strided_dx_of_conv_is_a_dilation_so_the_search_works() -> None:
     case = CORE[2]
     x, w, g = case.operands()
-    text = jax.jit(lambda x, w, g: jax.vjp(lambda x: case.conv("conv")(x, w), x)[1](g)).lower(x, w, g).as_text()
+    text = jax.jit(maps.dx(case.conv("conv"))).lower(x, w, g).as_text()
     assert "lhs_dilat" in text
 
 
@@ -99,7 +91,7 @@ def test_dx_of_several_kernels_per_channel_stays_depthwise_under_conv() -> None:
     # A transposed convolution with M > 1 inputs per group is what all-gathers: here there are M of one each.
     case = CORE[1]
     x, w, g = case.operands()
-    text = jax.jit(lambda x, w, g: jax.vjp(lambda x: case.conv("conv")(x, w), x)[1](g)).lower(x, w, g).as_text()
+    text = jax.jit(maps.dx(case.conv("conv"))).lower(x, w, g).as_text()
     assert text.count("stablehlo.convolution") == 2
     assert re.findall(r"feature_group_count = (\d+)", text) == ["3", "3"]
 
@@ -107,15 +99,10 @@ def test_dx_of_several_kernels_per_channel_stays_depthwise_under_conv() -> None:
 def test_the_chosen_program_is_the_explained_one() -> None:
     case = CORE[2]
     x, w, g = case.operands()
-    f = case.conv()
     explained = explain(x, w, **case.geometry, platform="cpu")
-    programs: list[tuple[str, Callable[..., Any]]] = [
-        (explained.forward.lowering, f),
-        (explained.input_grad.lowering, lambda x, w: jax.vjp(lambda x: f(x, w), x)[1](g)[0]),
-        (explained.kernel_grad.lowering, lambda x, w: jax.vjp(lambda w: f(x, w), w)[1](g)[0]),
-    ]
-    for lowering, program in programs:
-        text = jax.jit(program).lower(x, w).as_text()
+    lowerings = explained.forward.lowering, explained.input_grad.lowering, explained.kernel_grad.lowering
+    for lowering, program in zip(lowerings, maps.maps(case.conv()).values(), strict=True):
+        text = jax.jit(program).lower(x, w, g).as_text()
         assert bool(CONVOLUTION.search(text)) == (lowering == "conv")
         assert ("depthwise_jax." in text) == (lowering == "native")  # the handlers' names
 
@@ -134,11 +121,10 @@ def test_bias_and_activation_add_no_pass_over_the_output() -> None:
 def test_the_precision_arrives_in_every_convolution(slabs: bool, multiplier: int) -> None:
     # It matters on TPU alone. With slabs the kernel gradient is another convolution.
     case = Case("precision", (8, 6, 5, 3), (3, 3, 3, multiplier), {"padding": "same"})
-    mesh = jax.make_mesh((2, 2), ("b", "c"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = make_mesh(b=2, c=2)
     shardings = [NamedSharding(mesh, spec) for spec in (P("b"), P(), P("b"))] if slabs else None
-    text = (
-        jax.jit(maps(case.conv("conv", precision="highest")), in_shardings=shardings).lower(*case.operands()).as_text()
-    )
+    f = maps.value_and_gradients(case.conv("conv", precision="highest"))
+    text = jax.jit(f, in_shardings=shardings).lower(*case.operands()).as_text()
     convolutions = re.findall(r"stablehlo\.convolution.*", text)
     assert len(convolutions) == 1 + 2 * multiplier
     assert bool(re.search(r"lhs_dilate = \[[^]]*[2-9]", text)) == slabs

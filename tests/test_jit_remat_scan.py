@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import print_saved_residuals
 
 from depthwise_jax import depthwise_conv
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
 
@@ -37,16 +39,12 @@ def count_compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def pullback(f: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, w, g: jax.vjp(f, x, w)[1](g)
-
-
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
 def test_jit_computes_what_eager_computes(case: Case, implementation: str) -> None:
     x, w, g = case.operands()
     f = case.conv(implementation)
-    eager = f(x, w), *pullback(f)(x, w, g)
-    jitted = jax.jit(f)(x, w), *jax.jit(pullback(f))(x, w, g)
+    eager = f(x, w), *maps.gradients(f)(x, w, g)
+    jitted = jax.jit(f)(x, w), *jax.jit(maps.gradients(f))(x, w, g)
     for a, b in zip(eager, jitted, strict=True):
         assert_close(a, np.asarray(b, np.float64), 1e-6)
 
@@ -54,17 +52,14 @@ def test_jit_computes_what_eager_computes(case: Case, implementation: str) -> No
 def test_an_eager_call_compiles_once(implementation: str) -> None:
     # A shape of its own, which no other test has compiled.
     x, w = np.ones((1, 9, 7, 5), np.float32), np.ones((2, 3, 5, 1), np.float32)
-    b = np.ones(5, np.float32)
+    b, g = np.ones(5, np.float32), np.ones((1, 8, 5, 5), np.float32)
+    pullback = maps.gradients(partial(depthwise_conv, implementation=implementation))
     with count_compilations() as first:
         depthwise_conv(x, w, b, activation="relu", implementation=implementation)
-        jax.vjp(lambda x, w: depthwise_conv(x, w, implementation=implementation), x, w)[1](
-            np.ones((1, 8, 5, 5), np.float32)
-        )
+        pullback(x, w, g)
     with count_compilations() as second:
         depthwise_conv(2 * x, w, b, activation="relu", implementation=implementation)
-        jax.vjp(lambda x, w: depthwise_conv(x, w, implementation=implementation), 2 * x, w)[1](
-            np.ones((1, 8, 5, 5), np.float32)
-        )
+        pullback(2 * x, w, g)
     assert first  # the counter counts
     assert not second
 
@@ -132,7 +127,7 @@ POLICIES: dict[str, Any] = {
 def test_remat(implementation: str, policy: str) -> None:
     x, w, g = SQUARE.operands()
     f = jax.checkpoint(lambda x, w: jnp.sin(SQUARE.conv(implementation)(x, w)), policy=POLICIES[policy])
-    dx, dw = jax.jit(pullback(f))(x, w, g)
+    dx, dw = jax.jit(maps.gradients(f))(x, w, g)
     g = np.cos(SQUARE.oracle.conv(x, w)) * g
     assert_close(dx, SQUARE.oracle.input_grad(g, w), 1e-5)
     assert_close(dw, SQUARE.oracle.kernel_grad(x, g), 1e-5)
@@ -178,7 +173,7 @@ def test_scan_over_layers(implementation: str) -> None:
     def network(x: Any, w: Any) -> Any:
         return lax.scan(lambda y, kernel: (f(y, kernel), None), x, w)[0]
 
-    y, dx, dw = jax.jit(lambda x, w, g: (network(x, w), *pullback(network)(x, w, g)))(x, w, g)
+    y, dx, dw = jax.jit(maps.value_and_gradients(network))(x, w, g)
     activations: list[Any] = [x]
     for kernel in w:
         activations.append(SQUARE.oracle.conv(activations[-1], kernel))
@@ -233,7 +228,7 @@ def test_under_jaxs_strictest_settings(implementation: str) -> None:
         jax.debug_nans(True),
         jax.checking_leaks(),
     ):
-        f = jax.jit(lambda x, w, b, g: jax.vjp(SQUARE.conv(implementation, activation="relu"), x, w, b)[1](g))
+        f = jax.jit(maps.gradients(SQUARE.conv(implementation, activation="relu")))
         dx, dw, db = f(x, w, b, g)
     g = g * (SQUARE.oracle.add_bias(SQUARE.oracle.conv(x, w), b) > 0)
     assert_close(dx, SQUARE.oracle.input_grad(g, w), 1e-5)
@@ -261,7 +256,7 @@ def test_an_output_of_known_type_is_not_weak(implementation: str) -> None:
 
 def test_repeated_kernel_gradients_are_equal_to_the_bit(implementation: str) -> None:
     x, w, g = Case("repeat", (8, 16, 16, 8), (3, 3, 8, 1), {"padding": "same"}).operands()
-    f = jax.jit(pullback(lambda x, w: depthwise_conv(x, w, padding="same", implementation=implementation)))
+    f = jax.jit(maps.gradients(partial(depthwise_conv, padding="same", implementation=implementation)))
     first = np.asarray(f(x, w, g)[1])
     for _ in range(5):
         np.testing.assert_array_equal(f(x, w, g)[1], first)

@@ -56,7 +56,7 @@ def test_names_the_lowering_and_the_map_that_are_wrong(
     assert command.main() == 1
     printed = capsys.readouterr().out
     failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
-    name = command.MAPS[lowering.MAPS.index(broken)]
+    name = list(lowering.DIRECTIONS)[lowering.MAPS.index(broken)]
     assert len(failed) == 1
     assert failed[0].startswith(f"FAILED taps: {command.CHECKED[0]}: {name} is off by")
     assert "conv: 1 of 1 calls right" in printed
@@ -77,12 +77,12 @@ def test_a_lowering_that_raises_is_a_failure(
 
 
 def test_a_wrong_value_in_the_benchmark_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = command.Call((1, 8, 8, 4), (3, 3, 4, 1))
+    call = command.Example((1, 8, 8, 4), (3, 3, 4, 1))
     assert command.benchmark(call)[1] == []
     right = command.depthwise_conv
     monkeypatch.setattr(command, "depthwise_conv", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
     _, wrong = command.benchmark(call)
-    assert [message.split()[0] for message in wrong] == list(command.MAPS)
+    assert [message.split()[0] for message in wrong] == list(lowering.DIRECTIONS)
 
 
 def _nudged(result: Any) -> Any:

@@ -20,10 +20,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, explain
-from depthwise_jax.lowering import library, native
-from depthwise_jax.lowering.call import MAPS
+from depthwise_jax.lowering import DIRECTIONS, library, native
+from tests.support import maps
 from tests.support.assertions import assert_close, assert_within_roundings
 from tests.support.cases import Case, label
+from tests.support.meshes import make_mesh
 from tests.support.oracle import Oracle, widest
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def test_a_dtype_without_kernels_is_refused_by_name(dtype: Any) -> None:
 @needs_kernels
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_partitioned_program_is_refused(axis_type: AxisType) -> None:
-    mesh = jax.make_mesh((2,), ("b",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    mesh = make_mesh(axis_type, b=2)
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("b")))
         w = jax.device_put(W, NamedSharding(mesh, P()))
@@ -159,14 +160,12 @@ def test_what_the_kernels_cannot_count_is_refused_by_name(geometry: dict[str, An
 def test_strides_and_dilations_of_any_size(geometry: dict[str, Any], implementation: str) -> None:
     case = Case("huge", (2, 12, 17), (3, 17, 1), geometry)
     x, w, g = case.operands()
-    y, vjp = jax.vjp(case.conv(implementation), x, w)
-    dx, dw = vjp(jnp.asarray(g))
-    for actual, expected in (
-        (y, case.oracle.conv(x, w)),
-        (dx, case.oracle.input_grad(g, w)),
-        (dw, case.oracle.kernel_grad(x, g)),
+    for actual, (name, expected) in zip(
+        maps.value_and_gradients(case.conv(implementation))(x, w, jnp.asarray(g)),
+        maps.truth(case, x, w, g).items(),
+        strict=True,
     ):
-        assert_close(actual, expected, 1e-5)
+        assert_close(actual, expected, 1e-5, name)
 
 
 # Without the library
@@ -263,7 +262,7 @@ def test_the_same_bits_with_and_without_x64(wide: bool) -> None:
     case = Case("x64", (2, 7, 9, 20), (3, 3, 20, 1), {"padding": "same", "strides": 2})
     x, w, g = case.operands()
     b = case.draw((20,), 9)
-    f = jax.jit(lambda x, w, b, g: jax.vjp(case.conv("native", activation="relu6"), x, w, b)[1](g))
+    f = jax.jit(maps.gradients(case.conv("native", activation="relu6")))
     with jax.enable_x64(wide):
         results = [np.asarray(a) for a in (case.conv("native", activation="relu6")(x, w, b), *f(x, w, b, g))]
     y = case.oracle.add_bias(case.oracle.conv(x, w), b)
@@ -297,10 +296,10 @@ def test_what_is_not_finite_lands_where_the_oracle_puts_it(channels: int, geomet
         flat = a.reshape(-1, channels)
         flat[0, -1], flat[-1, 0], flat[-1, -1] = np.inf, np.nan, -np.inf
     x, w, g = (jnp.asarray(a, dtype) for a in operands)
-    y, dx, dw = jax.jit(lambda x, w, g: (case.conv("native")(x, w), *jax.vjp(case.conv("native"), x, w)[1](g)))(x, w, g)
+    results = jax.jit(maps.value_and_gradients(case.conv("native")))(x, w, g)
     with np.errstate(invalid="ignore"):  # infinity minus infinity
-        truth = case.oracle.conv(x, w), case.oracle.input_grad(g, w), case.oracle.kernel_grad(x, g)
-    for name, actual, expected in zip(("y", "dx", "dw"), (y, dx, dw), truth, strict=True):
+        truth = maps.truth(case, x, w, g)
+    for actual, (name, expected) in zip(results, truth.items(), strict=True):
         assert actual.dtype == dtype
         np.testing.assert_array_equal(classes(actual), classes(expected), err_msg=name)
         finite = np.isfinite(expected)
@@ -357,18 +356,12 @@ def test_fused_is_one_call_and_no_pass_of_its_own(biased: bool, activation: str 
 
 
 @needs_kernels
-@pytest.mark.parametrize("direction", MAPS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_channels_first_costs_two_transposes(direction: str) -> None:
     # Forward and dx: of what is read and of what is written; dw: of both that are read.
     case = fused_case(24, "channels_first")
-    x, w, g = case.operands()
-    f = case.conv("native")
-    program = {
-        "forward": lambda x, w, g: f(x, w),
-        "input_grad": lambda x, w, g: jax.vjp(lambda x: f(x, w), x)[1](g),
-        "kernel_grad": lambda x, w, g: jax.vjp(lambda w: f(x, w), w)[1](g),
-    }[direction]
-    text = jax.jit(program).lower(x, w, g).compile().as_text() or ""
+    program = maps.maps(case.conv("native"))[direction]
+    text = jax.jit(program).lower(*case.operands()).compile().as_text() or ""
     entry = text[text.index("ENTRY") :]
     assert len(re.findall(r" custom-call\(", entry)) == 1
     # What else makes an array as large as x, in either layout.

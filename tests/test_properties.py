@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import LOWERINGS, PLAIN, Case
 from tests.support.strategies import cases
@@ -33,13 +32,7 @@ def check(case: Case, dtype: str, implementation: str) -> None:
     if oracle.again:  # their gradient adds up copies, each rounded to a narrow dtype
         dtype = "float32"
     x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
-
-    @jax.jit
-    def run(x: Any, w: Any, g: Any) -> Any:
-        y, vjp = jax.vjp(f, x, w)
-        return y, *vjp(g)
-
-    y, dx, dw = run(x, w, g)
+    y, dx, dw = jax.jit(maps.value_and_gradients(f))(x, w, g)
     assert_close(y, oracle.conv(x, w), TOLERANCE[dtype], "value")
     assert_close(dx, oracle.input_grad(g, w), TOLERANCE[dtype], "dx")
     assert_close(dw, oracle.kernel_grad(x, g), TOLERANCE[dtype], "dw")

@@ -16,6 +16,7 @@ import depthwise_jax.nnx
 from depthwise_jax import depthwise_conv, regularization_loss, separable_conv
 from depthwise_jax.constraints import Box, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm
 from depthwise_jax.optim import apply_updates_projected, constraints_of, feasibility, project, project_params
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
 from tests.support.layers import DepthwiseConv2D, SeparableConv2D
@@ -36,8 +37,7 @@ def test_the_maps(case: Case, dtype: str, implementation: str) -> None:
     x, k, g = (jnp.asarray(a, dtype) for a in case.operands())
     oracle, tolerance = case.oracle, TOLERANCES[dtype]
     conv = case.conv(implementation)
-    y, transpose = jax.vjp(conv, x, k)
-    dx, dk = transpose(g)
+    y, dx, dk = maps.value_and_gradients(conv)(x, k, g)
     assert {a.dtype for a in (y, dx, dk)} == {jnp.dtype(dtype)}
     exact = oracle.conv(x, k), oracle.input_grad(g, k), oracle.kernel_grad(x, g)
     for actual, expected in zip((y, dx, dk), exact, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, LOWERINGS, SMALL_NETWORKS, Case, label, reduced
 from tests.support.oracle import widest
@@ -19,14 +21,8 @@ from workloads.layers import NETWORKS
 @pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)
 def test_vjp(case: Case, implementation: str) -> None:
     x, w, g = case.operands()
-    f, oracle = case.conv(implementation), case.oracle
-
-    @jax.jit
-    def pullback(x: Any, w: Any, g: Any) -> Any:
-        y, vjp = jax.vjp(f, x, w)
-        return y, *vjp(g)
-
-    y, dx, dw = pullback(x, w, g)
+    oracle = case.oracle
+    y, dx, dw = jax.jit(maps.value_and_gradients(case.conv(implementation)))(x, w, g)
     assert dx.dtype == dw.dtype == jnp.float32
     assert_close(y, oracle.conv(x, w), 1e-5, "value")
     assert_close(dx, oracle.input_grad(g, w), 1e-5, "dx")
@@ -36,7 +32,7 @@ def test_vjp(case: Case, implementation: str) -> None:
 @pytest.mark.parametrize("case", [*CORE[:2], reduced(NETWORKS[-1])], ids=str)
 def test_vjp_of_the_chosen_implementation(case: Case) -> None:
     x, w, g = case.operands()
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(), x, w)[1](g))(x, w, g)
+    dx, dw = jax.jit(maps.gradients(case.conv()))(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
 
@@ -44,8 +40,7 @@ def test_vjp_of_the_chosen_implementation(case: Case) -> None:
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_vjp_in_eager_mode(case: Case, implementation: str) -> None:
     x, w, g = case.operands()
-    _, vjp = jax.vjp(case.conv(implementation), x, w)
-    dx, dw = vjp(g)
+    dx, dw = maps.gradients(case.conv(implementation))(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
 
@@ -53,7 +48,7 @@ def test_vjp_in_eager_mode(case: Case, implementation: str) -> None:
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_float64(case: Case, implementation: str, x64: None) -> None:
     x, w, g = (a.astype(np.float64) for a in case.operands())
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(implementation), x, w)[1](g))(x, w, g)
+    dx, dw = jax.jit(maps.gradients(case.conv(implementation)))(x, w, g)
     assert dx.dtype == dw.dtype == jnp.float64
     assert_close(dx, case.oracle.input_grad(g, w), 1e-13, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-13, "dw")
@@ -63,7 +58,7 @@ def test_float64(case: Case, implementation: str, x64: None) -> None:
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, implementation: str, dtype: Any) -> None:
     x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(implementation), x, w)[1](g))(x, w, g)
+    dx, dw = jax.jit(maps.gradients(case.conv(implementation)))(x, w, g)
     for actual, exact in ((dx, case.oracle.input_grad(g, w)), (dw, case.oracle.kernel_grad(x, g))):
         assert actual.dtype == dtype
         half_ulp = float(jnp.finfo(dtype).eps) / 2 * np.abs(exact) + float(jnp.finfo(dtype).smallest_subnormal)
@@ -73,9 +68,7 @@ def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, i
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_narrow_accumulator_would_lose_the_ones(implementation: str, dtype: Any) -> None:
     large = 2 / float(jnp.finfo(dtype).eps)  # large + 1 rounds to large, large + 8 is a number
-    pullback = jax.jit(
-        lambda x, w, g: jax.vjp(lambda x, w: depthwise_conv(x, w, implementation=implementation), x, w)[1](g)
-    )
+    pullback = jax.jit(maps.gradients(partial(depthwise_conv, implementation=implementation)))
     for place in (0, 4, 8):
         nine = np.ones(9)
         nine[place] = large
@@ -94,8 +87,7 @@ def test_each_gradient_has_its_operands_dtype(implementation: str) -> None:
     case = CORE[1]
     x, w, g = case.operands()
     x16 = jnp.asarray(x, jnp.bfloat16)
-    y, vjp = jax.vjp(case.conv(implementation), x16, w)
-    dx, dw = vjp(g)
+    y, dx, dw = maps.value_and_gradients(case.conv(implementation))(x16, w, g)
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     exact = case.oracle.input_grad(g, w)
     assert np.all(np.abs(widest(dx) - exact) <= 2.0**-8 * np.abs(exact) + 1e-5)
@@ -106,8 +98,8 @@ def test_preferred_element_type_does_not_change_the_gradients_dtypes(implementat
     case = CORE[1]
     x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in case.operands())
     g = case.operands()[2]
-    y, vjp = jax.vjp(case.conv(implementation, preferred_element_type=jnp.float32), x, w)
-    dx, dw = vjp(jnp.asarray(g))
+    f = case.conv(implementation, preferred_element_type=jnp.float32)
+    y, dx, dw = maps.value_and_gradients(f)(x, w, jnp.asarray(g))
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     for actual, exact in ((dx, case.oracle.input_grad(g, w)), (dw, case.oracle.kernel_grad(x, g))):
         assert np.all(np.abs(widest(actual) - exact) <= 2.0**-6 * np.abs(exact) + 2.0**-6)
@@ -117,7 +109,7 @@ def test_preferred_element_type_does_not_change_the_gradients_dtypes(implementat
 def test_complex_has_no_conjugate(case: Case, plain: str) -> None:
     # JAX's convention: the transpose of the linear map, as for lax's own convolution.
     x, w, g = ((a + 1j * b).astype(np.complex64) for a, b in zip(case.operands(0), case.operands(1), strict=True))
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(plain), x, w)[1](g))(x, w, g)
+    dx, dw = jax.jit(maps.gradients(case.conv(plain)))(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
 
@@ -138,15 +130,10 @@ def test_the_transposes_transposed(case: Case, implementation: str) -> None:
     x, w, g = case.operands()
     f, oracle = case.conv(implementation), case.oracle
 
-    def input_grad(g: Any, w: Any) -> Any:
-        return jax.vjp(lambda x: f(x, w), x)[1](g)[0]
-
-    def kernel_grad(x: Any, g: Any) -> Any:
-        return jax.vjp(lambda w: f(x, w), w)[1](g)[0]
-
     @jax.jit
     def pullbacks(x: Any, w: Any, g: Any) -> Any:
-        return *jax.vjp(input_grad, g, w)[1](x), *jax.vjp(kernel_grad, x, g)[1](w)
+        input_grad, kernel_grad = (lambda g, w: maps.dx(f)(x, w, g)), (lambda x, g: maps.dw(f)(x, w, g))
+        return *maps.gradients(input_grad)(g, w, x), *maps.gradients(kernel_grad)(x, g, w)
 
     of_dx_g, of_dx_w, of_dw_x, of_dw_g = pullbacks(x, w, g)
     assert_close(of_dx_g, oracle.conv(x, w), 1e-5, "dx by g")
@@ -173,9 +160,7 @@ def test_bias_and_activation(implementation: str, data_format: str, activation: 
     oracle = case.oracle
     x, w, g = case.operands()
     x, b = 2 * x, case.draw((6,), 20)
-    dx, dw, db = jax.jit(lambda x, w, b, g: jax.vjp(case.conv(implementation, activation=activation), x, w, b)[1](g))(
-        x, w, b, g
-    )
+    dx, dw, db = jax.jit(maps.gradients(case.conv(implementation, activation=activation)))(x, w, b, g)
     g = slope(oracle.add_bias(oracle.conv(x, w), b)) * g
     assert_close(dx, oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, oracle.kernel_grad(x, g), 1e-5, "dw")
@@ -186,7 +171,7 @@ def test_an_integer_input_beside_a_float_kernel(implementation: str) -> None:
     case = CORE[0]
     _, w, g = case.operands()
     x = np.arange(np.prod(case.x)).reshape(case.x) % 5
-    dx, dw = jax.vjp(case.conv(implementation), x, w)[1](g)
+    dx, dw = maps.gradients(case.conv(implementation))(x, w, g)
     assert dx.dtype == jax.dtypes.float0
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5)
 
@@ -199,7 +184,7 @@ def test_a_nan_stays_where_it_is_read(case: Case, lowering: str) -> None:
     x, w, g = case.operands()
     x[0, 2, ..., 1] = np.nan
     g[-1, -1, ..., 0] = np.nan
-    dx, dw = jax.jit(lambda x, w, g: jax.vjp(case.conv(lowering), x, w)[1](g))(x, w, g)
+    dx, dw = jax.jit(maps.gradients(case.conv(lowering)))(x, w, g)
     np.testing.assert_array_equal(np.isnan(dx), np.isnan(case.oracle.input_grad(g, w)))
     np.testing.assert_array_equal(np.isnan(dw), np.isnan(case.oracle.kernel_grad(x, g)))
 
@@ -222,7 +207,7 @@ def test_separable(implementation: str, data_format: str) -> None:
     p, b = case.draw((1, 1, 6, 4), 30), case.draw((4,), 31)
     f = lambda *z: separable_conv(*z, **case.geometry, implementation=implementation)  # noqa: E731
     g = case.draw(jax.eval_shape(f, x, w, p, b).shape, 32)
-    dx, dw, dp, db = jax.jit(lambda *z: jax.vjp(f, *z[:4])[1](z[4]))(x, w, p, b, g)
+    dx, dw, dp, db = jax.jit(maps.gradients(f))(x, w, p, b, g)
     middle = np.moveaxis(oracle.conv(x, w), axis, -1).reshape(-1, 6)
     last = np.moveaxis(widest(g), axis, -1)
     back = np.moveaxis(last @ widest(p)[0, 0].T, -1, axis)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
 from tests.support.oracle import widest
@@ -44,8 +45,7 @@ def test_value_and_vjp(case: Case, implementation: str, batched: tuple[bool, boo
 
     @jax.jit
     def run(x: Any, w: Any, g: Any) -> Any:
-        pullback = lambda x, w, g: jax.vjp(f, x, w)[1](g)  # noqa: E731
-        return jax.vmap(f, in_axes[:2])(x, w), *jax.vmap(pullback, in_axes)(x, w, g)
+        return jax.vmap(f, in_axes[:2])(x, w), *jax.vmap(maps.gradients(f), in_axes)(x, w, g)
 
     y, dx, dw = run(*operands)
     assert_close(y, loop(oracle.conv, operands[:2], batched), 1e-5, "value")
@@ -61,7 +61,7 @@ def test_vjp_with_one_cotangent_for_all(case: Case, implementation: str, batched
     operands = stacked(case, batched)
     f, oracle = case.conv(implementation), case.oracle
     in_axes = tuple(0 if b else None for b in batched)
-    dx, dw = jax.jit(jax.vmap(lambda x, w, g: jax.vjp(f, x, w)[1](g), in_axes))(*operands)
+    dx, dw = jax.jit(jax.vmap(maps.gradients(f), in_axes))(*operands)
     assert_close(dx, loop(lambda x, w, g: oracle.input_grad(g, w), operands, batched), 1e-5, "dx")
     assert_close(dw, loop(lambda x, w, g: oracle.kernel_grad(x, g), operands, batched), 1e-5, "dw")
 
@@ -105,8 +105,8 @@ def test_axes_in_odd_places(
 
     @jax.jit
     def run(x: Any, w: Any, g: Any) -> Any:
-        pullback = lambda x, w, g: jax.vjp(f, x, w)[1](g)  # noqa: E731
-        return jax.vmap(f, (x_axis, w_axis), out_axis)(x, w), *jax.vmap(pullback, (x_axis, w_axis, 1), (-1, 1))(x, w, g)
+        gradients = jax.vmap(maps.gradients(f), (x_axis, w_axis, 1), (-1, 1))
+        return jax.vmap(f, (x_axis, w_axis), out_axis)(x, w), *gradients(x, w, g)
 
     y, dx, dw = run(*moved)
     assert_close(np.moveaxis(y, out_axis, 0), loop(oracle.conv, (x, w), batched), 1e-5, "value")

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.tpu_floor import Case
 from benchmarks.tpu_schedule import lower
+from depthwise_jax.lowering import DIRECTIONS
 
 SUM, CONVOLUTION = "sum", "convolution"
 # A case, and what its forward pass, dx and dw are.
@@ -36,12 +37,12 @@ def text_of(case: Case, direction: str) -> str:
 
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=str)
 def test_formulation(case: Case, expected: tuple[str, str, str]) -> None:
-    for direction, formulation in zip(("forward", "dx", "dw"), expected, strict=True):
+    for direction, formulation in zip(DIRECTIONS, expected, strict=True):
         convolutions = text_of(case, direction).count("stablehlo.convolution")
         assert (convolutions == 0) == (formulation == SUM), direction
 
 
-@pytest.mark.parametrize("direction", ["forward", "dx", "dw"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_several_kernels_per_channel_are_one_convolution_and_a_product_by_blocks(direction: str) -> None:
     text = text_of(Case((4, 28, 28, 256), (3, 3), multiplier=2), direction)
     assert text.count("stablehlo.convolution") == 1

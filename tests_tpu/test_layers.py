@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from jax.sharding import Mesh
 
+from depthwise_jax.lowering import DIRECTIONS
 from workloads.tpu.compiler import make_mesh
-from workloads.tpu.layers import EXPECTED, LAYERS, MAPS, Layer, compile_layer, ours, plain, told
+from workloads.tpu.layers import EXPECTED, LAYERS, Layer, compile_layer, ours, plain, told
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def check_convolutions(text: str, layer: Layer, direction: str) -> None:
 
 
 @pytest.mark.parametrize("axes", [1, 2])
-@pytest.mark.parametrize("direction", MAPS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_nothing_is_added_to_lax(layer: Layer, direction: str, axes: int, one_axis: Mesh, two_axes: Mesh) -> None:
     # Over two axes lax's gradient is right where both shard x, which the layer has to be told.
@@ -56,7 +57,7 @@ def test_nothing_is_added_to_lax(layer: Layer, direction: str, axes: int, one_ax
 
 
 @pytest.mark.parametrize("channels", [None, "channels"])
-@pytest.mark.parametrize("direction", MAPS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[-1]], ids=str)
 def test_two_mesh_axes(layer: Layer, direction: str, channels: str | None, two_axes: Mesh) -> None:
     text, figures = compile_layer(layer, direction, ours, two_axes, channels)

@@ -20,7 +20,7 @@ from depthwise_jax._core.layout import Layout
 
 # One entry of a PartitionSpec: None, a mesh axis, or a tuple of them.
 Entry = Any
-Spec = tuple[Entry, ...]
+Entries = tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Partitioning:
     def of_program(
         cls, direction: str, convolution: Convolution, context: mlir.LoweringRuleContext, stacked: int
     ) -> Partitioning:
-        """What a lowering rule knows of a map whose operands have `stacked` leading axes in common."""
+        """What a lowering rule knows of a map whose operands share `stacked` leading axes."""
         axes: Any = context.module_context.axis_context
         avals: Sequence[Any] = context.avals_in
         if isinstance(axes, mlir.SPMDAxisContext):
@@ -129,7 +129,7 @@ def _is_typed(aval: Any) -> bool:
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
-def entries(spec: PartitionSpec, ndim: int) -> Spec:
+def entries(spec: PartitionSpec, ndim: int) -> Entries:
     """One entry for each of `ndim` axes: a PartitionSpec may leave out the last ones."""
     return (*spec, *(None,) * (ndim - len(spec)))
 
@@ -188,14 +188,14 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
     return axes, (in_sharding, kernel, PartitionSpec(channels))
 
 
-def forward_spec(convolution: Convolution, x: Spec, kernel: Spec) -> Spec:
+def forward_spec(convolution: Convolution, x: Entries, kernel: Entries) -> Entries:
     """The spec of y, and of x from g and kernel."""
     layout = convolution.layout
     channels = agree("channels", x[layout.channels], _kernel_channels(kernel))
     return layout.arrange(convolution.batch(x), layout.spatial_shape(x), channels)
 
 
-def kernel_grad_spec(convolution: Convolution, x: Spec, g: Spec) -> Spec:
+def kernel_grad_spec(convolution: Convolution, x: Entries, g: Entries) -> Entries:
     """The spec of kernel from x and g: what is summed over is not sharded in the result."""
     axis = convolution.layout.channels
     return (*(None,) * convolution.window.rank, agree("channels", x[axis], g[axis]), None)

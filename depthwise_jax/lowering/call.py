@@ -9,7 +9,9 @@ from depthwise_jax._core.convolution import Convolution
 from depthwise_jax._core.dtypes import widened
 from depthwise_jax._core.sharding import Partitioning
 
-MAPS = ("forward", "input_grad", "kernel_grad")
+# The three maps by their short names, which reports and results have.
+DIRECTIONS = {"forward": "forward", "dx": "input_grad", "dw": "kernel_grad"}
+MAPS = tuple(DIRECTIONS.values())
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 

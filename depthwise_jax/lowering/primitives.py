@@ -14,10 +14,10 @@ nesting: every derivative of any order runs on the same three maps. A fourth,
 is for what a compiled kernel can do at its store. Its value stays fused where it is differentiated, and its derivative
 is the three maps' times a mask that its value tells.
 
-Their parameters: `convolution`, the static Convolution; `stacked`, how many leading axes both operands have in common,
-where each index is a convolution of its own (vmap over both makes them); `dtype`, the result's; `implementation`,
-the name of a lowering or None; and `differentiated`, True where derivatives are taken at a value of conv_p or
-conv_fused_p, and absent elsewhere.
+Their parameters: `convolution`, the static Convolution; `stacked`, the number of leading axes that both operands share,
+where each index is a convolution of its own (vmap over both makes them); `dtype`, the result's; `implementation`, the
+name of a lowering or None; and `differentiated`, True where derivatives are taken at a value of conv_p or conv_fused_p,
+and absent elsewhere.
 """
 
 from __future__ import annotations

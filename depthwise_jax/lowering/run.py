@@ -18,10 +18,9 @@ def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: 
     """One map, on the chosen lowering.
 
     Args:
-        *operands: the map's two operands, with `stacked` leading axes in common, where each index is a convolution
-            of its own.
+        *operands: the map's two operands.
         call: the call.
-        stacked: the number of those axes.
+        stacked: the number of leading axes that both operands share; each index is a convolution of its own.
         dtype: the result's dtype.
         implementation: as in choose.
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from depthwise_jax.lowering import DIRECTIONS
 from tests.support.cases import Case
 from tests.support.oracle import Array
 
@@ -56,10 +57,11 @@ def value_and_gradients(f: Function) -> Function:
 
 def maps(f: Function) -> dict[str, Function]:
     """Each map alone, a function of (x, kernel, g)."""
-    return {"forward": lambda x, w, g: f(x, w), "dx": dx(f), "dw": dw(f)}
+    return dict(zip(DIRECTIONS, (lambda x, w, g: f(x, w), dx(f), dw(f)), strict=True))
 
 
 def truth(case: Case, x: Any, w: Any, g: Any) -> dict[str, Array]:
     """What the maps of a case must give."""
     oracle = case.oracle
-    return {"forward": oracle.conv(x, w), "dx": oracle.input_grad(g, w), "dw": oracle.kernel_grad(x, g)}
+    results = oracle.conv(x, w), oracle.input_grad(g, w), oracle.kernel_grad(x, g)
+    return dict(zip(DIRECTIONS, results, strict=True))

@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, explain
-from depthwise_jax.lowering import native
+from depthwise_jax.lowering import MAPS, native
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case, reduced
+from tests.support.meshes import make_mesh
 from workloads.layers import NETWORKS
 
 # Sizes at which all kernels have their turn: tiles and tails of channels, both heights of tiles, strides, phases.
@@ -52,7 +53,7 @@ def instruction_set() -> None:
     for case in (*LARGER, *CORE, reduced(NETWORKS[-1])):
         for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)):
             x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
-            y, dx, dw = jax.jit(_maps(case.conv("native")))(x, w, g)
+            y, dx, dw = jax.jit(maps.value_and_gradients(case.conv("native")))(x, w, g)
             assert_close(y, case.oracle.conv(x, w), tolerance, f"{case} y")
             assert_close(dx, case.oracle.input_grad(g, w), tolerance, f"{case} dx")
             assert_close(dw, case.oracle.kernel_grad(x, g), tolerance, f"{case} dw")
@@ -88,7 +89,7 @@ def reproducible() -> None:
             shapes = case.x, case.oracle.y_shape
             x, g = (jnp.asarray(case.draw(shape, i), dtype) for i, shape in enumerate(shapes))
             w = jnp.zeros(case.kernel, dtype)
-            dw = jax.jit(lambda x, w, g, case=case: jax.vjp(lambda w: case.conv("native")(x, w), w)[1](g)[0])
+            dw = jax.jit(maps.dw(case.conv("native")))
             first = np.asarray(dw(x, w, g)).tobytes()
             for _ in range(5):
                 assert np.asarray(dw(x, w, g)).tobytes() == first, case
@@ -113,7 +114,7 @@ def threads(seconds: str) -> None:
             prepared = []
             for case in ours:
                 operands = (case.draw(case.x, 0), case.draw(case.kernel, 1), case.draw(case.oracle.y_shape, 2))
-                run = jax.jit(_maps(case.conv("native")))
+                run = jax.jit(maps.value_and_gradients(case.conv("native")))
                 x, w, g = operands
                 truth = case.oracle.conv(x, w), case.oracle.input_grad(g, w), case.oracle.kernel_grad(x, g)
                 prepared.append((case, run, operands, truth))
@@ -142,18 +143,14 @@ def threads(seconds: str) -> None:
 def devices() -> None:
     """Four host devices at once, each with a part of the batch, over and over; prints the number of devices."""
     faulthandler.dump_traceback_later(240, exit=True)
-    mesh = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = make_mesh(b=4)
     for case in (
         Case("devices", (8, 14, 14, 64), (3, 3, 64, 1), {"padding": "same"}),
         Case("devices-k7", (4, 9, 20, 33), (7, 7, 33, 1), {"padding": "same"}),
         Case("devices-1d", (4, 500, 40), (4, 40, 1), {"padding": "causal"}),
     ):
         x, w, g = case.operands()
-
-        def local(x: Any, w: Any, g: Any, case: Case = case) -> Any:
-            y, dx, dw = _maps(case.conv("native"))(x, w, g)
-            return y, dx, dw
-
+        local = maps.value_and_gradients(case.conv("native"))
         spread = jax.jit(
             jax.shard_map(local, mesh=mesh, in_specs=(P("b"), P(), P("b")), out_specs=(P("b"), P("b"), P()))
         )
@@ -169,7 +166,7 @@ def nonsense() -> None:
     """Calls the handlers with what does not fit; each call must be an error of XLA. Prints how many there were."""
     assert native.status().instruction_set is not None
     calls = 0
-    for direction in ("forward", "input_grad", "kernel_grad"):
+    for direction in MAPS:
         _call(direction)  # what fits is no error
         for changes in _NONSENSE + (_NONSENSE_FORWARD if direction == "forward" else []):
             if 0 in changes.get({"forward": "y", "input_grad": "x", "kernel_grad": "w"}[direction], ()):
@@ -186,7 +183,7 @@ def huge() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # a failing process, not a failing machine
     faulthandler.dump_traceback_later(100, exit=True)
     assert native.status().instruction_set is not None
-    for direction in ("forward", "input_grad", "kernel_grad"):
+    for direction in MAPS:
         for changes in _HUGE:
             begin = time.monotonic()
             for result in _call(direction, **changes):
@@ -197,7 +194,8 @@ def huge() -> None:
     stride = 2**18
     g = np.arange(3, dtype=np.float32)[None, :, None]
     x, w = jnp.ones((1, 3 * stride, 1)), jnp.ones((stride, 1, 1))
-    (dx,) = jax.vjp(lambda x: depthwise_conv(x, w, strides=stride, implementation="native"), x)[1](jnp.asarray(g))
+    f = functools.partial(depthwise_conv, strides=stride, implementation="native")
+    dx = maps.dx(f)(x, w, jnp.asarray(g))
     np.testing.assert_array_equal(dx, np.repeat(g, stride, axis=1))
     print("done")
 
@@ -353,16 +351,6 @@ _HUGE: list[dict[str, Any]] = [
     {"x": (0, 1, 1, 2, 8, 17), "y": (0, 1, 1, 1, 2, 8, 17), "w": (0, 1, 2**20, 2**20, 1, 17)},
     {"x": (0, 1, 1, 2, 8, 17), "y": (0, 1, 1, 1, 2, 8, 17), "w": (0, 1, 1, 1, 2**30, 17)},
 ]
-
-
-def _maps(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Value and both gradients, of (x, kernel, cotangent)."""
-
-    def run(x: Any, w: Any, g: Any) -> Any:
-        y, vjp = jax.vjp(f, x, w)
-        return y, *vjp(g)
-
-    return run
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from depthwise_jax import depthwise_conv
 from workloads.tpu.compiler import Figures, compile_for_tpu, sharded
 
-MAPS = ("forward", "dx", "dw")
 # Of each map, what its sum over the batch needs.
 EXPECTED = {"forward": {}, "dx": {}, "dw": {"all-reduce": 1}}
 
@@ -97,7 +96,7 @@ def compile_layer(
 
     Args:
         layer: the layer.
-        direction: one of MAPS.
+        direction: one of DIRECTIONS.
         convolve: plain, ours, or ours of an implementation.
         mesh: its axis "batch" shards the batch.
         channels: the mesh axis that shards the channels, if any.
