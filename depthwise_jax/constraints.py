@@ -15,6 +15,7 @@ A pointwise kernel (1, 1, C, F) or a dense one (C, F) has its filters along C: `
 """
 
 import functools
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
@@ -30,7 +31,6 @@ from depthwise_jax._core.norms import Axis, axes_of, checked_axis, plain_norms, 
 from depthwise_jax._core.registry import Registry, shown
 
 _KERAS_EPSILON = 1e-7  # keras.config.epsilon()
-_INF = float("inf")
 
 
 class Constraint:
@@ -51,7 +51,7 @@ class Constraint:
     @property
     def interval(self) -> tuple[Any, Any]:
         """Bounds (lower, upper) on every single number, which `depthwise_jax.optim.project` keeps exactly."""
-        return -_INF, _INF
+        return -math.inf, math.inf
 
     @property
     def keeps_finite(self) -> bool:
@@ -153,8 +153,8 @@ class Box(Constraint):
         ValueError: lower exceeds upper.
     """
 
-    lower: Any = -_INF
-    upper: Any = _INF
+    lower: Any = -math.inf
+    upper: Any = math.inf
 
     def __post_init__(self) -> None:
         for argument, value in (("lower", self.lower), ("upper", self.upper)):
@@ -220,7 +220,7 @@ class _Norm(Constraint):
         for argument, value in (("min_value", least), ("max_value", greatest), ("rate", self.rate)):
             _check_number(value, f"{name}: {argument}")
         for argument, value in (("min_value", least), ("max_value", greatest)):
-            if _is_number(value) and not 0 <= value < _INF:
+            if _is_number(value) and not 0 <= value < math.inf:
                 raise ValueError(f"{name}: {argument} must be finite and not negative; got {value!r}")
         if _is_number(least) and _is_number(greatest) and least > greatest:
             raise ValueError(f"{name}: min_value must not exceed max_value; got {least!r} and {greatest!r}")

@@ -30,3 +30,9 @@ def test_commands_are_targets_of_the_makefile() -> None:
     assert {"demo", "test"} <= set(commands)
     for command in commands:
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE), command
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_code_fits_into_the_site_s_column(page: Path) -> None:
+    blocks = re.findall(r"```.*?\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 84]
