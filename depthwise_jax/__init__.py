@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 from depthwise_jax.drop_in import conv_general_dilated as conv_general_dilated
 from depthwise_jax.explanation import explain as explain
 from depthwise_jax.functional import depthwise_conv as depthwise_conv
+from depthwise_jax.functional import depthwise_conv_transpose as depthwise_conv_transpose
 from depthwise_jax.functional import separable_conv as separable_conv
 from depthwise_jax.linen import DepthwiseConv1D as DepthwiseConv1D
+from depthwise_jax.linen import DepthwiseConv1DTranspose as DepthwiseConv1DTranspose
 from depthwise_jax.linen import DepthwiseConv2D as DepthwiseConv2D
+from depthwise_jax.linen import DepthwiseConv2DTranspose as DepthwiseConv2DTranspose
 from depthwise_jax.linen import DepthwiseConv3D as DepthwiseConv3D
+from depthwise_jax.linen import DepthwiseConv3DTranspose as DepthwiseConv3DTranspose
 from depthwise_jax.linen import SeparableConv1D as SeparableConv1D
 from depthwise_jax.linen import SeparableConv2D as SeparableConv2D
 from depthwise_jax.linen import SeparableConv3D as SeparableConv3D

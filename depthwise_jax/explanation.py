@@ -1,4 +1,4 @@
-"""explain: which lowering computes a call of depthwise_conv and its gradients, and why."""
+"""explain: which lowering computes a depthwise convolution or a transposed one and its gradients, and why."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def explain(
     in_sharding: PartitionSpec | None = None,
     platform: str | None = None,
     partitioned: int | None = None,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] | None = None,
 ) -> Explanation:
     """Tells which lowering depthwise_conv would use for the forward pass and for both gradients, and why.
 
@@ -58,6 +60,9 @@ def explain(
             backend's if None.
         partitioned: instead of asking the mesh: over how many mesh axes the compiler splits the program, in a way that
             no type tells; True is one.
+        transposed: whether the call is one of depthwise_conv_transpose, whose forward pass is computed as the gradient
+            of depthwise_conv in x is, and whose gradient in x as depthwise_conv.
+        output_padding: as in depthwise_conv_transpose.
 
     Returns:
         An `Explanation`, which prints as three lines.
@@ -76,25 +81,36 @@ def explain(
         kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,
         padding=padding,
+        output_padding=output_padding,
         dilation_rate=dilation_rate,
         activation=None,
         precision=None,
         implementation=implementation,
         in_sharding=in_sharding,
     )
-    convolution, _ = request.geometry(x.shape, kernel.shape)
     on = _platform(platform)
     types = [_type(x), _type(kernel)]
-    # Padding that reads the input again comes before the convolution.
-    types[0] = types[0].update(shape=convolution.input_grad_shape(types[0].shape, kernel.shape))
+    *size, channels, multiplier = kernel.shape
+    if transposed:
+        convolution, _ = request.transposed_geometry(x.shape, kernel.shape)
+        channels, multiplier = channels * multiplier, 1
+        types[1] = types[1].update(shape=(*size, channels, 1))
+        types[0] = types[0].update(shape=convolution.forward_shape(x.shape, types[1].shape))
+    else:
+        if output_padding is not None:
+            raise ValueError(f"output_padding is for transposed=True, got output_padding={output_padding!r}")
+        convolution, _ = request.geometry(x.shape, kernel.shape)
+        # Padding that reads the input again comes before the convolution.
+        types[0] = types[0].update(shape=convolution.input_grad_shape(x.shape, kernel.shape))
     if in_sharding is not None:
         stated = sharding.operand_specs(in_sharding, len(x.shape), request.layout)
         if stated is not None and stated[0]:
             types = [sharding.typed(aval, spec) for aval, spec in zip(types, stated[1], strict=False)]
     dtype = dtypes.promoted(x.dtype, kernel.dtype)
-    x_type, kernel_type = types
-    y_type = primitives.forward_type(x_type, kernel_type, convolution, dtype)
-    operands = {"forward": types, "input_grad": [y_type, kernel_type], "kernel_grad": [x_type, y_type]}
+    given, kernel_type = types
+    made = primitives.result_type(*types, convolution, dtype, transposed)
+    small, large = (given, made) if transposed else (made, given)  # the types of y and x of the convolution
+    operands = {"forward": [large, kernel_type], "input_grad": [small, kernel_type], "kernel_grad": [large, small]}
 
     def choice(direction: str) -> lowering.Choice:
         if partitioned is None:
@@ -102,11 +118,11 @@ def explain(
         else:
             mesh = {f"axis {i}": 2 for i in range(partitioned)}
             known = Partitioning.of(direction, convolution, mesh, operands[direction])
-        *_, channels, multiplier = kernel.shape
         call = lowering.Call(direction, convolution, on, dtype, known, channels=channels, multiplier=multiplier)
         return lowering.choose(call, implementation)
 
-    return Explanation(*map(choice, lowering.MAPS))
+    maps = ("input_grad", "forward", "kernel_grad") if transposed else lowering.MAPS
+    return Explanation(*map(choice, maps))
 
 
 def _type(operand: Any) -> Any:

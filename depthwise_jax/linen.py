@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from depthwise_jax import regularizers, settings
 from depthwise_jax._contract import fields
-from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields
+from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields, TransposedFields
 from depthwise_jax._contract.spec import Parameter, Spec, arguments_from_config, check_spelling, data_format
 from depthwise_jax._core import introspect
 from depthwise_jax._core.dtypes import added
@@ -174,6 +174,58 @@ class DepthwiseConv3D(DepthwiseFields, _Layer):
     The input is `(*batch, height, width, depth, C)`, or `(*batch, C, height, width, depth)` with channels_first, and
     the parameter `kernel` is `(*kernel_size, C, depth_multiplier)`. The arguments, the output and the errors are those
     of `DepthwiseConv2D`.
+    """
+
+    rank = 3
+
+
+class DepthwiseConv1DTranspose(TransposedFields, _Layer):
+    """A transposed depthwise convolution over one spatial axis; Keras has no such layer.
+
+    The input is `(*batch, steps, C)`, or `(*batch, C, steps)` with channels_first, and the parameter `kernel` is
+    `(kernel_size, C, depth_multiplier)`. The arguments, the output and the errors are those of
+    `DepthwiseConv2DTranspose`.
+    """
+
+    rank = 1
+
+
+class DepthwiseConv2DTranspose(TransposedFields, _Layer):
+    """A transposed depthwise convolution over two spatial axes, which makes images larger; Keras has no such layer.
+
+    The input is `(*batch, height, width, C)`, or `(*batch, C, height, width)` with channels_first, with any number of
+    batch axes. Input `i` adds to the outputs from `i*strides` on, with `depth_multiplier` kernels for each channel, which
+    are not flipped. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`,
+    `(C*depth_multiplier,)`.
+
+    Args:
+        strides: outputs between the windows of two neighbouring inputs, one integer or one per spatial axis.
+        padding: "valid" or "same", as Keras' Conv2DTranspose has them, an integer or pairs; as
+            `depthwise_conv_transpose`.
+        output_padding: outputs to add behind, as `depthwise_conv_transpose`; the last one of the arguments.
+
+    The other arguments are those of `DepthwiseConv2D`.
+
+    Raises:
+        ValueError, TypeError: as `DepthwiseConv2D`.
+
+    Examples:
+        >>> import jax
+        >>> layer = DepthwiseConv2DTranspose(4, strides=2, padding="same")
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jax.numpy.ones((4, 10, 10, 12)))
+        >>> y.shape, variables["params"]["kernel"].shape
+        ((4, 20, 20, 12), (4, 4, 12, 1))
+    """
+
+    rank = 2
+
+
+class DepthwiseConv3DTranspose(TransposedFields, _Layer):
+    """A transposed depthwise convolution over three spatial axes; Keras has no such layer.
+
+    The input is `(*batch, height, width, depth, C)`, or `(*batch, C, height, width, depth)` with channels_first, and
+    the parameter `kernel` is `(*kernel_size, C, depth_multiplier)`. The arguments, the output and the errors are those
+    of `DepthwiseConv2DTranspose`.
     """
 
     rank = 3

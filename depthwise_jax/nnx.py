@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from depthwise_jax import regularizers, settings
 from depthwise_jax._contract import fields
-from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields
+from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields, TransposedFields
 from depthwise_jax._contract.spec import Spec, arguments_from_config, check_spelling
 from depthwise_jax._core import introspect
 from depthwise_jax._core.dtypes import added
@@ -155,6 +155,12 @@ class _DepthwiseConv(DepthwiseFields, _Layer):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
+class _DepthwiseConvTranspose(TransposedFields, _Layer):
+    kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class _SeparableConv(SeparableFields, _Layer):
     depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
     pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
@@ -208,6 +214,64 @@ class DepthwiseConv3D(_DepthwiseConv):
     """A depthwise convolution over three spatial axes; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
+    """
+
+    rank = 3
+
+
+class DepthwiseConv1DTranspose(_DepthwiseConvTranspose):
+    """A transposed depthwise convolution over one spatial axis; Keras has no such layer.
+
+    The arguments, the errors and the penalties are those of `DepthwiseConv2DTranspose`; every argument is an attribute
+    too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
+    """
+
+    rank = 1
+
+
+class DepthwiseConv2DTranspose(_DepthwiseConvTranspose):
+    """A transposed depthwise convolution over two spatial axes, which makes images larger; Keras has no such layer.
+
+    Every argument is an attribute too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
+
+    Args:
+        in_features: the input's channels, C.
+        rngs: the random numbers for the parameters, by name only.
+
+    The other arguments, their defaults and the shapes are those of `depthwise_jax.linen.DepthwiseConv2DTranspose`.
+    Penalties come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
+
+    Raises:
+        ValueError, TypeError: as `DepthwiseConv2D`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = DepthwiseConv2DTranspose(12, 4, strides=2, padding="same", rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((4, 10, 10, 12))).shape, layer.kernel.shape
+        ((4, 20, 20, 12), (4, 4, 12, 1))
+    """
+
+    rank = 2
+
+
+class DepthwiseConv3DTranspose(_DepthwiseConvTranspose):
+    """A transposed depthwise convolution over three spatial axes; Keras has no such layer.
+
+    The arguments, the errors and the penalties are those of `DepthwiseConv2DTranspose`; every argument is an attribute
+    too.
 
     Attributes:
         kernel: an nnx.Param of shape `(*kernel_size, in_features, depth_multiplier)`.

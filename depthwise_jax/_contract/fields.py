@@ -40,6 +40,13 @@ class DepthwiseFields:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
+class TransposedFields(DepthwiseFields):
+    """The arguments of a transposed depthwise layer; `linen.DepthwiseConv2DTranspose` documents each."""
+
+    output_padding: int | Sequence[int] | None = None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class SeparableFields:
     """The arguments of a separable layer; `linen.SeparableConv2D` documents each."""
 

@@ -17,8 +17,14 @@ from depthwise_jax import activations, constraints, initializers, regularizers
 from depthwise_jax._core import hints
 from depthwise_jax._core.layout import DATA_FORMATS, Layout
 from depthwise_jax._core.registry import check_depth, closest
-from depthwise_jax._core.window import canonical_padding, per_axis
-from depthwise_jax.functional import Request, convolve, convolve_separably
+from depthwise_jax._core.window import (
+    PADDINGS,
+    TRANSPOSED_PADDINGS,
+    canonical_output_padding,
+    canonical_padding,
+    per_axis,
+)
+from depthwise_jax.functional import Request, convolve, convolve_separably, convolve_transposed
 from depthwise_jax.initializers import Initializer
 
 Shape = tuple[int, ...]
@@ -87,7 +93,8 @@ class Spec:
         Args:
             layer: the layer's class name, for messages and the configuration.
             rank: the number of spatial axes.
-            arguments: the layer's arguments by name, all of them; with "filters" for a separable layer.
+            arguments: the layer's arguments by name, all of them; with "filters" for a separable layer, and with
+                "output_padding" for a transposed one.
 
         Raises:
             ValueError, TypeError: an argument is not valid; the message names it, what came and what is expected.
@@ -95,10 +102,16 @@ class Spec:
         self.layer = layer
         self.arguments = dict(arguments)
         self.separable = "filters" in arguments
+        self.transposed = "output_padding" in arguments
         self.kernel_size = per_axis(arguments["kernel_size"], rank, "kernel_size")
         self.strides = per_axis(arguments["strides"], rank, "strides")
         self.dilation_rate = per_axis(arguments["dilation_rate"], rank, "dilation_rate")
-        self.padding = canonical_padding(arguments["padding"], rank)
+        self.padding = canonical_padding(
+            arguments["padding"], rank, TRANSPOSED_PADDINGS if self.transposed else PADDINGS
+        )
+        self.output_padding = canonical_output_padding(
+            arguments.get("output_padding"), self.strides, self.dilation_rate
+        )
         self.layout = Layout(rank, data_format(arguments["data_format"]))
         (self.depth_multiplier,) = per_axis(arguments["depth_multiplier"], 1, "depth_multiplier")
         (self.filters,) = per_axis(arguments["filters"], 1, "filters") if self.separable else (None,)
@@ -109,6 +122,7 @@ class Spec:
             strides=self.strides,
             padding=self.padding,
             dilation_rate=self.dilation_rate,
+            output_padding=self.output_padding,
             **{name: arguments[name] for name in ("activation", "precision", "implementation", "in_sharding")},
         )
         self.activity_regularizer = _regularizer(arguments["activity_regularizer"], "activity_regularizer")
@@ -123,7 +137,8 @@ class Spec:
 
     def values(self) -> dict[str, Any]:
         """The arguments by name, each as a plain value that can be compared and hashed: configurations as objects."""
-        names = ("kernel_size", "strides", "dilation_rate", "padding", "depth_multiplier", "dtype", "param_dtype")
+        names = ["kernel_size", "strides", "dilation_rate", "padding", "depth_multiplier", "dtype", "param_dtype"]
+        names += ["output_padding"] * self.transposed
         return {
             **resolved(self.arguments),
             **{name: getattr(self, name) for name in names},
@@ -178,12 +193,14 @@ class Spec:
             sharded: whether x is sharded as `in_sharding` says; an example input for shapes or parameters need not be.
 
         Returns:
-            What `depthwise_conv` or `separable_conv` returns, computed in `dtype`; without a `dtype`, in the dtype to
-            which the input and the parameters promote.
+            What `depthwise_conv`, `depthwise_conv_transpose` or `separable_conv` returns, computed in `dtype`; without
+            a `dtype`, in the dtype to which the input and the parameters promote.
         """
         operands = promote_dtype(x, *(values[p.name] for p in self.parameters), dtype=self.dtype)
         request = self.request if sharded else replace(self.request, in_sharding=None)
-        return (convolve_separably if self.separable else convolve)(request, *operands)
+        if self.separable:
+            return convolve_separably(request, *operands)
+        return (convolve_transposed if self.transposed else convolve)(request, *operands)
 
     def activity_loss(self, y: Array) -> Array:
         """The activity_regularizer's penalty on the output, divided by the batch size: that of all leading axes."""
@@ -209,8 +226,13 @@ class Spec:
         sizes = tuple(input_shape)
         if not all(size is None or (isinstance(size, int | np.integer) and size >= 0) for size in sizes):
             raise TypeError(f"input_shape must hold integers and None; got {input_shape!r}")
-        # For an unknown axis: the window's length, for a non-empty output; two channels, which glu can halve.
-        window = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)]
+        # For an unknown axis: the window's length and the padding, for a non-empty output; two channels, which glu can
+        # halve.
+        pads = ((0, 0),) * self.layout.rank if isinstance(self.padding, str) else self.padding
+        window = [
+            (k - 1) * d + 1 + low + high
+            for k, d, (low, high) in zip(self.kernel_size, self.dilation_rate, pads, strict=True)
+        ]
         stand_ins = self.layout.arrange([1] * (len(sizes) - self.layout.rank - 1), window, 2)
         known = [stand_in if size is None else int(size) for size, stand_in in zip(sizes, stand_ins, strict=False)]
         shapes = self.shapes(known)
@@ -232,7 +254,7 @@ class Spec:
         Raises:
             ValueError: Keras has no word for one of the arguments.
         """
-        if self.layout.rank == 3:
+        if self.layout.rank == 3 or self.transposed:
             raise ValueError(f"Keras has no {self.layer}, so this layer cannot be serialised for Keras")
         if self.padding not in ("valid", "same"):
             raise ValueError(

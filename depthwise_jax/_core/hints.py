@@ -1,6 +1,7 @@
 """What a user may have meant, for the ends of error messages: other libraries' kernels, arguments and layouts."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from depthwise_jax._core.layout import Layout
 
@@ -33,8 +34,11 @@ _SPELLINGS = {
     "kernel_initializer": "depthwise_initializer",
     "kernel_regularizer": "depthwise_regularizer",
     "kernel_constraint": "depthwise_constraint",
-    "padding_mode": 'padding, which takes "reflect" and "circular" too',
+    "padding_mode": 'padding, which takes "reflect", "circular" and "edge" too',
 }
+
+# Paddings of PyTorch and NumPy, with what they are called here.
+_PADDINGS = {"replicate": "edge", "wrap": "circular"}
 
 
 def of_arguments(layer: str, names: Iterable[str]) -> str | None:
@@ -46,6 +50,24 @@ def of_arguments(layer: str, names: Iterable[str]) -> str | None:
     """
     hints = [f"{name} (here: {_SPELLINGS[name]})" for name in names if name in _SPELLINGS]
     return f"{layer} has no argument {', '.join(hints)}" if hints else None
+
+
+def of_padding(padding: Any, rank: int, names: Sequence[str]) -> str:
+    """What a padding of another library is here, for the end of a message; "" where it is not like one.
+
+    Args:
+        padding: the padding.
+        rank: the number of spatial axes.
+        names: the names that a padding may have.
+    """
+    if isinstance(padding, str):
+        name = _PADDINGS.get(padding.lower())
+        return f"; padding={padding!r} is padding={name!r} here" if name in names else ""
+    if not isinstance(padding, list | tuple) or not all(isinstance(amount, int) for amount in padding):
+        return ""
+    if len(padding) == rank:
+        return f"; PyTorch's padding={padding!r} is {tuple((amount, amount) for amount in padding)} here"
+    return f"; the pair {padding!r} is {(tuple(padding),)} here" if rank == 1 and len(padding) == 2 else ""
 
 
 def of_kernel(shape: Sequence[int], channels: int | None, name: str = "kernel") -> str:

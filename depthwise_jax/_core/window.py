@@ -3,6 +3,9 @@
 Along one axis of n positions, a window of k taps with dilation d spans e = (k - 1)*d + 1 positions; padded by (low,
 high) and moved in steps of s it gives (n + low + high - e) // s + 1 outputs, and output o reads input o*s + t*d - low
 through tap t.
+
+The transposed convolution has the same window, with input and output exchanged: input i adds to output i*s + t*d - low
+through tap t.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from jax.core import Tracer
 
 from depthwise_jax._core import hints
 
-PADDINGS = ("valid", "same", "causal", "reflect", "circular")
+from depthwise_jax._core import hints
+
+PADDINGS = ("valid", "same", "causal", "reflect", "circular", "edge")
+TRANSPOSED_PADDINGS = ("valid", "same")
 # What jnp.pad calls the paddings that read the input again.
-_PAD_MODES = {"reflect": "reflect", "circular": "wrap"}
+_PAD_MODES = {"reflect": "reflect", "circular": "wrap", "edge": "edge"}
 
 Padding = str | int | Sequence[tuple[int, int]]
 
@@ -82,40 +88,51 @@ class InputPadding:
     amounts: tuple[tuple[int, int], ...]
 
 
-def per_axis(value: Any, rank: int, argument: str) -> tuple[int, ...]:
-    """One positive integer per spatial axis, from an integer for all axes or a sequence of `rank` of them.
+def per_axis(value: Any, rank: int, argument: str, least: int = 1) -> tuple[int, ...]:
+    """One integer of at least `least` per spatial axis, from an integer for all axes or a sequence of `rank` of them.
 
     Raises:
         TypeError: not integers (booleans and floats do not count).
-        ValueError: the wrong number of them, or one below 1.
+        ValueError: the wrong number of them, or one below `least`.
     """
-    expected = f"{argument} must be a positive integer or {rank} of them"
+    expected = f"{argument} must be a {'positive' if least else 'non-negative'} integer or {rank} of them"
     values = tuple(value) if _is_sequence(value) else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{expected}; got {value!r}")
     numbers = tuple(_integer(v, f"{expected}; got {value!r}") for v in values)
-    if any(number < 1 for number in numbers):
+    if any(number < least for number in numbers):
         raise ValueError(f"{expected}; got {value!r}")
     return numbers
 
 
-def canonical_padding(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
+def canonical_padding(
+    padding: Any, rank: int, names: Sequence[str] = PADDINGS
+) -> str | tuple[tuple[int, int], ...]:
     """A padding argument as a lower-case name or as (low, high) pairs, whatever the input's size.
+
+    Args:
+        padding: the argument.
+        rank: the number of spatial axes.
+        names: the names that it may have, PADDINGS or TRANSPOSED_PADDINGS.
 
     Raises:
         TypeError: no name, integer or pairs of integers.
         ValueError: an unknown name, a negative amount, the wrong number of pairs, or "causal" with several axes.
     """
     expected = (
-        f"padding must be one of {PADDINGS}, an integer, or one (low, high) pair for each of the {rank} spatial axes, "
-        f"none negative; got {padding!r}"
+        f"padding must be one of {names}, an integer, or one (low, high) pair for each of the {rank} spatial axes, "
+        f"none negative; got {padding!r}{hints.of_padding(padding, rank, names)}"
     )
     if isinstance(padding, str):
         name = padding.lower()
-        if name not in PADDINGS:
+        if name not in names:
             raise ValueError(expected)
         if name == "causal" and rank != 1:
-            raise ValueError(f"padding='causal' is for one spatial axis; got {rank} of them")
+            raise ValueError(
+                "padding='causal' is for sequences: it puts all zeros before the one spatial axis, time, where no output "
+                f"may see a later input; got {rank} spatial axes; give pairs, ((kernel_size - 1)*dilation_rate, 0) for "
+                "the axis of time"
+            )
         return name
     if not _is_sequence(padding):
         amount = _integer(padding, expected)
@@ -138,8 +155,8 @@ def resolve(
 ) -> tuple[Window, InputPadding | None]:
     """The window that these arguments mean for an input of this spatial shape, and the padding to apply before it.
 
-    "same" gives ceil(n / s) outputs; of the zeros that this needs the odd one goes to the end. "reflect" and "circular"
-    add (e - 1) // 2 positions before and e // 2 after, whatever the stride.
+    "same" gives ceil(n / s) outputs; of the zeros that this needs the odd one goes to the end. "reflect", "circular"
+    and "edge" add (e - 1) // 2 positions before and e // 2 after, whatever the stride.
 
     Args:
         spatial: the input's spatial shape; its length is the rank.
@@ -171,6 +188,93 @@ def resolve(
             )
         spatial = [n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True)]
     return _tightened(window, spatial, window.output_shape(spatial)), input_padding
+
+
+def canonical_output_padding(
+    output_padding: Any, strides: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...] | None:
+    """A transposed convolution's output_padding argument as one integer per spatial axis, or None.
+
+    Raises:
+        TypeError: neither None nor integers.
+        ValueError: the wrong number of them, a negative one, or one that is larger than PyTorch takes.
+    """
+    if output_padding is None:
+        return None
+    amounts = per_axis(output_padding, len(strides), "output_padding", least=0)
+    if any(amount >= max(s, d) for amount, s, d in zip(amounts, strides, dilation, strict=True)):
+        raise ValueError(
+            "output_padding must be smaller than the larger one of strides and dilation_rate along each axis; "
+            f"got output_padding={output_padding!r} with strides={tuple(strides)} and dilation_rate={tuple(dilation)}"
+        )
+    return amounts
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """What a transposed convolution computes: the transpose of a window's convolution, then zeros behind it.
+
+    Attributes:
+        window: the window, over the outputs.
+        spatial: the outputs' spatial shape without those zeros.
+        beyond: how many zeros lie behind, per axis: outputs that are too far from the last input for this window.
+    """
+
+    window: Window
+    spatial: tuple[int, ...]
+    beyond: tuple[int, ...]
+
+
+def resolve_transposed(
+    spatial: Sequence[int], kernel_size: Any, strides: Any, padding: Any, output_padding: Any, dilation_rate: Any
+) -> Transposed:
+    """What these arguments of a transposed convolution mean for an input of this spatial shape.
+
+    Input i adds to the outputs from i*s - low on, and there are (n - 1)*s + r of them. As Keras has them, "valid" cuts
+    nothing and "same" gives n*s outputs, what lacks or is too much at the end; with an output_padding p, r is e + p and
+    e % 2 + p. As PyTorch has them, pairs cut the outputs by (low, high), and r is e - low - high + p.
+
+    Args:
+        spatial: the input's spatial shape; its length is the rank.
+        kernel_size, strides, dilation_rate: a positive integer or one per axis.
+        padding: a name of TRANSPOSED_PADDINGS in any case, an integer, or one (low, high) pair per axis.
+        output_padding: None, or an integer or one per axis.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of this, or an output that would be empty.
+    """
+    rank = len(spatial)
+    size = per_axis(kernel_size, rank, "kernel_size")
+    steps = per_axis(strides, rank, "strides")
+    dilation = per_axis(dilation_rate, rank, "dilation_rate")
+    kind = canonical_padding(padding, rank, TRANSPOSED_PADDINGS)
+    extra = canonical_output_padding(output_padding, steps, dilation)
+    pairs, outputs, beyond = [], [], []
+    for axis, (n, e, s) in enumerate(zip(spatial, Window(size, steps, ((0, 0),) * rank, dilation).extent, steps, strict=True)):
+        p = None if extra is None else extra[axis]
+        if kind == "valid":
+            low, rest = 0, max(e, s) if p is None else e + p
+        elif kind == "same":
+            rest = s if p is None else e % 2 + p
+            low = max(e - rest, 0) // 2
+        else:
+            low, high = kind[axis]
+            assert isinstance(low, int)
+            assert isinstance(high, int)
+            rest = e - low - high + (p or 0)
+        # The window's convolution of these outputs gives n again if 0 <= rest + low + high - e < s.
+        zeros = max(rest + low - e - (s - 1), 0)
+        outputs.append((n - 1) * s + rest - zeros)
+        pairs.append((low, max(e - rest - low, 0)))
+        beyond.append(zeros)
+    if any(isinstance(n, int) and (n < 1 or o < 1) for n, o in zip(spatial, outputs, strict=True)):
+        raise ValueError(
+            f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={size}, "
+            f"strides={steps}, dilation_rate={dilation}, padding={padding!r}, output_padding={output_padding!r}; "
+            "expected an input that is not empty, and a padding that does not cut all outputs"
+        )
+    window = Window(size, steps, tuple(pairs), dilation)
+    return Transposed(_tightened(window, outputs, spatial), tuple(outputs), tuple(beyond))
 
 
 def _tightened(window: Window, spatial: Sequence[int], out: Sequence[int]) -> Window:

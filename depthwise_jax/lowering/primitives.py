@@ -16,8 +16,7 @@ is the three maps' times a mask that its value tells.
 
 Their parameters: `convolution`, the static Convolution; `stacked`, the number of leading axes that both operands share,
 where each index is a convolution of its own (vmap over both makes them); `dtype`, the result's; `implementation`, the
-name of a lowering or None; and `differentiated`, True where derivatives are taken at a value of conv_p or conv_fused_p,
-and absent elsewhere.
+name of a lowering or None; and `differentiated`, True where derivatives are taken at a value, and absent elsewhere.
 """
 
 from __future__ import annotations
@@ -109,12 +108,12 @@ def _abstract_eval(
     return model.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(model.sharding.mesh, spec))
 
 
-def forward_type(x: Any, kernel: Any, convolution: Convolution, dtype: Any) -> Any:
-    """The type of y, with its sharding, for the types of x and kernel."""
+def result_type(operand: Any, kernel: Any, convolution: Convolution, dtype: Any, transposed: bool) -> Any:
+    """The type of y, with its sharding, for the types of x and kernel; or of x for those of y and kernel, transposed."""
     return _abstract_eval(
-        Convolution.forward_shape,
+        Convolution.input_grad_shape if transposed else Convolution.forward_shape,
         sharding.forward_spec,
-        x,
+        operand,
         kernel,
         convolution=convolution,
         dtype=dtype,
@@ -284,19 +283,26 @@ _define(
 )
 
 
-def _conv_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, differentiated: bool = False, **params: Any
+def _value_jvp(
+    primitive: Primitive,
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    differentiated: bool = False,
+    **params: Any,
 ) -> tuple[Array, Any]:
     """Names the value where it is differentiated, the only place where policies ask: JAX cannot transpose a name."""
     del differentiated
     x, kernel = primals
     dx, dkernel = tangents
-    y = checkpoint_name(bind(conv_p, x, kernel, differentiated=True, **params), CHECKPOINT_NAME)
+    y = checkpoint_name(bind(primitive, x, kernel, differentiated=True, **params), CHECKPOINT_NAME)
     terms = [(dx, kernel)] * (type(dx) is not ad.Zero) + [(x, dkernel)] * (type(dkernel) is not ad.Zero)
-    return y, functools.reduce(ad.add_tangents, (bind(conv_p, *term, **params) for term in terms))
+    return y, functools.reduce(ad.add_tangents, (bind(primitive, *term, **params) for term in terms))
 
 
-ad.primitive_jvps[conv_p] = _conv_jvp
+# The two that are values of functions: of depthwise_conv, and of depthwise_conv_transpose.
+for _primitive in (conv_p, input_grad_p):
+    ad.primitive_jvps[_primitive] = functools.partial(_value_jvp, _primitive)
 
 
 def _name_jet(primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any) -> tuple[Array, list[Array]]:
@@ -304,7 +310,7 @@ def _name_jet(primals: Sequence[Array], series: Sequence[Sequence[Array]], **par
     return name_p.bind(primal, **params), list(terms)
 
 
-# jet has no rule for a name, so it could not go over a gradient in which _conv_jvp has named a value.
+# jet has no rule for a name, so it could not go over a gradient in which _value_jvp has named a value.
 jet.jet_rules.setdefault(name_p, _name_jet)
 
 
