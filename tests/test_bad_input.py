@@ -74,7 +74,7 @@ def test_empty_output_by_dilation_names_it() -> None:
     refused(ValueError, ("empty", "dilation_rate", "(5, 1)", "(8, 9)"), dilation_rate=(5, 1))
 
 
-@pytest.mark.parametrize("padding", ["same", "reflect", "circular"])
+@pytest.mark.parametrize("padding", ["same", "reflect", "circular", "edge"])
 def test_an_empty_axis_is_no_input(padding: str) -> None:
     refused(ValueError, ("(0, 9)",), shape(2, 0, 9, 3), padding=padding)
 

@@ -55,8 +55,8 @@ def torch_layer(x: np.ndarray, rank: int = 2, padding: Any = 0, **arguments: Any
     torch: Any = pytest.importorskip("torch")
     names = {"strides": "stride", "dilation_rate": "dilation"}
     given = {names[name]: value for name, value in arguments.items()}
-    if padding in ("reflect", "circular", "replicate", "causal"):
-        given |= {"padding": 1, "padding_mode": padding}
+    if padding in ("reflect", "circular", "edge", "causal"):
+        given |= {"padding": 1, "padding_mode": "replicate" if padding == "edge" else padding}
     else:
         given["padding"] = padding
     conv = getattr(torch.nn, f"Conv{rank}d")(CHANNELS, CHANNELS, 3, groups=CHANNELS, **given)
@@ -104,7 +104,7 @@ def test_paddings(library: str) -> None:
     assert works(layer, image(1), padding="same")
     assert works(layer, image(1), padding="same", strides=2) == (cells["same padding with strides"] == "yes")
     others = {"integer": 1, "pairs": ((1, 0), (2, 1)), "causal": "causal", "reflect": "reflect"}
-    others |= {"circular": "circular", "replicate": "replicate"}
+    others |= {"circular": "circular", "edge": "edge"}
     named = cells["padding, besides valid and same"]
     found = [name for name, p in others.items() if works(layer, image(1, rank=1 if name == "causal" else 2), **_1d(p))]
     assert ", ".join(found) == named.replace("none", "")

@@ -46,6 +46,7 @@ def check(case: Case, dtype: str, implementation: str) -> None:
         Case("size-0 axis, same", (1, 0, 3, 1), (2, 2, 1, 1), {"padding": "same"}),
         Case("size-1 axis, reflect", (1, 1, 3, 1), (3, 2, 1, 1), {"padding": "reflect"}),
         Case("size-1 axis, circular", (1, 1, 3, 1), (4, 2, 1, 1), {"padding": "circular"}),
+        Case("size-1 axis, edge", (1, 1, 3, 1), (4, 2, 1, 1), {"padding": "edge"}),
         Case("stride beyond the input", (1, 3, 3, 1), (2, 2, 1, 1), {"strides": 9}),
         Case("every tap but one outside", (1, 2, 1), (4, 1, 1), {"padding": 6, "dilation_rate": 4, "strides": 3}),
         Case("a tap that never meets the input", (1, 2, 1), (3, 1, 1), {"padding": ((3, 0),), "strides": 5}),

@@ -198,7 +198,7 @@ def test_explicit(case: Case, lowering: str, sharded: str, axes: int) -> None:
     assert_close(hw, oracle.kernel_grad(x, along) + oracle.kernel_grad(tx, oracle.conv(x, w)), 1e-5)
 
 
-@pytest.mark.parametrize("padding", ["valid", "same", "reflect", "circular", 1])
+@pytest.mark.parametrize("padding", ["valid", "same", "reflect", "circular", "edge", 1])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_explicit_with_bias_activation_and_paddings(explicit: Any, data_format: str, padding: Any) -> None:
     first = data_format == "channels_first"

@@ -194,8 +194,8 @@ def test_few_samples(implementation: str, samples: int) -> None:
         assert y.shape == (samples, *case.oracle.y_shape)
 
 
-def test_reflect_and_circular(implementation: str) -> None:
-    for padding in ("reflect", "circular"):
+def test_paddings_that_read_the_input_again(implementation: str) -> None:
+    for padding in ("reflect", "circular", "edge"):
         case = Case(f"vmap-{padding}", (2, 4, 5, 2), (3, 3, 2, 1), {"padding": padding})
         x, w, _ = stacked(case, (True, True, True))
         assert_close(

@@ -76,7 +76,7 @@ def test_causal_never_reads_ahead() -> None:
     assert window.output_shape((9,)) == (9,)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("reflect", "reflect"), ("circular", "wrap")])
+@pytest.mark.parametrize(("name", "mode"), [("reflect", "reflect"), ("circular", "wrap"), ("edge", "edge")])
 def test_paddings_that_read_the_input_again(name: str, mode: Any) -> None:
     window, before = resolve((7, 6), (3, 4), (2, 1), name, (2, 1))
     assert window.padding == ((0, 0), (0, 0))
@@ -126,6 +126,7 @@ def test_a_window_is_frozen() -> None:
         ((0,), 3, "same"),
         ((0,), 3, "reflect"),
         ((0,), 2, "circular"),
+        ((0,), 2, "edge"),
         ((1,), 4, 1),
     ],
 )
@@ -162,7 +163,7 @@ def test_no_stride_or_dilation_is_larger_than_need_be() -> None:
     assert 20 < largest < 1000
 
 
-@pytest.mark.parametrize("padding", ["same", "valid", "causal", "reflect", "circular", 5])
+@pytest.mark.parametrize("padding", ["same", "valid", "causal", "reflect", "circular", "edge", 5])
 def test_large_numbers_by_name_of_padding(padding: Any) -> None:
     for k, s, d in ((3, 2**33, 1), (1, 2**33, 2**40), (3, 1, 2**33), (3, 2**33, 2**33)):
         try:

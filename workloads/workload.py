@@ -31,7 +31,7 @@ class Geometry:
         window, channels, multiplier: the kernel's shape, (*window, C, M).
         strides, dilation, low: for each spatial axis; low is the padding before the input.
         channel_axis: counted from the end.
-        again: "reflect" or "circular" where positions outside the input are read again inside it, else None.
+        again: "reflect", "circular" or "edge" where positions outside the input are read inside it, else None.
 
     Raises:
         EmptyOutputError: the window fits nowhere.
@@ -59,7 +59,7 @@ class Geometry:
         self.batch, self.spatial = tuple(sizes[: len(sizes) - rank]), tuple(sizes[len(sizes) - rank :])
         pads: Sequence[tuple[int, int]]
         spans = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilation, strict=True)]
-        self.again = padding if padding in ("reflect", "circular") else None
+        self.again = padding if padding in ("reflect", "circular", "edge") else None
         if padding == "valid":
             pads = [(0, 0)] * rank
         elif padding == "same":

@@ -30,6 +30,8 @@ def refusal(call: Call) -> str | None:
     extents = call.convolution.window.extent
     if call.platform == "cpu" and max(extents) > _EXTENT:
         return f"XLA's convolution is wrong where a window spans more than about {_EXTENT} positions: {extents}"
+    if call.direction != "forward" and not jnp.issubdtype(call.dtype, jnp.inexact):
+        return f"jax.linear_transpose, which it is computed by, has no transposes for {call.dtype}"
     if call.direction == "kernel_grad" and _counts_replicas(call):
         # kernel_grad has the details.
         reason = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"

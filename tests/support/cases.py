@@ -105,6 +105,7 @@ CASES = (
         data_format="channels_first",
     ),
     _case("2d-circular", (2, 5, 4, 3), (4, 3, 3, 2), padding="circular"),
+    _case("2d-edge", (2, 4, 5, 3), (4, 3, 3, 2), strides=(1, 2), padding="edge", dilation_rate=(1, 2)),
     _case("2d-circular-wraps-twice", (1, 2, 3, 2), (5, 3, 2, 1), padding="circular", dilation_rate=(1, 3)),
     # Ranks, batch axes and data formats
     _case("1d", (2, 7, 3), (3, 3, 2)),
@@ -112,6 +113,7 @@ CASES = (
     _case("1d-causal-strided-m2", (2, 8, 2), (3, 2, 2), strides=2, padding="causal"),
     _case("1d-causal-first", (1, 3, 6), (3, 3, 1), padding="causal", data_format="channels_first"),
     _case("1d-circular", (2, 5, 3), (3, 3, 1), padding="circular"),
+    _case("1d-edge-first", (2, 3, 5), (4, 3, 1), padding="edge", data_format="channels_first"),
     _case("3d-valid-first", (2, 2, 3, 4, 5), (2, 2, 3, 2, 1), data_format="channels_first"),
     _case("3d-dilated", (1, 4, 5, 4, 2), (2, 3, 2, 2, 1), padding="same", dilation_rate=(1, 2, 3)),
     _case("2d-no-batch", (6, 5, 3), (3, 3, 3, 2), padding="same"),

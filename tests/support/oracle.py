@@ -7,7 +7,7 @@ p = o*stride + t*dilation - low,
     dx[b, p, c]   = sum over o, t, m of g[b, o, c, m] * w[t, c, m]
     dw[t, c, m]   = sum over b, o of x[b, p, c] * g[b, o, c, m]
 
-where a p outside the input contributes nothing, or, under "reflect" and "circular", is read again inside it. All is
+where a p outside the input contributes nothing, or, under "reflect", "circular" and "edge", is read inside it. All is
 computed in the widest dtype of its kind (float64, complex128, int64); NumPy runs over batch and channels alone.
 """
 
@@ -42,6 +42,8 @@ class Oracle(Geometry):
     def _inside(self, p: int, n: int) -> int | None:
         if self.again == "circular":
             return p % n
+        if self.again == "edge":
+            return min(max(p, 0), n - 1)
         if self.again == "reflect":  # 0 1 2 1 0 1 2 ... for n = 3
             turn = p % max(2 * n - 2, 1)
             return min(turn, 2 * n - 2 - turn)

@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn) -> Case:
     extents = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
     named = ["same", *(["causal"] if rank == 1 else [])]
     if max(extents) <= 200:  # these make an input as large
-        named += ["reflect", "circular"]
+        named += ["reflect", "circular", "edge"]
     if all(n >= e for n, e in zip(sizes, extents, strict=True)) or draw(st.integers(0, 19)) == 19:
         named += ["valid", "valid", draw(st.integers(0, 3))]
     padding = draw(st.one_of(st.just(pairs), st.just(pairs), st.sampled_from(named)))
