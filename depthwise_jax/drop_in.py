@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from depthwise_jax._core.convolution import Convolution, hashable_precision
 from depthwise_jax._core.layout import Layout
 from depthwise_jax._core.window import Window, resolve
+from depthwise_jax.functional import transposed_operands
 from depthwise_jax.lowering import primitives
 
 
@@ -31,7 +32,7 @@ def conv_general_dilated(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
-    """`lax.conv_general_dilated`, with depthwise convolutions and their strided transposes computed by this package.
+    """`lax.conv_general_dilated`, with depthwise convolutions and transposed ones computed by this package.
 
     Pass it to a module that takes a convolution: `flax.linen.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
@@ -77,8 +78,8 @@ def conv_general_dilated(
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
-    primitive, kernel, convolution = call
-    return primitives.bind(primitive, lhs, kernel, convolution=convolution, dtype=lhs.dtype, implementation=None)
+    primitive, x, kernel, convolution = call
+    return primitives.bind(primitive, x, kernel, convolution=convolution, dtype=lhs.dtype, implementation=None)
 
 
 def _recognise(
@@ -91,8 +92,11 @@ def _recognise(
     numbers: lax.ConvDimensionNumbers,
     groups: int,
     precision: Any,
-) -> tuple[Primitive, Array, Convolution] | None:
-    """A call as one of the primitives, with its kernel (*window, C, M) and its convolution; None if it is neither."""
+) -> tuple[Primitive, Array, Array, Convolution] | None:
+    """A call as one of the primitives, with its operands and its convolution; None if it is neither.
+
+    The operands are x and a kernel (*window, C, M), for a transposed convolution as transposed_operands gives them.
+    """
     rank = lhs.ndim - 2
     layouts = {
         (0, rank + 1, *range(1, rank + 1)): Layout(rank, "channels_last"),
@@ -123,9 +127,9 @@ def _recognise(
             window, _ = resolve(spatial, size, strides, padding, dilation)
         except (TypeError, ValueError):
             return None  # an empty result, or what lax has its own error for
-        return primitives.conv_p, kernel(), Convolution(window, layout, spatial, precision)
+        return primitives.conv_p, lhs, kernel(), Convolution(window, layout, spatial, precision)
     # The transpose in x of a convolution with strides `spread` convolves the dilated cotangent with the flipped kernel.
-    if named or outputs != groups or any(step != 1 for step in strides) or not all(isinstance(n, int) for n in spatial):
+    if named or any(step != 1 for step in strides) or not all(isinstance(n, int) for n in spatial):
         return None
     extent = Window(size, spread, ((0, 0),) * rank, dilation).extent
     # More zeros behind, fewer than a stride, are the input positions that no window reaches.
@@ -139,5 +143,6 @@ def _recognise(
     )
     if any(n == 0 for n in spatial) or any(n < 1 for n in out) or any(amount < 0 for pair in pads for amount in pair):
         return None
-    window = Window(size, spread, pads, dilation)
-    return primitives.input_grad_p, lax.rev(kernel(), range(rank)), Convolution(window, layout, out, precision)
+    x, flipped = transposed_operands(lhs, lax.rev(kernel(), range(rank)), layout)
+    convolution = Convolution(Window(size, spread, pads, dilation), layout, out, precision)
+    return primitives.input_grad_p, x, flipped, convolution

@@ -98,7 +98,7 @@ def explain(
         types[0] = types[0].update(shape=convolution.forward_shape(x.shape, types[1].shape))
     else:
         if output_padding is not None:
-            raise ValueError(f"output_padding is for transposed=True, got output_padding={output_padding!r}")
+            raise ValueError(f"output_padding must be None without transposed=True; got {output_padding!r}")
         convolution, _ = request.geometry(x.shape, kernel.shape)
         # Padding that reads the input again comes before the convolution.
         types[0] = types[0].update(shape=convolution.input_grad_shape(x.shape, kernel.shape))

@@ -194,8 +194,8 @@ class DepthwiseConv2DTranspose(TransposedFields, _Layer):
     """A transposed depthwise convolution over two spatial axes, which makes images larger; Keras has no such layer.
 
     The input is `(*batch, height, width, C)`, or `(*batch, C, height, width)` with channels_first, with any number of
-    batch axes. Input `i` adds to the outputs from `i*strides` on, with `depth_multiplier` kernels for each channel, which
-    are not flipped. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`,
+    batch axes. Input `i` adds to the outputs from `i*strides` on, with `depth_multiplier` kernels for each channel,
+    which are not flipped. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`,
     `(C*depth_multiplier,)`.
 
     Args:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.export
@@ -17,6 +18,9 @@ import depthwise_jax
 from depthwise_jax.interop import accelerate
 from tests.support.compiling import QUICKLY
 from workloads.models import MODELS, Equinoctial
+
+
+KEY = jax.random.key(0)
 
 
 def grouped(function: Any, *args: Any) -> int:
@@ -73,6 +77,22 @@ def test_models(name, size, count):
 def test_a_module_of_equinox_is_a_function():
     model = Equinoctial(jax.random.key(0), width=2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7, 7)), jnp.float32)
+    assert_close(accelerate(model)(x), model(x))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_transposed_convolution_of_equinox(rank, m):
+    model = eqx.nn.ConvTranspose(rank, 3, 3 * m, 3, stride=2, padding=1, output_padding=1, groups=3, key=KEY)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *(4, 3, 2)[:rank])), jnp.float32)
+
+    def loss(weight, x):
+        return jnp.sin(eqx.tree_at(lambda model: model.weight, model, weight)(x)).sum()
+
+    fast = accelerate(loss)
+    assert str(fast.report(model.weight, x)).endswith("3 groups: replaced")
+    gradients = (jax.value_and_grad(f, (0, 1)) for f in (fast, loss))
+    assert_close(*(run(gradient, model.weight, x) for gradient in gradients))
     assert_close(accelerate(model)(x), model(x))
 
 

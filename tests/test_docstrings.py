@@ -63,10 +63,12 @@ def test_examples_run(module: str) -> None:
     [
         "depthwise_jax.functional.depthwise_conv",
         "depthwise_jax.functional.separable_conv",
+        "depthwise_jax.functional.depthwise_conv_transpose",
         "depthwise_jax.explanation.explain",
         "depthwise_jax.drop_in.conv_general_dilated",
         "depthwise_jax.linen.DepthwiseConv2D",
         "depthwise_jax.linen.SeparableConv2D",
+        "depthwise_jax.linen.DepthwiseConv2DTranspose",
         "depthwise_jax.linen.regularization_loss",
         "depthwise_jax.nnx.DepthwiseConv2D",
         "depthwise_jax.optim.constraints_of",
@@ -115,7 +117,7 @@ def test_sections_name_the_arguments(item: Any, docstring: str) -> None:
 def test_the_package_s_names_have_a_page() -> None:
     for name, item in vars(depthwise_jax).items():
         if getattr(item, "__module__", "").startswith("depthwise_jax") and not name.startswith("_"):
-            rank_2 = re.sub(r"\dD$", "2D", name)  # stands for the layers over one and three axes
+            rank_2 = re.sub(r"\dD(?=$|Transpose)", "2D", name)  # stands for the layers over one and three axes
             module = item.__module__ if inspect.isclass(item) else r"depthwise_jax(\.\w+)?"
             assert re.search(rf"^::: {module}\.{rank_2}$", PAGES, re.MULTILINE), name
 

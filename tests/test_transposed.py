@@ -514,7 +514,7 @@ def test_a_program_is_lowered_as_explained(case: Spread, platform: str) -> None:
 
 
 def test_explain_refuses_an_output_padding_of_another_call() -> None:
-    with pytest.raises(ValueError, match="output_padding is for transposed=True, got output_padding=1"):
+    with pytest.raises(ValueError, match="output_padding must be None without transposed=True; got 1"):
         explain(np.ones((1, 4, 2)), np.ones((2, 2, 1)), output_padding=1)
 
 
@@ -526,8 +526,8 @@ X, W = np.ones((2, 4, 5, 3), np.float32), np.ones((3, 3, 3, 2), np.float32)
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"output_padding": 1}, ValueError, ("output_padding", "smaller", "output_padding=1", "strides=(1, 1)")),
-        ({"output_padding": (0, 2), "strides": (3, 2)}, ValueError, ("output_padding=(0, 2)", "strides=(3, 2)")),
+        ({"output_padding": 1}, ValueError, ("output_padding", "smaller", "got 1 with", "strides=(1, 1)")),
+        ({"output_padding": (0, 2), "strides": (3, 2)}, ValueError, ("output_padding", "(0, 2)", "strides=(3, 2)")),
         ({"output_padding": -1, "strides": 2}, ValueError, ("output_padding", "non-negative", "-1")),
         ({"output_padding": (1,), "strides": 2}, ValueError, ("output_padding", "2 of them", "(1,)")),
         ({"output_padding": 1.0, "strides": 2}, TypeError, ("output_padding", "1.0")),
@@ -634,7 +634,7 @@ def test_equal_nnx_layers_compile_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"output_padding": 2, "strides": 2}, ValueError, r"output_padding must be smaller .* output_padding=2"),
+        ({"output_padding": 2, "strides": 2}, ValueError, r"output_padding must be smaller .* got 2 "),
         ({"output_padding": "1"}, TypeError, r"output_padding must be a non-negative integer .*'1'"),
         ({"padding": "circular"}, ValueError, r"padding must be one of \('valid', 'same'\).*'circular'"),
         ({"filters": 3}, TypeError, r"filters"),

@@ -105,9 +105,7 @@ def per_axis(value: Any, rank: int, argument: str, least: int = 1) -> tuple[int,
     return numbers
 
 
-def canonical_padding(
-    padding: Any, rank: int, names: Sequence[str] = PADDINGS
-) -> str | tuple[tuple[int, int], ...]:
+def canonical_padding(padding: Any, rank: int, names: Sequence[str] = PADDINGS) -> str | tuple[tuple[int, int], ...]:
     """A padding argument as a lower-case name or as (low, high) pairs, whatever the input's size.
 
     Args:
@@ -129,9 +127,9 @@ def canonical_padding(
             raise ValueError(expected)
         if name == "causal" and rank != 1:
             raise ValueError(
-                "padding='causal' is for sequences: it puts all zeros before the one spatial axis, time, where no output "
-                f"may see a later input; got {rank} spatial axes; give pairs, ((kernel_size - 1)*dilation_rate, 0) for "
-                "the axis of time"
+                "padding='causal' is for sequences, where no output may see a later input: all zeros go before the one "
+                f"spatial axis, time; got {rank} spatial axes; for one of several give pairs, "
+                "((kernel_size - 1)*dilation_rate, 0) for the axis of time"
             )
         return name
     if not _is_sequence(padding):
@@ -205,7 +203,7 @@ def canonical_output_padding(
     if any(amount >= max(s, d) for amount, s, d in zip(amounts, strides, dilation, strict=True)):
         raise ValueError(
             "output_padding must be smaller than the larger one of strides and dilation_rate along each axis; "
-            f"got output_padding={output_padding!r} with strides={tuple(strides)} and dilation_rate={tuple(dilation)}"
+            f"got {output_padding!r} with strides={tuple(strides)} and dilation_rate={tuple(dilation)}"
         )
     return amounts
 
@@ -250,7 +248,9 @@ def resolve_transposed(
     kind = canonical_padding(padding, rank, TRANSPOSED_PADDINGS)
     extra = canonical_output_padding(output_padding, steps, dilation)
     pairs, outputs, beyond = [], [], []
-    for axis, (n, e, s) in enumerate(zip(spatial, Window(size, steps, ((0, 0),) * rank, dilation).extent, steps, strict=True)):
+    for axis, (n, e, s) in enumerate(
+        zip(spatial, Window(size, steps, ((0, 0),) * rank, dilation).extent, steps, strict=True)
+    ):
         p = None if extra is None else extra[axis]
         if kind == "valid":
             low, rest = 0, max(e, s) if p is None else e + p

@@ -109,7 +109,7 @@ def _abstract_eval(
 
 
 def result_type(operand: Any, kernel: Any, convolution: Convolution, dtype: Any, transposed: bool) -> Any:
-    """The type of y, with its sharding, for the types of x and kernel; or of x for those of y and kernel, transposed."""
+    """The type of y, with its sharding, for the types of x and kernel; transposed, that of x for y and kernel."""
     return _abstract_eval(
         Convolution.input_grad_shape if transposed else Convolution.forward_shape,
         sharding.forward_spec,
