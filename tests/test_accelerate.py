@@ -19,7 +19,6 @@ from depthwise_jax.interop import accelerate
 from tests.support.compiling import QUICKLY
 from workloads.models import MODELS, Equinoctial
 
-
 KEY = jax.random.key(0)
 
 
