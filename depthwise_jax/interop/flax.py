@@ -14,17 +14,22 @@ from jax import lax
 
 from depthwise_jax._core import introspect
 from depthwise_jax.drop_in import conv_general_dilated
-from depthwise_jax.interop.modules import make, overridden, parts
+from depthwise_jax.interop.modules import causal_padding, make, overridden, parts
 
 Path = tuple[str, ...]
 
 
-def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: str | None = None) -> tuple[Any, Any]:
+def from_flax(
+    conv: Any, params: Mapping[str, Any] | None = None, *, causal: bool = False, framework: str | None = None
+) -> tuple[Any, Any]:
     """The layer of ours that computes what a flax Conv with one group per channel does.
 
     Args:
         conv: a flax.linen.Conv, or an nnx.Conv, whose feature_group_count is the number of input channels.
         params: the Linen Conv's parameters, kernel `(*window, 1, C*M)` and bias `(C*M,)`; an nnx.Conv has its own.
+        causal: True for a Conv over one spatial axis that the code around it makes causal, by padding it with
+            `(kernel_size - 1)*kernel_dilation` and cutting off the last outputs, or by padding its input before. The
+            layer is then `DepthwiseConv1D(padding="causal")`, which a Conv with the padding "CAUSAL" gives in any case.
         framework: "linen" or "nnx", the kind of layer to make; that of `conv` by default.
 
     Returns:
@@ -75,13 +80,17 @@ def from_flax(conv: Any, params: Mapping[str, Any] | None = None, *, framework: 
     if rank > 3:
         raise ValueError(f"{what} has {rank} spatial axes; a layer of depthwise_jax has one to three")
     _check_plain(conv, what)
+    padding, dilation = _padding(conv.padding), 1 if conv.kernel_dilation is None else conv.kernel_dilation
+    if causal:
+        dilations = (dilation,) * rank if isinstance(dilation, int) else tuple(dilation)
+        padding = causal_padding(padding.lower() if isinstance(padding, str) else padding, size, dilations, what)
     arguments = {
         "kernel_size": size,
         "strides": 1 if conv.strides is None else conv.strides,
-        "padding": _padding(conv.padding),
+        "padding": padding,
         "depth_multiplier": features // groups,
         "data_format": "channels_last",
-        "dilation_rate": 1 if conv.kernel_dilation is None else conv.kernel_dilation,
+        "dilation_rate": dilation,
         "use_bias": conv.use_bias,
         "dtype": conv.dtype,
         "param_dtype": jnp.result_type(values["kernel"]),
@@ -111,6 +120,10 @@ def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: 
     contract, values = parts(module, params)
     if contract.separable:
         raise ValueError(f"a {contract.layer} is two convolutions, not one Conv")
+    if contract.transposed:
+        raise ValueError(f"a flax ConvTranspose has no groups; got a {contract.layer}")
+    if contract.padding == "edge":
+        raise ValueError("a flax Conv has no padding 'edge'; got padding='edge'")
     if contract.layout.data_format != "channels_last":
         raise ValueError(f"a flax Conv is channels_last; got data_format={contract.layout.data_format!r}")
     if contract.arguments["activation"] not in (None, "linear"):
@@ -239,8 +252,8 @@ def _check_stock(conv: Any, what: str) -> None:
     if found is not None:
         raise ValueError(
             f"{what}: {type(conv).__module__}.{type(conv).__qualname__} overrides {found} of Flax' Conv; convert a "
-            "plain Conv with the parameters that it computes with, or keep it and give it this package's "
-            "conv_general_dilated"
+            "plain Conv with the parameters that it computes with (with causal=True where it pads or cuts to be "
+            "causal), or keep it and give it this package's conv_general_dilated"
         )
 
 

@@ -1,6 +1,6 @@
 """One of our layers with its parameters, for Linen or for NNX: made of its parts and taken apart."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -117,6 +117,32 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
     module = nnx.eval_shape(lambda: cls(channels, **arguments, rngs=nnx.Rngs(0)))
     nnx.update(module, params)
     return module, params
+
+
+def causal_padding(padding: Any, kernel_size: Sequence[int], dilation: Sequence[int], what: str) -> str:
+    """The padding of the causal layer in the place of a convolution that what stands around it makes causal.
+
+    Args:
+        padding: the convolution's own padding, as our layers have it.
+        kernel_size, dilation: the convolution's, one entry for each spatial axis.
+        what: how the messages call the convolution.
+
+    Returns:
+        "causal".
+
+    Raises:
+        ValueError: several spatial axes, or a padding that no usual spelling of a causal convolution has.
+    """
+    if len(kernel_size) != 1:
+        raise ValueError(f"{what}: causal=True is for one spatial axis, time; got {len(kernel_size)} spatial axes")
+    span = (kernel_size[0] - 1) * dilation[0]
+    spellings = ("causal", "valid", 0, span, ((0, 0),), ((span, 0),), ((span, span),))
+    if padding not in spellings:
+        raise ValueError(
+            f"{what}: with causal=True the padding must be {span} = (kernel_size - 1)*dilation, where the last outputs "
+            f"are cut off, or 0, where the input is padded before; got {padding!r}"
+        )
+    return "causal"
 
 
 def parts(module: Any, params: Mapping[str, Any] | None) -> tuple[Spec, dict[str, jax.Array]]:

@@ -13,9 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from depthwise_jax.interop.modules import Converted, make, overridden, parts, real_array
+from depthwise_jax._contract.spec import Spec
+from depthwise_jax._core.window import resolve_transposed
+from depthwise_jax.interop.modules import Converted, causal_padding, make, overridden, parts, real_array
 
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+# PyTorch's padding modes, with our paddings of half the window's span.
+_PADDING_MODES = {"zeros": "same", "reflect": "reflect", "replicate": "edge", "circular": "circular"}
+_CONVS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+_NAMES = "Conv1d, Conv2d, Conv3d or ConvTranspose1d, 2d or 3d"
 
 # What a subclass of torch.nn.Conv2d may redefine without computing anything else.
 _HARMLESS = frozenset(
@@ -26,19 +31,27 @@ _HARMLESS = frozenset(
 _CALLS = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_wrapped_call_impl")
 
 
-def from_torch(conv: Any, *, data_format: str = "channels_first", framework: str = "linen") -> tuple[Any, Any]:
+def from_torch(
+    conv: Any, *, causal: bool = False, data_format: str = "channels_first", framework: str = "linen"
+) -> tuple[Any, Any]:
     """The layer of ours that computes what a torch.nn.Conv1d, Conv2d or Conv3d with groups == in_channels does.
+
+    A ConvTranspose1d, ConvTranspose2d or ConvTranspose3d gives a DepthwiseConv1DTranspose and so on.
 
     Weights that torch.nn.utils computes before each call are taken as the next call would see them: weight_norm,
     spectral_norm (in eval mode), pruning, and every parametrization.
 
     Args:
         conv: the torch module; a subclass may add what it likes if it leaves the computation alone.
+        causal: True for a Conv1d that the code around it makes causal, by padding it with `(kernel_size - 1)*dilation`
+            and cutting off the last outputs, or by padding its input before. The layer is then
+            `DepthwiseConv1D(padding="causal")`, which needs neither. False converts the module as it stands.
         data_format: that of the layer; "channels_first" takes PyTorch's own inputs.
         framework: "linen" or "nnx", the kind of layer to make.
 
     Returns:
-        `(module, params)`, the weight `(C*M, 1, *window)` as the kernel `(*window, C, M)` and every value as it was.
+        `(module, params)`, the weight `(C*M, 1, *window)`, or `(C, M, *window)` of a transposed one, as the kernel
+        `(*window, C, M)` and every value as it was.
 
     Raises:
         TypeError: no such module.
@@ -46,13 +59,14 @@ def from_torch(conv: Any, *, data_format: str = "channels_first", framework: str
             forward pass; a weight that differs each time it is read; a module without its weight yet; and as
             `from_arrays`.
     """
-    return _from_module(conv, type(conv).__name__, data_format, framework)
+    return _from_module(conv, type(conv).__name__, causal, data_format, framework)
 
 
 def layers_from_torch(module: Any, *, data_format: str = "channels_first", framework: str = "linen") -> Converted:
-    """Every depthwise convolution of a PyTorch module, each as `from_torch` gives it, by its path.
+    """Every depthwise convolution of a PyTorch module, transposed ones too, each as `from_torch` gives it, by its path.
 
-    A convolution that lies at several paths comes over at each of them; tied weights become copies.
+    A Conv1d that the code around it makes causal comes as it stands; `from_torch(conv, causal=True)` makes the causal
+    layer of it. A convolution that lies at several paths comes over at each of them; tied weights become copies.
 
     Args:
         module: a torch.nn.Module.
@@ -74,10 +88,10 @@ def layers_from_torch(module: Any, *, data_format: str = "channels_first", frame
         if not isinstance(groups, int) or groups == 1:
             continue  # neither grouped nor a convolution
         if not _is_conv(part):
-            skipped[path] = f"{_class(part)} is not a torch.nn.Conv1d, Conv2d or Conv3d"
+            skipped[path] = f"{_class(part)} is not a torch.nn.{_NAMES}"
             continue
         try:
-            converted[path] = _from_module(part, path, data_format, framework)
+            converted[path] = _from_module(part, path, False, data_format, framework)
         except ValueError as error:
             skipped[path] = _without_name(error, path)
     return Converted(converted, skipped)
@@ -87,8 +101,9 @@ def params_from_state_dict(state: Mapping[str, Any], *, groups: Mapping[str, int
     """The parameters of every depthwise convolution in a state dict, by its path, in our layers' shapes.
 
     A state dict holds weights alone. A weight of shape `(C*M, 1, *window)` is taken for a depthwise one; `groups` says
-    where M is not 1. A depthwise ConvTranspose has the same shape, and cannot be told apart. For the layers themselves,
-    which need strides and padding too, see `from_state_dict` and `layers_from_torch`.
+    where M is not 1. A depthwise ConvTranspose with one kernel per channel has the same shape, and its parameters are
+    those of a transposed layer of ours. For the layers themselves, which need strides and padding too, see
+    `from_state_dict` and `layers_from_torch`.
 
     Args:
         state: a module's state dict, of tensors or arrays.
@@ -148,7 +163,8 @@ def from_state_dict(state: Mapping[str, Any], name: str, *, groups: int, **argum
         state: a module's state dict, of tensors or arrays.
         name: the convolution's name in it, "features.3.0", which its weight's key begins with; "" if it is the whole.
         groups: as for `from_arrays`: a state dict holds weights alone.
-        **arguments: the other arguments of `from_arrays`, stride to framework.
+        **arguments: the other arguments of `from_arrays`, stride to framework; `causal=True` for a convolution that the
+            code around it makes causal, `transposed=True` for a ConvTranspose.
 
     Returns:
         `(module, params)`, as `from_torch`.
@@ -172,6 +188,9 @@ def from_arrays(
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     padding_mode: str = "zeros",
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    causal: bool = False,
     data_format: str = "channels_first",
     framework: str = "linen",
     name: str = "the convolution",
@@ -179,11 +198,15 @@ def from_arrays(
     """The layer of ours that computes what PyTorch's convolution with these arrays and arguments does.
 
     Args:
-        weight: `(C*M, 1, *window)`, with one to three window axes; a tensor or an array.
+        weight: `(C*M, 1, *window)`, with one to three window axes, or `(C, M, *window)` of a transposed convolution; a
+            tensor or an array.
         bias: `(C*M,)`, or None.
         groups: the number of groups, which must be that of the input's channels, C.
-        stride, padding, dilation, padding_mode: as in torch.nn.Conv2d. padding_mode "reflect" and "circular" need a
-            padding of half the window's span, which "same" is.
+        stride, padding, dilation, padding_mode: as in torch.nn.Conv2d. padding_mode "reflect", "circular" and
+            "replicate" need a padding of half the window's span, which "same" is.
+        transposed: whether it is a torch.nn.ConvTranspose1d, ConvTranspose2d or ConvTranspose3d.
+        output_padding: as in torch.nn.ConvTranspose2d.
+        causal: as for `from_torch`.
         data_format: that of the layer; "channels_first" takes PyTorch's own inputs.
         framework: "linen" or "nnx", the kind of layer to make.
         name: what the messages call it.
@@ -209,25 +232,36 @@ def from_arrays(
         raise ValueError(
             f"{name}: weight must have the shape (C*M, 1, *window) with one to three window axes; got {weight.shape}"
         )
-    outputs, inputs, *window = weight.shape
-    if inputs != 1 or groups < 1 or outputs % groups:
+    first, second, *window = weight.shape
+    inputs, outputs = (first, second * groups) if transposed else (second * groups, first)
+    if inputs != groups or groups < 1 or outputs % groups:
         raise ValueError(
             f"{name} is not depthwise: groups must be the number of input channels, and divide the output channels; "
-            f"got groups={groups}, {groups * inputs} input channels and {outputs} output channels"
+            f"got groups={groups}, {inputs} input channels and {outputs} output channels"
         )
+    multiplier = outputs // groups
     arguments = {
         "kernel_size": tuple(window),
         "strides": stride,
         "padding": _padding(padding, padding_mode, window, dilation, name),
-        "depth_multiplier": outputs // groups,
+        "depth_multiplier": multiplier,
         "data_format": data_format,
         "dilation_rate": dilation,
         "use_bias": bias is not None,
         "param_dtype": weight.dtype,
     }
-    kernel = weight.reshape(groups, outputs // groups, *window).transpose(*range(2, rank + 2), 0, 1)
+    if transposed:
+        arguments |= _transposed_arguments(padding, padding_mode, output_padding, rank, name)
+    elif any(_per_axis(output_padding, rank)):
+        raise ValueError(f"{name}: output_padding must be 0 without transposed=True; got {output_padding!r}")
+    if causal:
+        if transposed or padding_mode != "zeros":
+            what = "a transposed convolution" if transposed else f"padding_mode={padding_mode!r}"
+            raise ValueError(f"{name}: causal=True is for a convolution padded with zeros; got {what}")
+        arguments["padding"] = causal_padding(arguments["padding"], window, _per_axis(dilation, rank), name)
+    kernel = weight.reshape(groups, multiplier, *window).transpose(*range(2, rank + 2), 0, 1)
     values = {"kernel": kernel} | ({} if bias is None else {"bias": bias})
-    return make(f"DepthwiseConv{rank}D", arguments, values, framework, name)
+    return make(f"DepthwiseConv{rank}D" + "Transpose" * transposed, arguments, values, framework, name)
 
 
 def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -239,7 +273,9 @@ def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dic
 
     Returns:
         `(arguments, state)`, the arguments of torch.nn.Conv1d, Conv2d or Conv3d, and the state dict's arrays, "weight"
-        `(C*M, 1, *window)` and "bias" `(C*M,)`. PyTorch's input is channels first, whatever the layer's data_format is.
+        `(C*M, 1, *window)` and "bias" `(C*M,)`. Of a transposed layer those of torch.nn.ConvTranspose1d,
+        ConvTranspose2d or ConvTranspose3d, with "weight" `(C, M, *window)`. PyTorch's input is channels first, whatever
+        the layer's data_format is.
 
     Raises:
         TypeError: no layer of ours, or its parameters missing or given twice.
@@ -253,25 +289,29 @@ def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dic
     kernel = np.asarray(values["kernel"])
     *window, channels, multiplier = kernel.shape
     rank = len(window)
-    padding, mode = _torch_padding(contract.padding, window, contract.strides, contract.dilation_rate)
     arguments = {
         "in_channels": channels,
         "out_channels": channels * multiplier,
         "kernel_size": contract.kernel_size,
         "stride": contract.strides,
-        "padding": padding,
         "dilation": contract.dilation_rate,
         "groups": channels,
         "bias": "bias" in values,
-        "padding_mode": mode,
     }
-    weight = kernel.transpose(rank, rank + 1, *range(rank)).reshape(channels * multiplier, 1, *window)
+    weight = kernel.transpose(rank, rank + 1, *range(rank))
+    if contract.transposed:
+        arguments["padding"], arguments["output_padding"] = _torch_transposed_padding(contract)
+    else:
+        arguments["padding"], arguments["padding_mode"] = _torch_padding(
+            contract.padding, window, contract.strides, contract.dilation_rate
+        )
+        weight = weight.reshape(channels * multiplier, 1, *window)
     state = {"weight": np.ascontiguousarray(weight)}
     return arguments, state | ({"bias": np.array(values["bias"])} if "bias" in values else {})
 
 
 def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
-    """The torch.nn.Conv1d, Conv2d or Conv3d that computes a depthwise layer of ours, on the CPU.
+    """The torch.nn.Conv1d, Conv2d or Conv3d, or ConvTranspose, that computes a depthwise layer of ours, on the CPU.
 
     Args:
         module: a depthwise layer of `depthwise_jax.linen`, or of `depthwise_jax.nnx`.
@@ -284,17 +324,18 @@ def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     torch: Any = importlib.import_module("torch")  # an optional package, so without its types
     arguments, state = to_arrays(module, params)
     dtype = getattr(torch, str(state["weight"].dtype))
-    conv = getattr(torch.nn, f"Conv{state['weight'].ndim - 2}d")(**arguments, dtype=dtype)
+    kind = "ConvTranspose" if "output_padding" in arguments else "Conv"
+    conv = getattr(torch.nn, f"{kind}{state['weight'].ndim - 2}d")(**arguments, dtype=dtype)
     # PyTorch does not take NumPy's bfloat16; going through float32 loses nothing.
     wide = {name: a.astype(np.promote_types(a.dtype, np.float32)) for name, a in state.items()}
     conv.load_state_dict({name: torch.from_numpy(a).to(dtype) for name, a in wide.items()})
     return conv
 
 
-def _from_module(conv: Any, name: str, data_format: str, framework: str) -> tuple[Any, Any]:
+def _from_module(conv: Any, name: str, causal: bool, data_format: str, framework: str) -> tuple[Any, Any]:
     """`from_torch` of a module that the messages call `name`."""
     if not _is_conv(conv):
-        raise TypeError(f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d; got {_class(conv)}")
+        raise TypeError(f"conv must be a torch.nn.{_NAMES}; got {_class(conv)}")
     conv = _settled(conv, name)
     if conv.padding_mode != "zeros" and not isinstance(conv.padding, str):
         # The amounts that the module's forward pads by were fixed when it was made.
@@ -314,6 +355,9 @@ def _from_module(conv: Any, name: str, data_format: str, framework: str) -> tupl
         padding=conv.padding,
         dilation=conv.dilation,
         padding_mode=conv.padding_mode,
+        transposed=conv.transposed,
+        output_padding=conv.output_padding,
+        causal=causal,
         data_format=data_format,
         framework=framework,
         name=name,
@@ -322,7 +366,11 @@ def _from_module(conv: Any, name: str, data_format: str, framework: str) -> tupl
 
 def _is_conv(value: Any) -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d)
+    return torch is not None and isinstance(value, _stock_classes(torch))
+
+
+def _stock_classes(torch: Any) -> tuple[type, ...]:
+    return tuple(getattr(torch.nn, name) for name in _CONVS)
 
 
 def _class(value: Any) -> str:
@@ -336,8 +384,10 @@ def _settled(conv: Any, name: str) -> Any:
         ValueError: it does something else; the message says what, and what to do.
     """
     torch = sys.modules["torch"]
-    stock = next(cls for cls in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d) if isinstance(conv, cls))
+    stock = next(cls for cls in _stock_classes(torch) if isinstance(conv, cls))
     advice = f"convert a plain torch.nn.{stock.__name__} with its weights, or write that part in JAX"
+    if stock is torch.nn.Conv1d:
+        advice += "; where it pads or cuts to be causal, from_state_dict(..., causal=True) makes the causal layer"
     if any(torch.nn.parameter.is_lazy(parameter) for parameter in conv.parameters()):
         raise ValueError(f"{name}: {_class(conv)} has no weight yet; call the lazy module once")
     parametrized = torch.nn.utils.parametrize.is_parametrized(conv)
@@ -418,7 +468,7 @@ def _per_axis(value: Any, rank: int) -> list[int]:
 def _padding(padding: Any, mode: str, window: Sequence[int], dilation: Any, name: str) -> Any:
     """Our padding for PyTorch's."""
     if mode not in _PADDING_MODES:
-        raise ValueError(f"{name}: padding_mode must be one of {_PADDING_MODES}; got {mode!r}")
+        raise ValueError(f"{name}: padding_mode must be one of {tuple(_PADDING_MODES)}; got {mode!r}")
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"{name}: padding must be 'same', 'valid', or numbers; got {padding!r}")
@@ -428,12 +478,25 @@ def _padding(padding: Any, mode: str, window: Sequence[int], dilation: Any, name
         named, pairs = "valid" if not any(amounts) else None, tuple((amount, amount) for amount in amounts)
     if mode == "zeros" or named == "valid":
         return named or pairs
-    if mode != "replicate" and (named == "same" or pairs == _half_spans(window, _per_axis(dilation, len(window)))):
-        return mode
+    if named == "same" or pairs == _half_spans(window, _per_axis(dilation, len(window))):
+        return _PADDING_MODES[mode]
     raise ValueError(
         f"{name}: padding_mode={mode!r} with padding={padding!r} has no equivalent in a layer; "
         "depthwise_conv computes it on an input padded by jax.numpy.pad"
     )
+
+
+def _transposed_arguments(
+    padding: Any, mode: str, output_padding: Any, rank: int, name: str
+) -> dict[str, tuple[Any, ...]]:
+    """Our arguments for the padding of a PyTorch ConvTranspose, which is numbers alone."""
+    if isinstance(padding, str) or mode != "zeros":
+        raise ValueError(
+            f"{name}: a ConvTranspose must have numbers for padding and padding_mode='zeros'; "
+            f"got padding={padding!r} and padding_mode={mode!r}"
+        )
+    pairs = tuple((amount, amount) for amount in _per_axis(padding, rank))
+    return {"padding": pairs, "output_padding": tuple(_per_axis(output_padding, rank))}
 
 
 def _half_spans(window: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -443,10 +506,10 @@ def _half_spans(window: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[i
 
 def _torch_padding(padding: Any, window: Sequence[int], strides: Any, dilation: Any) -> tuple[Any, str]:
     """PyTorch's padding and padding_mode for ours."""
-    mode = padding if padding in ("reflect", "circular") else "zeros"
+    mode = next((theirs for theirs, ours in _PADDING_MODES.items() if ours == padding), "zeros")
     if padding == "valid":
         return 0, mode
-    if max(strides) == 1 and padding in ("same", "reflect", "circular"):
+    if max(strides) == 1 and padding in _PADDING_MODES.values():
         return "same", mode
     pairs = _half_spans(window, dilation) if mode != "zeros" else padding
     if isinstance(pairs, str) or any(low != high for low, high in pairs):
@@ -455,3 +518,26 @@ def _torch_padding(padding: Any, window: Sequence[int], strides: Any, dilation: 
             "alike, and 'same' is for strides of 1"
         )
     return tuple(low for low, _ in pairs), mode
+
+
+def _torch_transposed_padding(contract: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """PyTorch's padding and output_padding of a ConvTranspose for those of a transposed layer.
+
+    PyTorch cuts as much off either end. What a layer cuts less at the end is output_padding.
+    """
+    pads = ((0, 0),) * contract.layout.rank if isinstance(contract.padding, str) else contract.padding
+    inputs = [2 + low + high for low, high in pads]  # enough for some output
+    geometry = (contract.kernel_size, contract.strides, contract.padding, contract.output_padding)
+    resolved = resolve_transposed(inputs, *geometry, contract.dilation_rate)
+    window = resolved.window
+    padding, extra = [], []
+    for axis, (n, s, e) in enumerate(zip(inputs, window.strides, window.extent, strict=True)):
+        low, outputs = window.padding[axis][0], resolved.spatial[axis] + resolved.beyond[axis]
+        padding.append(low)
+        extra.append(outputs - ((n - 1) * s + e - 2 * low))
+    if not all(0 <= p < max(s, d) for p, s, d in zip(extra, contract.strides, contract.dilation_rate, strict=True)):
+        raise ValueError(
+            f"PyTorch has no equivalent of padding={contract.padding!r}, output_padding={contract.output_padding!r} "
+            f"and strides={contract.strides}: it cuts as much off both ends, and adds less than a stride at the end"
+        )
+    return tuple(padding), tuple(extra)
