@@ -82,6 +82,62 @@ def test_round_trips_over_random_configurations(seed):
     np.testing.assert_array_equal(nnx_back(x), nnx_conv(x))
 
 
+@pytest.mark.parametrize("padding", ["CAUSAL", "VALID", 0, 6, [(6, 0)], [[6, 6]], [6]], ids=str)
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_causal_spellings(padding, framework):
+    arguments: dict[str, Any] = {"features": 6, "kernel_size": (4,), "feature_group_count": 3, "kernel_dilation": 2}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 3)), jnp.float32)
+    causal: Any = nn.Conv(**arguments, padding="CAUSAL")
+    params = random_params(causal, x, 0)
+    conv: Any = nn.Conv(**arguments, padding=padding)
+    given = (conv, params) if framework == "linen" else (as_nnx({**arguments, "padding": padding}, params),)
+    layer, ours = from_flax(*given, causal=True)
+    assert layer.padding == "causal"
+    y = layer.apply({"params": ours}, x) if framework == "linen" else layer(x)
+    np.testing.assert_allclose(y, causal.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
+    plain, ours = from_flax(*given)  # as it stands
+    y = plain.apply({"params": ours}, x) if framework == "linen" else plain(x)
+    np.testing.assert_allclose(y, conv.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_size": (3,), "padding": "SAME"}, r"with causal=True the padding must be 2 .*'same'"),
+        ({"kernel_size": (3,), "padding": 1}, r"with causal=True the padding must be 2 .*got 1"),
+        ({"kernel_size": (3, 3), "padding": 2}, r"causal=True is for one spatial axis, time; got 2"),
+    ],
+)
+def test_what_is_not_causal(arguments, message):
+    conv: Any = nn.Conv(3, feature_group_count=3, **arguments)
+    x = jnp.ones((1, *[5] * len(arguments["kernel_size"]), 3))
+    with pytest.raises(ValueError, match=message):
+        from_flax(conv, random_params(conv, x, 0), causal=True)
+
+
+def test_a_causal_subclass_is_told_of_the_argument():
+    class Causal(nn.Conv):
+        def __call__(self, x):
+            return super().__call__(jnp.pad(x, ((0, 0), (2, 0), (0, 0))))
+
+    conv = Causal(3, (3,), padding="VALID", feature_group_count=3)
+    with pytest.raises(ValueError, match=r"overrides Causal\.__call__.*causal=True"):
+        from_flax(conv, {"kernel": jnp.ones((3, 1, 3)), "bias": jnp.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (linen.DepthwiseConv1D(3, padding="edge"), "a flax Conv has no padding 'edge'"),
+        (linen.DepthwiseConv1DTranspose(3), "a flax ConvTranspose has no groups; got a DepthwiseConv1DTranspose"),
+    ],
+)
+def test_what_flax_does_not_have(layer: Any, message: str) -> None:
+    params = layer.init(jax.random.key(0), jnp.ones((1, 5, 2)))["params"]
+    with pytest.raises(ValueError, match=message):
+        to_flax(layer, params)
+
+
 def test_across_the_frameworks_and_with_names_and_dtypes():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 5, 2)), jnp.float32)
     conv: Any = nn.Conv(4, (3, 3), feature_group_count=2, dtype=jnp.bfloat16, precision="highest", name="dw")

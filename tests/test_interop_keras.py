@@ -95,6 +95,10 @@ def test_what_is_refused():
         to_keras(linen.DepthwiseConv3D(3), {"kernel": np.ones((3, 3, 3, 2, 1)), "bias": np.ones(2)})
     with pytest.raises(ValueError, match="causal"):
         to_keras(linen.DepthwiseConv1D(3, padding="causal"), {"kernel": np.ones((3, 2, 1)), "bias": np.ones(2)})
+    with pytest.raises(ValueError, match="padding='edge' has no Keras configuration"):
+        to_keras(linen.DepthwiseConv1D(3, padding="edge"), {"kernel": np.ones((3, 2, 1)), "bias": np.ones(2)})
+    with pytest.raises(ValueError, match="Keras has no DepthwiseConv2DTranspose"):
+        to_keras(linen.DepthwiseConv2DTranspose(3), {"kernel": np.ones((3, 3, 2, 1)), "bias": np.ones(2)})
     with pytest.raises(ValueError, match=r"mine: the parameter 'bias' must have the shape \(2,\); got \(3,\)"):
         to_keras(linen.DepthwiseConv1D(3, name="mine"), {"kernel": np.ones((3, 2, 1)), "bias": np.ones(3)})
     with pytest.raises(TypeError, match="params"):

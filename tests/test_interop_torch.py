@@ -25,7 +25,7 @@ from depthwise_jax.interop.torch import (
     to_torch,
 )
 
-MODES: dict[str, Any] = {"reflect": "reflect", "circular": "wrap"}
+MODES: dict[str, Any] = {"reflect": "reflect", "circular": "wrap", "replicate": "edge"}
 
 
 def torch_convolution(x, weight, bias, *, stride, padding, dilation, groups, padding_mode, **_):
@@ -65,7 +65,8 @@ def random_convolution(seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]
     padding = ["valid", 0, 1, tuple(int(n) for n in rng.integers(0, 3, size=rank)), "same"][rng.integers(5)]
     if padding == "same" and kind == "strides":
         padding = 2
-    mode = ("zeros", "circular", "reflect")[rng.integers(3)] if padding in ("same", "valid", 0) else "zeros"
+    modes = ("zeros", "circular", "reflect", "replicate")
+    mode = modes[rng.integers(4)] if padding in ("same", "valid", 0) else "zeros"
     arguments = {
         "in_channels": channels,
         "out_channels": channels * multiplier,
@@ -124,6 +125,8 @@ def test_round_trips_by_arrays_and_state_dict(seed):
     [
         (1, "circular", "circular"),
         ((1, 2), "reflect", "reflect"),
+        (1, "replicate", "edge"),
+        ("same", "replicate", "edge"),
         (0, "replicate", "valid"),
         ("valid", "reflect", "valid"),
     ],
@@ -131,13 +134,15 @@ def test_round_trips_by_arrays_and_state_dict(seed):
 def test_padding_modes_that_a_layer_has(padding, mode, ours):
     weight = np.random.default_rng(0).normal(size=(4, 1, 3, 5 if padding == (1, 2) else 3)).astype(np.float32)
     x = np.random.default_rng(1).normal(size=(1, 2, 7, 7)).astype(np.float32)
-    layer, params = from_arrays(weight, groups=2, stride=2, padding=padding, padding_mode=mode)
+    stride = 1 if padding == "same" else 2  # PyTorch's rule
+    layer, params = from_arrays(weight, groups=2, stride=stride, padding=padding, padding_mode=mode)
     assert layer.padding == ours
+    assert to_arrays(layer, params)[0]["padding_mode"] == (mode if ours != "valid" else "zeros")
     expected = torch_convolution(
         x,
         weight,
         None,
-        stride=2,
+        stride=stride,
         padding=padding,
         dilation=1,
         groups=2,
@@ -165,7 +170,7 @@ WEIGHT = np.ones((4, 1, 3, 3), np.float32)
         ({"weight": np.ones((4, 2, 3, 3), np.float32), "groups": 2}, r"groups=2, 4 input channels"),
         ({"groups": 3}, r"groups=3.*4 output channels"),
         ({"groups": 0}, r"groups=0"),
-        ({"padding": 1, "padding_mode": "replicate"}, r"padding_mode='replicate'.*depthwise_conv"),
+        ({"padding": 2, "padding_mode": "replicate"}, r"padding_mode='replicate' with padding=2.*depthwise_conv"),
         ({"padding": 2, "padding_mode": "circular"}, r"padding_mode='circular' with padding=2.*depthwise_conv"),
         ({"padding_mode": "wrap"}, r"padding_mode.*'wrap'"),
         ({"padding": "full"}, r"padding.*'full'"),
@@ -177,6 +182,22 @@ WEIGHT = np.ones((4, 1, 3, 3), np.float32)
         ({"weight": np.ones((4, 1, 2, 2, 2, 2), np.float32)}, r"weight must have"),
         ({"weight": np.ones((4, 1, 3, 3))}, r"dw: the weight is float64.*jax_enable_x64"),
         ({"data_format": "NCHW"}, r"data_format"),
+        ({"output_padding": 1}, r"dw: output_padding must be 0 without transposed=True; got 1"),
+        ({"transposed": True, "groups": 2}, r"dw is not depthwise.*groups=2, 4 input channels and 2 output"),
+        ({"transposed": True, "padding": "same"}, r"dw: a ConvTranspose must have numbers.*padding='same'"),
+        ({"transposed": True, "padding_mode": "circular"}, r"dw: a ConvTranspose must.*padding_mode='circular'"),
+        ({"transposed": True, "stride": 2, "output_padding": 2}, r"dw: output_padding must be smaller.*\(2, 2\)"),
+        ({"causal": True}, r"dw: causal=True is for one spatial axis, time; got 2"),
+        (
+            {"weight": WEIGHT[..., 0], "causal": True, "padding": 1},
+            r"dw: with causal=True .* must be 2 = .*got \(\(1, 1",
+        ),
+        ({"weight": WEIGHT[..., 0], "causal": True, "padding": "same"}, r"dw: with causal=True .*got 'same'"),
+        (
+            {"weight": WEIGHT[..., 0], "causal": True, "padding": "same", "padding_mode": "circular"},
+            r"dw: causal=True is for a convolution padded with zeros; got padding_mode='circular'",
+        ),
+        ({"weight": WEIGHT[..., 0], "causal": True, "transposed": True}, r"dw: causal=True.*transposed"),
     ],
 )
 def test_what_is_refused(arguments, message):
@@ -284,6 +305,123 @@ def torch():
     return pytest.importorskip("torch", reason="PyTorch is not installed: the extra `torch` brings it")
 
 
+def random_transposed(seed: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Arguments of torch.nn.ConvTransposeNd for a depthwise convolution, and an input."""
+    rng = np.random.default_rng(seed)
+    rank, channels, multiplier = seed % 3 + 1, int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    size, stride, dilation = (tuple(int(n) for n in rng.integers(1, 4, size=rank)) for _ in range(3))
+    arguments = {
+        "in_channels": channels,
+        "out_channels": channels * multiplier,
+        "kernel_size": size,
+        "stride": stride,
+        "padding": tuple(int(rng.integers(0, (k - 1) * d + 1)) for k, d in zip(size, dilation, strict=True)),
+        "output_padding": tuple(int(rng.integers(0, max(s, d))) for s, d in zip(stride, dilation, strict=True)),
+        "groups": channels,
+        "bias": bool(rng.random() < 0.7),
+        "dilation": dilation,
+    }
+    return arguments, rng.normal(size=(2, channels, *rng.integers(4, 6, size=rank))).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_transposed_round_trips_by_module(torch, seed):
+    arguments, x = random_transposed(seed)
+    torch.manual_seed(seed)
+    conv = getattr(torch.nn, f"ConvTranspose{x.ndim - 2}d")(**arguments)
+    with torch.no_grad():
+        expected = conv(torch.from_numpy(x)).numpy()
+    layer, params = from_torch(conv)
+    assert isinstance(layer, getattr(linen, f"DepthwiseConv{x.ndim - 2}DTranspose"))
+    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
+    back, state = to_arrays(layer, params)
+    assert back == arguments
+    for name, value in conv.state_dict().items():
+        np.testing.assert_array_equal(state[name], value.numpy())
+    with torch.no_grad():
+        np.testing.assert_array_equal(to_torch(layer, params)(torch.from_numpy(x)).numpy(), expected)
+    names = ("stride", "padding", "output_padding", "dilation", "groups")
+    again, ours = from_state_dict(
+        {f"up.{name}": value for name, value in state.items()},
+        "up",
+        transposed=True,
+        framework="nnx",
+        data_format="channels_last",
+        **{name: arguments[name] for name in names},
+    )
+    np.testing.assert_array_equal(ours["kernel"], params["kernel"])
+    y = np.moveaxis(np.asarray(again(np.moveaxis(x, 1, -1))), -1, 1)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "theirs"),
+    [
+        ({"strides": 2, "kernel_size": 4, "padding": "same"}, {"padding": (1,), "output_padding": (0,)}),
+        ({"strides": 2, "kernel_size": 4}, {"padding": (0,), "output_padding": (0,)}),
+        ({"strides": 3, "kernel_size": 2}, {"padding": (0,), "output_padding": (1,)}),
+        ({"strides": 3, "kernel_size": 2, "output_padding": 2}, {"padding": (0,), "output_padding": (2,)}),
+        ({"strides": 2, "kernel_size": 3, "padding": ((1, 0),)}, {"padding": (1,), "output_padding": (1,)}),
+        ({"strides": 2, "kernel_size": 3, "padding": "same"}, None),  # one more at the end is cut
+        ({"strides": 2, "kernel_size": 3, "padding": ((0, 1),)}, None),
+        ({"strides": 2, "kernel_size": 5, "padding": ((3, 1),)}, None),
+    ],
+    ids=str,
+)
+def test_paddings_of_a_transposed_layer_in_pytorch(torch, arguments, theirs):
+    layer: Any = linen.DepthwiseConv1DTranspose(**arguments)
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    params = layer.init(jax.random.key(0), x)["params"]
+    if theirs is None:
+        with pytest.raises(ValueError, match="PyTorch has no equivalent of padding="):
+            to_torch(layer, params)
+        return
+    assert {name: to_arrays(layer, params)[0][name] for name in theirs} == theirs
+    with torch.no_grad():
+        y = to_torch(layer, params)(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()
+    np.testing.assert_allclose(layer.apply({"params": params}, x), np.moveaxis(y, 1, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_causal_spellings(torch, kernel_size, dilation, stride):
+    span = (kernel_size - 1) * dilation
+    x = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    options = {"groups": 3, "dilation": dilation, "stride": stride}
+    cut = torch.nn.Conv1d(3, 6, kernel_size, padding=span, **options)
+    before = torch.nn.Conv1d(3, 6, kernel_size, **options)
+    before.load_state_dict(cut.state_dict())
+    with torch.no_grad():
+        expected = before(torch.nn.functional.pad(x, (span, 0))).numpy()
+        np.testing.assert_allclose(cut(x)[..., : expected.shape[-1]], expected, rtol=1e-6, atol=1e-6)
+    for conv in (cut, before):
+        layer, params = from_torch(conv, causal=True)
+        assert layer.padding == "causal"
+        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+    state = {f"mixer.conv1d.{name}": value for name, value in cut.state_dict().items()}
+    layer, params = from_state_dict(state, "mixer.conv1d", padding=span, causal=True, **options)
+    np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+    # Faithful unless it is asked for: a symmetric padding may be meant.
+    layer, params = from_torch(cut)
+    with torch.no_grad():
+        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), cut(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_causal_subclass_is_told_of_the_argument(torch):
+    class CausalConv1d(torch.nn.Conv1d):
+        def forward(self, x):
+            return super().forward(torch.nn.functional.pad(x, (3, 0)))
+
+    conv = CausalConv1d(4, 4, 4, groups=4)
+    with pytest.raises(ValueError, match=r"overrides CausalConv1d\.forward.*from_state_dict\(\.\.\., causal=True\)"):
+        from_torch(conv)
+    layer, params = from_state_dict(conv.state_dict(), "", groups=4, causal=True)
+    x = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), conv(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_round_trips_by_module(torch, seed):
     arguments, state, x = random_convolution(seed)
@@ -316,9 +454,11 @@ def test_what_is_refused_of_modules(torch):
     with pytest.raises(ValueError, match=r"Conv2d is not depthwise.*groups=2, 4 input channels"):
         from_torch(torch.nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(ValueError, match="replicate"):
-        from_torch(torch.nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="replicate"))
-    with pytest.raises(TypeError, match="ConvTranspose2d"):
-        from_torch(torch.nn.ConvTranspose2d(4, 4, 3, groups=4))
+        from_torch(torch.nn.Conv2d(4, 4, 3, groups=4, padding=2, padding_mode="replicate"))
+    with pytest.raises(ValueError, match=r"ConvTranspose2d is not depthwise.*groups=2, 4 input channels"):
+        from_torch(torch.nn.ConvTranspose2d(4, 4, 3, groups=2))
+    with pytest.raises(TypeError, match=r"Conv1d, Conv2d, Conv3d or ConvTranspose1d.*Linear"):
+        from_torch(torch.nn.Linear(4, 4))
 
 
 def members(torch: Any) -> dict[str, tuple[Any, str | None]]:
@@ -367,6 +507,10 @@ def members(torch: Any) -> dict[str, tuple[Any, str | None]]:
     class Deep(Forward):
         pass
 
+    class Up(nn.ConvTranspose2d):
+        def _output_padding(self, *args, **kwargs):
+            return [1, 1]
+
     class Double(nn.Module):
         def forward(self, x):
             return 2 * x
@@ -409,6 +553,14 @@ def members(torch: Any) -> dict[str, tuple[Any, str | None]]:
         "subclass that computes the same": (Named(4), None),
         "shared weight": (sharing, None),
         "frozen": (stock().requires_grad_(False), None),
+        "transposed": (nn.ConvTranspose2d(**arguments, stride=2), None),
+        "transposed and parametrized": (
+            utils.parametrizations.weight_norm(nn.ConvTranspose2d(**arguments, stride=2, dilation=2)),
+            None,
+        ),
+        "transposed, lazy and called": (called(nn.LazyConvTranspose2d(8, 3, groups=4)), None),
+        "transposed and lazy": (nn.LazyConvTranspose2d(8, 3, groups=4), "LazyConvTranspose2d has no weight yet"),
+        "transposed, with a part of its own": (Up(**arguments, stride=2), r"overrides Up\._output_padding"),
         "compiled in place": (replaced(stock(), _compiled_call_impl=None), None),
         "attributes changed": (replaced(stock(), padding=(2, 0), stride=(2, 1)), None),
         "weight_norm": (stale(utils.weight_norm(stock())), None),
@@ -467,7 +619,8 @@ MEMBERS = (
     "forward", "_conv_forward", "__getattr__", "mixin", "subclass of a subclass", "forward of the instance",
     "parametrized forward", "random parametrization", "parametrized by spectral_norm in training",
     "spectral_norm in training", "forward hook", "pre-hook", "weight_norm and a pre-hook", "quantisation-aware", "lazy",
-    "padding changed", "complex", "meta",
+    "padding changed", "complex", "meta", "transposed", "transposed and parametrized", "transposed, lazy and called",
+    "transposed and lazy", "transposed, with a part of its own",
 )  # fmt: skip
 
 
@@ -544,21 +697,27 @@ def test_tensors_are_right_or_refused_by_name(torch, name):
 
 def test_whole_models(torch):
     nn = torch.nn
+
+    class Grouped(nn.Module):
+        groups = 4
+
     shared = nn.Conv2d(8, 8, 3, padding=1, groups=8)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.Sequential(shared, nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, stride=2, dilation=2, groups=8)),
         nn.Conv2d(16, 16, 1, groups=4),
-        nn.ConvTranspose2d(16, 16, 3, groups=16),
+        Grouped(),
         nn.Conv2d(16, 16, 3, padding=2, padding_mode="replicate", groups=16),
         shared,
         nn.ModuleDict({"series": nn.Conv1d(4, 4, 3, groups=4), "clips": nn.Conv3d(4, 4, 3, groups=4)}),
+        nn.ConvTranspose2d(16, 32, 4, stride=2, padding=1, groups=16),
+        nn.ConvTranspose2d(16, 16, 3, groups=16),
     )
     layers = layers_from_torch(nn.DataParallel(model))
-    assert set(layers) == {"module." + path for path in ("1.0", "1.2", "5", "6.series", "6.clips")}
+    assert set(layers) == {"module." + path for path in ("1.0", "1.2", "5", "6.series", "6.clips", "7", "8")}
     assert set(layers.skipped) == {"module.2", "module.3", "module.4"}
     assert "groups=4, 16 input channels" in layers.skipped["module.2"]
-    assert "ConvTranspose2d" in layers.skipped["module.3"]
+    assert "Grouped is not a torch.nn.Conv1d" in layers.skipped["module.3"]
     assert "module.4: skipped: padding_mode='replicate'" in str(layers)
     for path, (layer, params) in layers_from_torch(model).items():
         conv = model.get_submodule(path)
@@ -571,7 +730,7 @@ def test_whole_models(torch):
     with pytest.raises(TypeError, match="OrderedDict"):
         layers_from_torch(model.state_dict())
     found = params_from_state_dict(model.state_dict(), groups={"1.2": 8})
-    for path in ("1.0", "1.2", "5", "6.clips"):
+    for path in ("1.0", "1.2", "5", "6.clips", "8"):
         np.testing.assert_array_equal(found[path]["kernel"], layers_from_torch(model)[path][1]["kernel"])
 
 

@@ -280,7 +280,7 @@ def _padding(padding: Any) -> Any:
     """Flax takes one integer per axis too."""
     if isinstance(padding, str | int):
         return padding
-    return tuple((amount, amount) if isinstance(amount, int) else amount for amount in padding)
+    return tuple((amount, amount) if isinstance(amount, int) else tuple(amount) for amount in padding)
 
 
 def _linen_groups(model: nn.Module, args: Any, kwargs: Any) -> dict[Path, int]:
