@@ -206,7 +206,7 @@ def depthwise_conv_transpose(
         >>> depthwise_conv_transpose(x, kernel, strides=2, padding="same").shape
         (8, 28, 28, 32)
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel = _array("x", x), _array("kernel", kernel)
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,

@@ -21,8 +21,6 @@ from jax.core import Tracer
 
 from depthwise_jax._core import hints
 
-from depthwise_jax._core import hints
-
 PADDINGS = ("valid", "same", "causal", "reflect", "circular", "edge")
 TRANSPOSED_PADDINGS = ("valid", "same")
 # What jnp.pad calls the paddings that read the input again.
