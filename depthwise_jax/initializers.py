@@ -98,7 +98,7 @@ class RandomNormal(_Configured):
 
     Args:
         mean, stddev: finite numbers, else ValueError.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     mean: float = 0.0
@@ -115,7 +115,7 @@ class RandomUniform(_Configured):
 
     Args:
         minval, maxval: finite numbers, else ValueError.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     minval: float = -0.05
@@ -133,7 +133,7 @@ class TruncatedNormal(_Configured):
     Args:
         mean: a finite number, else ValueError.
         stddev: the standard deviation before the cut, a finite number, else ValueError.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     mean: float = 0.0
@@ -152,7 +152,7 @@ class Orthogonal(_Configured):
 
     Args:
         gain: a finite number, else ValueError.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     gain: float = 1.0
@@ -288,7 +288,7 @@ class VarianceScaling(_Fans):
         scale: positive.
         mode: "fan_in", "fan_out" or "fan_avg", their mean.
         distribution: "truncated_normal" (or "normal"), "untruncated_normal" or "uniform".
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
         input_axes, output_axes: the axes whose sizes are multiplied to make the fans, instead of Keras'.
         fan: "window" for `fan_in = prod(window)` and `fan_out = prod(window)*M`; None for Keras'.
 
@@ -341,7 +341,7 @@ class GlorotUniform(_Named):
 
     Args:
         input_axes, output_axes, fan: as in `VarianceScaling`.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     _scaling = (1.0, "fan_avg", "uniform")
@@ -353,7 +353,7 @@ class GlorotNormal(_Named):
 
     Args:
         input_axes, output_axes, fan: as in `VarianceScaling`.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     _scaling = (1.0, "fan_avg", "truncated_normal")
@@ -365,7 +365,7 @@ class HeUniform(_Named):
 
     Args:
         input_axes, output_axes, fan: as in `VarianceScaling`.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     _scaling = (2.0, "fan_in", "uniform")
@@ -377,7 +377,7 @@ class HeNormal(_Named):
 
     Args:
         input_axes, output_axes, fan: as in `VarianceScaling`.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     _scaling = (2.0, "fan_in", "truncated_normal")
@@ -389,7 +389,7 @@ class LecunUniform(_Named):
 
     Args:
         input_axes, output_axes, fan: as in `VarianceScaling`.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     _scaling = (1.0, "fan_in", "uniform")
@@ -401,7 +401,7 @@ class LecunNormal(_Named):
 
     Args:
         input_axes, output_axes, fan: as in `VarianceScaling`.
-        seed: None to draw from the key, or Keras' seed, an integer in [0, 2**32).
+        seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
     _scaling = (1.0, "fan_in", "truncated_normal")

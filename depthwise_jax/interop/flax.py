@@ -213,7 +213,7 @@ def kernel_from_flax(kernel: Any, channels: int) -> Any:
     """`(..., 1, C*M)` as `(..., C, M)`; output channel `c*M + m` is the same number in both.
 
     Args:
-        kernel: a kernel (*window, 1, C*M) of Flax' Conv, leading axes allowed.
+        kernel: a kernel `(*window, 1, C*M)` of Flax' Conv, leading axes allowed.
         channels: the input's channels C.
     """
     return kernel.reshape((*kernel.shape[:-2], channels, kernel.shape[-1] // channels))
@@ -223,7 +223,7 @@ def kernel_to_flax(kernel: Any) -> Any:
     """`(..., C, M)` as `(..., 1, C*M)`.
 
     Args:
-        kernel: a kernel (*window, C, M) of depthwise_conv, leading axes allowed.
+        kernel: a kernel `(*window, C, M)` of depthwise_conv, leading axes allowed.
     """
     return kernel.reshape((*kernel.shape[:-2], 1, kernel.shape[-2] * kernel.shape[-1]))
 
