@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import finished, interleaved
 from depthwise_jax.interop import accelerate
 from workloads import results
 from workloads.models import MODELS, Model
@@ -34,11 +34,6 @@ def gradient(function: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, 
     return jax.grad(lambda params, x: jnp.mean(function(params, x) ** 2))
 
 
-def finished(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call, when it is done."""
-    return jax.block_until_ready(function(*arguments))
-
-
 def main() -> None:
     """Prints a row per model and direction."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -53,7 +48,7 @@ def main() -> None:
             for ours, theirs in zip(jax.tree.leaves(fast(params, x)), jax.tree.leaves(plain(params, x)), strict=True):
                 scale = float(jnp.abs(theirs).max()) + 1e-6
                 assert float(jnp.abs(ours - theirs).max()) <= 1e-3 * scale, name
-            tasks = {label: partial(finished, f, params, x) for label, f in (("plain", plain), ("ours", fast))}
+            tasks = {label: finished(f, params, x) for label, f in (("plain", plain), ("ours", fast))}
             samples = interleaved(tasks, rounds, seconds=math.inf)
             before, after = (1e3 * np.median(samples[label]) for label in tasks)
             speed_up = results.ratio(samples["plain"], samples["ours"])

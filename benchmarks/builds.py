@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import environment, work
-from benchmarks.contestants import CHAIN, COPIES, PAIRS, unrolled
+from benchmarks import chains, command, environment, work
+from benchmarks.chains import CHAIN
 from benchmarks.timing import interleaved
 from depthwise_jax.lowering import native
 from depthwise_jax.lowering.call import DIRECTIONS, MAPS
-from workloads.layers import NETWORKS
+from workloads import results
 from workloads.workload import Workload
 
 # By direction and mode, new / old by the median over rounds and by the fastest samples.
@@ -104,21 +104,6 @@ def restored(case: Workload, direction: str, result: work.Array) -> work.Array:
     return result.reshape(case.resolved.y_shape) if direction == "forward" else result
 
 
-def programs(function: Callable[..., Any], direction: str, arguments: tuple[Any, Any]) -> dict[str, Callable[[], Any]]:
-    """By mode, what is timed: a single call, and a chain of CHAIN calls; each returns finished results."""
-    single = jax.jit(function)
-    if direction == "dw":
-        xs, gs = zip(*(map(jnp.array, arguments) for _ in range(COPIES)), strict=True)
-        pairs = jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in PAIRS])
-        chain = partial(pairs, xs, gs)
-    else:
-        chain = partial(unrolled(function), *arguments)
-    return {
-        "single": lambda: jax.block_until_ready(single(*arguments)),
-        "chain": lambda: jax.block_until_ready(chain()),
-    }
-
-
 def measure(case: Workload, dtype: str, modes: tuple[str, ...], rounds: int) -> Ratios:
     """Prints a row for each direction and mode of a layer; returns the ratio of each, by the median and by the fastest.
 
@@ -133,16 +118,18 @@ def measure(case: Workload, dtype: str, modes: tuple[str, ...], rounds: int) -> 
         arguments = (arrays[first], arrays[second])
         made: dict[str, Mapping[str, Callable[[], Any]]] = {}
         for build in BUILDS:
-            made[build] = programs(maps(build, case, dtype)[direction], direction, arguments)
+            function = maps(build, case, dtype)[direction]
+            single, chain = chains.single(function, *arguments), chains.chain(function, direction, *arguments)
+            made[build] = {"single": single, "chain": chain}
             result = restored(case, direction, np.asarray(made[build]["single"](), np.float64))
-            error = float(np.max(np.abs(result - truth)) / np.max(np.abs(truth)))
+            error = work.error(result, truth)
             if error > work.tolerance(direction, dtype):
                 raise ValueError(f"{case.name} {direction}: the {build} build has a relative error of {error:.2e}")
         for mode in modes:
             functions = {build: made[build][mode] for build in BUILDS}
             for function in functions.values():
                 function()
-            samples = interleaved(functions, rounds, 60)
+            samples = interleaved(functions, rounds, _SECONDS)
             each = np.divide(samples["new"], samples["old"])
             low, ratio, high = (float(q) for q in np.quantile(each, (0.25, 0.5, 0.75)))
             fastest = min(samples["new"]) / min(samples["old"])
@@ -160,7 +147,7 @@ def measure(case: Workload, dtype: str, modes: tuple[str, ...], rounds: int) -> 
 
 def means(ratios: Sequence[tuple[float, float]]) -> list[str]:
     """The geometric mean of each column."""
-    return [f"{mean:.3f}" for mean in np.exp(np.mean(np.log(ratios), axis=0))]
+    return [f"{results.mean(column):.3f}" for column in zip(*ratios, strict=True)]
 
 
 def main() -> None:
@@ -168,19 +155,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="a library")
     parser.add_argument("new", type=Path, help="the library to compare with it")
-    parser.add_argument("--layers", default="", help="comma-separated; layers whose name contains one of these")
+    command.add_layers_option(parser)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", choices=environment.INSTRUCTION_SETS)
     arguments = parser.parse_args()
-    modes = tuple(arguments.modes.split(","))
-    if not set(modes) <= set(MODES):
-        raise SystemExit(f"--modes must name some of {', '.join(MODES)}; got {arguments.modes!r}")
-    cases = [case for case in NETWORKS if any(part in case.name for part in arguments.layers.split(","))]
-    if not cases:
-        raise SystemExit(f"--layers must match layers of workloads/layers.py; got {arguments.layers!r}")
+    modes = command.names(arguments.modes, MODES, "modes")
+    cases = command.layers(arguments)
     environment.enter("benchmarks.builds", arguments.threads, arguments.isa)
     for build, path in zip(BUILDS, (arguments.old, arguments.new), strict=True):
         print(f"{build}: {path}, {load(build, path)}")

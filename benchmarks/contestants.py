@@ -3,16 +3,12 @@
 A contestant makes a Task of a layer, a direction and a dtype. Layouts are converted and compiled programs made before
 any time is taken; what a library must do on each call (a pass for a padding that it lacks, a wait) is in it.
 
-A chain is CHAIN calls that depend on each other: 1e-30 times an element of a result is added to the next call's kernel,
-which changes no digit. For dw, where that would be a pass over memory, it is CHAIN calls on pairs of a few x and g. For
-JAX that is one compiled program, for PyTorch a loop in Python that keeps one result at a time, for TensorFlow and ONNX
-Runtime CHAIN calls in turn.
+A chain (chains.py) is for JAX one compiled program, for PyTorch a loop in Python that keeps one result at a time, for
+TensorFlow and ONNX Runtime CHAIN calls in turn.
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import environment
+from benchmarks import chains, environment
+from benchmarks.chains import CHAIN, COPIES, PAIRS, TINY
+from benchmarks.optional import library
+from benchmarks.timing import finished
 from benchmarks.work import Array, Operands, pads
 from depthwise_jax import depthwise_conv, explain
 from workloads.workload import Workload
-
-CHAIN = 8
-_TINY = 1e-30
-COPIES = 3
-PAIRS = list(itertools.product(range(COPIES), repeat=2))[:CHAIN]
 
 
 class UnsupportedError(Exception):
@@ -116,7 +110,7 @@ def _flax(case: Workload) -> Forward:
 
 
 def _keras(case: Workload) -> Forward:
-    keras = _optional("keras")
+    keras = _required("keras")
     if keras.backend.backend() != "jax":
         raise MissingError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
     strides = case.resolved.strides[0]
@@ -144,55 +138,12 @@ def _in_jax(make: Callable[[Workload], Forward], implementation: str | None = "c
         }
         function, arguments = functions[direction]
         if not chained:
-            single = jax.jit(function)
-            return Task(lambda: jax.block_until_ready(single(*arguments)), np.asarray)
+            return Task(chains.single(function, *arguments), np.asarray)
         choice = explain(x, w, **case.geometry, implementation=implementation)
         lowering = {"dx": choice.input_grad, "dw": choice.kernel_grad}.get(direction, choice.forward).lowering
-        # XLA would compute only the one element of taps that the next call needs. In a loop it cannot; but it computes
-        # its own convolutions otherwise in loops, so those and the compiled kernels stand in a row, as in a model.
-        if direction == "dw":
-            xs, gs = zip(*(map(jnp.array, arguments) for _ in range(COPIES)), strict=True)
-            pairs = jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in PAIRS])
-            return Task(lambda: jax.block_until_ready(pairs(xs, gs))[0], np.asarray)
-        chain = (_looped if lowering == "taps" else unrolled)(function)
-        return Task(lambda: jax.block_until_ready(chain(*arguments)), np.asarray)
+        return Task(chains.chain(function, direction, *arguments, looped=lowering == "taps"), np.asarray)
 
     return contestant
-
-
-def _first(array: Any) -> Any:
-    return lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
-
-
-def unrolled(function: Callable[..., Any], length: int = CHAIN) -> Callable[..., Any]:
-    """`length` calls in a row."""
-
-    def chain(first: Any, second: Any, *rest: Any) -> Any:
-        operand, result = second, None
-        for _ in range(length):
-            result = function(first, operand, *rest)
-            # tanh is dear enough that XLA computes it once, apart from the sum. Fused with the element, the sum would
-            # be taken for a pass over the whole result, and XLA would wake its threads for it.
-            operand = second + (_TINY * jnp.tanh(_first(result))).astype(second.dtype)
-        return result
-
-    return jax.jit(chain)
-
-
-def _looped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same as a loop whose whole result is carried."""
-
-    def chain(first: Any, second: Any, *rest: Any) -> Any:
-        shape = jax.eval_shape(function, first, second, *rest)
-
-        def step(_: Any, carry: Any) -> Any:
-            result = function(first, second + carry[1], *rest)
-            return result, (_TINY * _first(result)).astype(second.dtype)
-
-        start = (jnp.zeros(shape.shape, shape.dtype), jnp.zeros((), second.dtype))
-        return lax.fori_loop(0, CHAIN, step, start)[0]
-
-    return jax.jit(chain)
 
 
 def latency(implementation: str | None) -> dict[str, Callable[[], Any]]:
@@ -202,18 +153,15 @@ def latency(implementation: str | None) -> dict[str, Callable[[], Any]]:
     def conv(x: Any, w: Any) -> Any:
         return depthwise_conv(x, w, padding="same", implementation=implementation)
 
-    chains = [unrolled(conv, length=length) for length in (CHAIN, 8 * CHAIN)]
-    return {
-        name: lambda chain=chain: jax.block_until_ready(chain(x, w))
-        for name, chain in zip(("short", "long"), chains, strict=True)
-    }
+    lengths = {"short": CHAIN, "long": 8 * CHAIN}
+    return {name: finished(chains.unrolled(conv, length), x, w) for name, length in lengths.items()}
 
 
-def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingError(f"{module} is not installed") from error
+def _required(name: str) -> Any:
+    module = library(name)
+    if module is None:
+        raise MissingError(f"{name} is not installed")
+    return module
 
 
 def _two(values: Any, filling: Any) -> tuple[Any, Any]:
@@ -236,11 +184,10 @@ def _filters(w: Array) -> Array:
 
 def _torch(channels_last: bool) -> Contestant:
     def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
-        torch = _optional("torch")
+        torch = _required("torch")
         gpu = jax.default_backend() == "gpu"
         if gpu and not torch.cuda.is_available():
             raise MissingError("this PyTorch has no CUDA")
-        torch.set_num_threads(environment.processors())
         layout = torch.channels_last if channels_last else torch.contiguous_format
 
         def tensor(array: Array) -> Any:
@@ -313,7 +260,7 @@ def _torch(channels_last: bool) -> Contestant:
                         result = gradient(copies[j][1], w, [False, True, False], copies[i][0])[1]
                     else:
                         result = function(kernel, g)
-                        kernel = torch.add(w, element(result), alpha=_TINY)
+                        kernel = torch.add(w, element(result), alpha=TINY)
                 if gpu:
                     torch.cuda.synchronize()
             return result
@@ -339,7 +286,7 @@ def _in_turn(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _tensorflow(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
-    tf = _optional("tensorflow")
+    tf = _required("tensorflow")
     if dtype != "float32":
         raise UnsupportedError("timed in float32 only")
     if not tf.config.threading.get_intra_op_parallelism_threads():
@@ -371,7 +318,7 @@ def _tensorflow(case: Workload, operands: Operands, direction: str, dtype: str, 
 def _onnxruntime(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
     if direction not in ("forward", "bias_relu") or dtype != "float32":
         raise UnsupportedError("timed for forward passes in float32 only")
-    onnx, runtime = _optional("onnx"), _optional("onnxruntime")
+    onnx, runtime = _required("onnx"), _required("onnxruntime")
     oracle = case.resolved
     window = _filters(operands["w"])
     x = np.ascontiguousarray(np.moveaxis(_images(operands["x"]), -1, 1))

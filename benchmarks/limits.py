@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from benchmarks.optional import library
 
 # Bytes read and written by one copy, 256 KB to 256 MB.
 SIZES = tuple(2**exponent for exponent in range(18, 29))
@@ -67,10 +68,7 @@ def _copy_on_gpu(size: int) -> float:
 def _multiply_adds(threads: int) -> dict[str, float]:
     """By PyTorch where it is installed, for it can be told the number of threads; else by JAX, on all threads."""
     work = 1e-9 * _SIDE**3
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        torch = None
+    torch = library("torch")
     if torch is None or jax.default_backend() == "gpu":
         matrix = jnp.ones((_SIDE, _SIDE), jnp.float32)
         product = jax.jit(partial(jnp.matmul, precision="highest"))

@@ -18,19 +18,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import environment, limits, work
-from benchmarks.contestants import CHAIN, CONTESTANTS, DEFAULT, MissingError, UnsupportedError, latency
+from benchmarks import command, environment, limits, work
+from benchmarks.chains import CHAIN
+from benchmarks.contestants import CONTESTANTS, DEFAULT, MissingError, UnsupportedError, latency
+from benchmarks.report import Verdict, table
 from benchmarks.timing import NOISY, calm, spread
 from depthwise_jax.lowering import DIRECTIONS, native
 from workloads import results
@@ -93,7 +93,7 @@ class Run:
                     except UnsupportedError as error:
                         self.unsupported[f"{peer}: {error}"] += 1
                         continue
-                    error = float(np.max(np.abs(task.read(task.run()) - truth)) / np.max(np.abs(truth)))
+                    error = work.error(task.read(task.run()), truth)
                     if error <= work.tolerance(direction, dtype):
                         tasks[name] = task.run
                     else:
@@ -203,39 +203,31 @@ def against_lax(rows: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
-def check(data: dict[str, Any]) -> bool:
-    """Prints PASS or FAIL for each threshold; whether all pass. What was not measured on all layers does not."""
-    rows, lines = data["rows"], []
-
-    def judge(name: str, layers: int, passed: bool, text: str) -> None:
-        part = "" if layers == len(NETWORKS) else ", of a part"
-        verdict = f"{'PASS' if passed else 'FAIL'}{part}" if layers else "NOT MEASURED"
-        lines.append((verdict, f"| {name} | {text if layers else ''} | {layers} of {len(NETWORKS)} | {verdict} |"))
-
+def verdicts(data: dict[str, Any]) -> list[Verdict]:
+    """A verdict for each threshold."""
+    rows, found = data["rows"], []
     for threshold in THRESHOLDS_AVX2 if data["isa"] == "avx2" else THRESHOLDS:
-        found = threshold.ratios(rows)
-        if not found:
-            judge(threshold.name, 0, False, "")
+        ratios = threshold.ratios(rows)
+        layers = len(ratios) // len(threshold.directions), len(NETWORKS)
+        if not ratios:
+            found.append(Verdict(threshold.name, None, layers=layers))
             continue
-        mean, (worst, value) = results.mean(found.values()), max(found.items(), key=lambda item: item[1])
+        mean, (worst, value) = results.mean(ratios.values()), max(ratios.items(), key=lambda item: item[1])
         limit = "" if threshold.worst is None else f" (at most {threshold.worst})"
         passed = mean <= threshold.mean and (threshold.worst is None or value <= threshold.worst)
         text = f"{mean:.3f} (at most {threshold.mean}), worst {value:.3f}{limit} {worst}"
-        judge(threshold.name, len(found) // len(threshold.directions), passed, text)
+        found.append(Verdict(threshold.name, passed, text, layers))
     if data["isa"] is None:
-        found = against_lax(rows)
-        if found:
-            mean, (worst, value) = results.mean(found.values()), min(found.items(), key=lambda item: item[1])
+        times = against_lax(rows)
+        passed, text = None, ""
+        if times:
+            mean, (worst, value) = results.mean(times.values()), min(times.items(), key=lambda item: item[1])
+            passed = mean >= _LAX_MEAN and value >= _LAX_WORST
             text = f"{mean:.1f}x (at least {_LAX_MEAN}x), worst {value:.1f}x (at least {_LAX_WORST}x) {worst}"
-            judge("forward + dx + dw against lax", len(found), mean >= _LAX_MEAN and value >= _LAX_WORST, text)
-        else:
-            judge("forward + dx + dw against lax", 0, False, "")
-        microseconds = data["latency"]["us"]
-        verdict = "PASS" if microseconds <= _LATENCY_US else "FAIL"
-        lines.append((verdict, f"| smallest call | {microseconds:.2f} us (at most {_LATENCY_US}) | | {verdict} |"))
-    print("| check | measured | layers | |\n|---|---|---|---|")
-    print("\n".join(line for _, line in lines))
-    return all(verdict == "PASS" for verdict, _ in lines)
+        found.append(Verdict("forward + dx + dw against lax", passed, text, (len(times), len(NETWORKS))))
+        us = data["latency"]["us"]
+        found.append(Verdict("smallest call", us <= _LATENCY_US, f"{us:.2f} us (at most {_LATENCY_US})"))
+    return found
 
 
 def report(data: dict[str, Any]) -> None:
@@ -248,8 +240,7 @@ def report(data: dict[str, Any]) -> None:
             if not chosen:
                 continue
             print(f"\n{direction}, {mode} calls: ours and the limits in ms, then ours / theirs\n")
-            print("| layer | memory | arithmetic | ours | " + " | ".join(names) + " |")
-            print("|---" * (len(names) + 4) + "|")
+            lines = []
             for row in chosen:
                 ours = np.median(row["ms"]["ours"]) if "ours" in row["ms"] else float("nan")
                 least = (
@@ -258,13 +249,12 @@ def report(data: dict[str, Any]) -> None:
                 )
                 cells = [f"{value:.4f}" for value in (*least, ours)]
                 cells += [f"{_of(row, 'ours', name):.3f}" for name in names]
-                cells = [cell.replace("nan", "") for cell in cells]
-                print(f"| {row['layer']} | " + " | ".join(cells) + " |")
-            cells = []
+                lines.append((row["layer"], *(cell.replace("nan", "") for cell in cells)))
+            means = []
             for name in names:
                 found = [value for row in chosen if not np.isnan(value := _of(row, "ours", name))]
-                cells.append(f"{results.mean(found):.3f}" if found else "")
-            print("| geometric mean | | | | " + " | ".join(cells) + " |")
+                means.append(f"{results.mean(found):.3f}" if found else "")
+            table(("layer", "memory", "arithmetic", "ours", *names), [*lines, ("geometric mean", "", "", "", *means)])
     print()
     for direction in dict.fromkeys(row["direction"] for row in rows):
         for mode in MODES:
@@ -283,18 +273,10 @@ def report(data: dict[str, Any]) -> None:
             print(f"{name}: median over {NOISY} times the minimum in {len(noisy)} of {len(rows)} rows")
 
 
-def _names(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in known:
-            raise SystemExit(f"--{option} must name some of {', '.join(known)}; got {name!r}")
-    return names
-
-
 def main() -> None:
     """Measures or reads, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="", help="comma-separated; layers whose name contains one of these")
+    command.add_layers_option(parser)
     parser.add_argument("--peers", help=f"comma-separated: {', '.join(CONTESTANTS)}")
     parser.add_argument("--directions", default=",".join(work.TIMED))
     parser.add_argument("--modes", default=",".join(MODES))
@@ -303,22 +285,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for a contestant's samples of one map; see timing")
     parser.add_argument("--attempts", type=int, default=6, help="at a row, while a contestant's samples are noisy")
     parser.add_argument("--minutes", type=float, help="layers that are not begun by then are left out, and named")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", choices=environment.INSTRUCTION_SETS, help="hold all contestants to it")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--read", type=Path, help="results to print instead of measuring")
-    parser.add_argument("--check", action="store_true", help="judge by the thresholds; exits 1 if one fails")
-    arguments = parser.parse_args()
-    if arguments.read:
-        data, wrong = results.read(arguments.read), []
-    else:
-        environment.enter("benchmarks.peers", arguments.threads, arguments.isa)
-        data, wrong = measure(arguments)
-        if arguments.json:
-            results.write(data, arguments.json)
-    report(data)
-    passed = check(data) if arguments.check else True
-    sys.exit(0 if passed and not wrong else 1)
+    command.add_results_options(parser)
+    command.run("benchmarks.peers", parser.parse_args(), measure, report, verdicts)
 
 
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -327,15 +296,15 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if platform not in DEFAULT:
         raise SystemExit(f"there are contestants for {', '.join(DEFAULT)}, not for {platform}")
     run = Run(
-        peers=_names(arguments.peers, tuple(CONTESTANTS), "peers") if arguments.peers else DEFAULT[platform],
-        directions=_names(arguments.directions, work.TIMED, "directions"),
-        modes=_names(arguments.modes, MODES, "modes"),
-        dtypes=_names(arguments.dtypes, DTYPES, "dtypes"),
+        peers=command.names(arguments.peers, tuple(CONTESTANTS), "peers") if arguments.peers else DEFAULT[platform],
+        directions=command.names(arguments.directions, work.TIMED, "directions"),
+        modes=command.names(arguments.modes, MODES, "modes"),
+        dtypes=command.names(arguments.dtypes, DTYPES, "dtypes"),
         rounds=arguments.rounds,
         seconds=arguments.seconds,
         attempts=arguments.attempts,
     )
-    cases = [case for case in NETWORKS if any(part in case.name for part in arguments.layers.split(","))]
+    cases = command.layers(arguments)
     status = native.status()
     data: dict[str, Any] = {
         "machine": environment.machine(),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 LEAST_ROUNDS = 3
@@ -18,6 +19,11 @@ NOISY = 1.25
 _APART = 10
 # Between two functions: OpenMP's threads spin for up to 10 ms after their work, on processors that the next one needs.
 _SETTLE = 20e-3
+
+
+def finished(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """The call of a function of JAX, which returns when its result is there."""
+    return lambda: jax.block_until_ready(function(*arguments))
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -44,7 +50,7 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds
             names[:] = names[1:] + names[:1]
             for name in names:
                 function, repeats = functions[name], max(1, round(_SAMPLE / durations[name]))
-                if round_ >= max(LEAST_ROUNDS, int(seconds / (durations[name] * (repeats + 1)))):
+                if round_ + 1 > max(LEAST_ROUNDS, seconds / (durations[name] * (repeats + 1))):
                     continue
                 time.sleep(_SETTLE)
                 function()  # wakes its threads

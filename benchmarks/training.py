@@ -16,13 +16,10 @@ fuses what stands side by side, so the parts of ours are what they cost alone.
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -31,8 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import environment
-from benchmarks.timing import interleaved
+from benchmarks import command, environment
+from benchmarks.optional import library
+from benchmarks.report import Verdict, table
+from benchmarks.timing import finished, interleaved
 from depthwise_jax import DepthwiseConv2D
 from workloads import results
 from workloads.convnext import ConvNeXt, torch_convnext
@@ -52,16 +51,6 @@ class Network:
     torch: Callable[[Any], Any]
     batch: int
     size: int
-
-
-def optional_torch() -> Any:
-    """PyTorch with this process' number of threads, or None."""
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None
-    torch.set_num_threads(environment.processors())
-    return torch
 
 
 NETWORKS = {
@@ -163,7 +152,7 @@ def plain_variables(variables: Any) -> Any:
     )
 
 
-def measure(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
+def train(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds of a step and seconds of its compilation, by contestant.
 
     Raises:
@@ -184,7 +173,7 @@ def measure(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
             jax.clear_caches()
             trainings[name] = make()
             compilations[name].append(trainings[name].seconds)
-    torch = optional_torch()
+    torch = library("torch")
     if torch is not None:
         torch.manual_seed(0)
         trainings["torch"] = TorchTraining(torch, network.torch(torch), images, labels)
@@ -246,7 +235,7 @@ def layer_in_jax(kind: str, shape: tuple[int, ...], features: int, stride: int) 
         y, pullback = jax.vjp(apply, params, x)
         return y, pullback(g)
 
-    return lambda: jax.block_until_ready(both(params, x, g))
+    return finished(both, params, x, g)
 
 
 def layer_in_torch(torch: Any, kind: str, shape: tuple[int, ...], features: int, stride: int) -> Callable[[], Any]:
@@ -266,7 +255,7 @@ def layer_in_torch(torch: Any, kind: str, shape: tuple[int, ...], features: int,
 
 def parts(network: Network, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds by contestant and kind of layer, each layer timed alone."""
-    torch = optional_torch()
+    torch = library("torch")
     totals: dict[str, dict[str, float]] = {
         name: dict.fromkeys(KINDS, 0.0) for name in ("ours", *(["torch"] if torch is not None else []))
     }
@@ -282,71 +271,68 @@ def parts(network: Network, rounds: int) -> dict[str, dict[str, float]]:
 
 def report(data: dict[str, Any]) -> None:
     """Prints the tables."""
-    print("\n| network | step | ms | ours / it | compile s | last loss |\n|---|---|---|---|---|---|")
-    for network, found in data["networks"].items():
-        for name, taken in found["ms"].items():
-            compilation = f"{min(found['compile_s'][name]):.2f}" if name in found["compile_s"] else ""
-            against = results.ratio(found["ms"]["ours"], taken)
-            print(
-                f"| {network} | {name} | {np.median(taken):.2f} | {against:.3f} | {compilation} "
-                f"| {found['losses'][name][-1]:.3f} |"
+    print()
+    table(
+        ("network", "step", "ms", "ours / it", "compile s", "last loss"),
+        [
+            (
+                network,
+                name,
+                f"{np.median(taken):.2f}",
+                f"{results.ratio(found['ms']['ours'], taken):.3f}",
+                f"{min(found['compile_s'][name]):.2f}" if name in found["compile_s"] else "",
+                f"{found['losses'][name][-1]:.3f}",
             )
+            for network, found in data["networks"].items()
+            for name, taken in found["ms"].items()
+        ],
+    )
     if not data["parts"]:
         return
     print("\nMobileNetV2, layers timed alone, forward and backward, ms; the rest is the step less their sum\n")
-    print("| | " + " | ".join(KINDS) + " | rest | step |\n" + "|---" * (len(KINDS) + 3) + "|")
+    rows = []
     for name, kinds in data["parts"].items():
         step = float(np.median(data["networks"]["MobileNetV2"]["ms"][name]))
         cells = [*(kinds[kind] for kind in KINDS), step - sum(kinds.values()), step]
-        print(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        rows.append((name, *(f"{cell:.2f}" for cell in cells)))
+    table(("", *KINDS, "rest", "step"), rows)
 
 
-def check(data: dict[str, Any]) -> bool:
-    """Prints PASS or FAIL: at least 5 times faster than flax.linen.Conv, compiled in no more time."""
+def verdicts(data: dict[str, Any]) -> list[Verdict]:
+    """At least 5 times faster than flax.linen.Conv, compiled in no more time."""
+    step, compilation = "MobileNetV2 step against flax.linen.Conv", "MobileNetV2 compile time"
     found = data["networks"].get("MobileNetV2")
     if found is None:
-        print("NOT MEASURED MobileNetV2")
-        return False
+        return [Verdict(step, None), Verdict(compilation, None)]
     speed = 1 / results.ratio(found["ms"]["ours"], found["ms"]["flax"])
     ours, flax = (min(found["compile_s"][name]) for name in ("ours", "flax"))
-    lines = [
-        (speed >= 5, f"MobileNetV2 step against flax.linen.Conv: {speed:.2f}x faster (at least 5x)"),
-        (ours <= flax, f"MobileNetV2 compile time: {ours:.2f} s (at most that with flax.linen.Conv, {flax:.2f} s)"),
+    return [
+        Verdict(step, speed >= 5, f"{speed:.2f}x faster (at least 5x)"),
+        Verdict(compilation, ours <= flax, f"{ours:.2f} s (at most that with flax.linen.Conv, {flax:.2f} s)"),
     ]
-    for passed, text in lines:
-        print(f"{'PASS' if passed else 'FAIL'} {text}")
-    return all(passed for passed, _ in lines)
+
+
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The results of a run; a value that is wrong raises."""
+    networks = {name: train(NETWORKS[name], arguments.rounds, arguments.seconds) for name in arguments.networks}
+    data = {
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "threads": arguments.threads,
+        "networks": networks,
+        "parts": parts(NETWORKS["MobileNetV2"], arguments.rounds) if "MobileNetV2" in networks else {},
+    }
+    return data, []
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures or reads, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=20, help="for a contestant's samples of a step; see timing")
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--read", type=Path, help="results to print instead of measuring")
-    parser.add_argument("--check", action="store_true", help="judge by the thresholds; exits 1 if one fails")
-    arguments = parser.parse_args()
-    if arguments.read:
-        data = results.read(arguments.read)
-    else:
-        environment.enter("benchmarks.training", arguments.threads)
-        data = {
-            "machine": environment.machine(),
-            "versions": environment.versions(),
-            "threads": arguments.threads,
-            "networks": {
-                name: measure(NETWORKS[name], arguments.rounds, arguments.seconds) for name in arguments.networks
-            },
-            "parts": parts(NETWORKS["MobileNetV2"], arguments.rounds) if "MobileNetV2" in arguments.networks else {},
-        }
-        if arguments.json:
-            results.write(data, arguments.json)
-    report(data)
-    if arguments.check:
-        sys.exit(0 if check(data) else 1)
+    command.add_results_options(parser)
+    command.run("benchmarks.training", parser.parse_args(), measure, report, verdicts)
 
 
 if __name__ == "__main__":

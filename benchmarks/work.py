@@ -78,6 +78,11 @@ def tolerance(direction: str, dtype: str) -> float:
     return (1e-4 if direction == "dw" else 1e-5) + roundings * 2.0**-8
 
 
+def error(result: Array, truth: Array) -> float:
+    """The largest error, relative to the largest value."""
+    return float(np.max(np.abs(result - truth)) / np.max(np.abs(truth)))
+
+
 def multiplications(case: Workload) -> int:
     """The fused multiply-adds of any of the maps: taps that fall on the padding are not counted."""
     oracle = case.resolved

@@ -107,6 +107,11 @@ def torch_mobilenet(torch: Any, classes: int = 1000) -> Any:
     return layers.Sequential(*modules)
 
 
+def is_depthwise(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a parameter is a depthwise kernel of the network, ours or plain."""
+    return leaf.ndim == 4 and path[-2].key.endswith("depthwise")
+
+
 def channel_spec(path: tuple[Any, ...], value: Any, axis: str | None) -> P:
     """The sharding of a variable of the network with the wide channels, those of the depthwise steps, over a mesh axis.
 

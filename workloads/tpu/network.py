@@ -13,17 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.optim import project
-from workloads.mobilenet import MobileNetV2, channel_spec
+from workloads.mobilenet import MobileNetV2, channel_spec, is_depthwise
 from workloads.tpu.compiler import sharded
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 CONSTRAINT = MaxNorm(2.0, axis="window")
-
-
-def is_depthwise(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a parameter is a depthwise kernel of the network, ours or plain."""
-    return leaf.ndim == 4 and path[-2].key.endswith("depthwise")
 
 
 def variables(model: MobileNetV2, size: int, mesh: Mesh) -> Any:

@@ -1,0 +1,82 @@
+"""Programs to time: a call of a map, and a chain of CHAIN calls that depend on each other, as in a network.
+
+1e-30 times an element of a result is added to the next call's second operand, which changes no digit. For dw, where
+that would be a pass over memory, a chain is CHAIN calls on pairs of a few x and g.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks.timing import finished
+
+CHAIN = 8
+TINY = 1e-30
+COPIES = 3
+PAIRS = list(itertools.product(range(COPIES), repeat=2))[:CHAIN]
+
+Function = Callable[..., Any]
+
+
+def single(function: Function, *arguments: Any) -> Callable[[], Any]:
+    """One call, compiled."""
+    return finished(jax.jit(function), *arguments)
+
+
+def chain(function: Function, direction: str, *arguments: Any, looped: bool = False) -> Callable[[], Any]:
+    """CHAIN calls of one direction in a compiled program, which returns the last result, for dw the first.
+
+    Args:
+        function: of the operands.
+        direction: one of work.TIMED.
+        *arguments: the operands.
+        looped: whether the calls are a loop. XLA would compute only the one element of taps that the next call needs;
+            in a loop it cannot. But it computes its own convolutions otherwise in loops, so those and the compiled
+            kernels stand in a row, as in a model.
+    """
+    if direction == "dw":
+        xs, gs = zip(*(map(jnp.array, arguments) for _ in range(COPIES)), strict=True)
+        pairs = finished(jax.jit(lambda xs, gs: [function(xs[i], gs[j]) for i, j in PAIRS]), xs, gs)
+        return lambda: pairs()[0]
+    return finished((_loop if looped else unrolled)(function), *arguments)
+
+
+def unrolled(function: Function, length: int = CHAIN) -> Function:
+    """`length` calls in a row."""
+
+    def calls(first: Any, second: Any, *rest: Any) -> Any:
+        operand, result = second, None
+        for _ in range(length):
+            result = function(first, operand, *rest)
+            # tanh is dear enough that XLA computes it once, apart from the sum. Fused with the element, the sum would
+            # be taken for a pass over the whole result, and XLA would wake its threads for it.
+            operand = second + (TINY * jnp.tanh(_first(result))).astype(second.dtype)
+        return result
+
+    return jax.jit(calls)
+
+
+def _loop(function: Function) -> Function:
+    """The same as a loop whose whole result is carried."""
+
+    def calls(first: Any, second: Any, *rest: Any) -> Any:
+        shape = jax.eval_shape(function, first, second, *rest)
+
+        def step(_: Any, carry: Any) -> Any:
+            result = function(first, second + carry[1], *rest)
+            return result, (TINY * _first(result)).astype(second.dtype)
+
+        start = (jnp.zeros(shape.shape, shape.dtype), jnp.zeros((), second.dtype))
+        return lax.fori_loop(0, CHAIN, step, start)[0]
+
+    return jax.jit(calls)
+
+
+def _first(array: Any) -> Any:
+    return lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())

@@ -1,0 +1,49 @@
+"""What a benchmark prints: tables in Markdown, and a verdict for each threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table."""
+    head, *lines = ("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (header, *rows))
+    print(head, "|---" * len(header) + "|", *lines, sep="\n")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether what was measured keeps a threshold.
+
+    Attributes:
+        check: what is checked.
+        passed: whether it passes; None if it was not measured.
+        measured: the figures, beside what they may be.
+        layers: on how many layers it was measured, and how many there are; None if it is not about layers.
+    """
+
+    check: str
+    passed: bool | None
+    measured: str = ""
+    layers: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers were measured."""
+        return self.layers is None or self.layers[0] == self.layers[1]
+
+    @property
+    def word(self) -> str:
+        """The verdict."""
+        if self.passed is None:
+            return "NOT MEASURED"
+        return ("PASS" if self.passed else "FAIL") + ("" if self.whole else ", of a part")
+
+
+def judge(verdicts: Sequence[Verdict]) -> bool:
+    """Prints the verdicts; whether all pass. What was not measured on all layers does not."""
+    counts = ("" if verdict.layers is None else "{} of {}".format(*verdict.layers) for verdict in verdicts)
+    rows = [(v.check, v.measured, count, v.word) for v, count in zip(verdicts, counts, strict=True)]
+    table(("check", "measured", "layers", ""), rows)
+    return all(verdict.passed and verdict.whole for verdict in verdicts)
