@@ -45,5 +45,6 @@ def judge(verdicts: Sequence[Verdict]) -> bool:
     """Prints the verdicts; whether all pass. What was not measured on all layers does not."""
     counts = ("" if verdict.layers is None else "{} of {}".format(*verdict.layers) for verdict in verdicts)
     rows = [(v.check, v.measured, count, v.word) for v, count in zip(verdicts, counts, strict=True)]
+    print()
     table(("check", "measured", "layers", ""), rows)
     return all(verdict.passed and verdict.whole for verdict in verdicts)

@@ -8,7 +8,6 @@ have none.
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.support.assertions import assert_close
 from tests.support.cases import PLAIN, Case
 from tests.support.meshes import make_mesh, specs
 from tests.support.oracle import widest
+from workloads.hlo import collectives
 
 CASES = [
     Case(
@@ -47,9 +47,6 @@ ALL_REDUCES = {
 # For sharded rows also messages between neighbours, by stride, for a window of three: the halo takes one each way, and
 # one in all at stride 2. In dx and dw conv sends as many for each kernel of a channel.
 PERMUTES = {1: {"forward": 2, "dx": 2, "dw": 2}, 2: {"forward": 1, "dx": 1, "dw": 1}}
-COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|(?:ragged-)?all-to-all|reduce-scatter|collective-(?:permute|broadcast))(?:-start)?\("
-)
 # What LLVM makes of a program says nothing about its collectives.
 COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
@@ -68,7 +65,7 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
         arrays = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in operands]
         out_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out)
         program = jax.jit(f, out_shardings=out_shardings).lower(*arrays).compile(COMPILER_OPTIONS)
-        return program(*arrays), Counter(COLLECTIVE.findall(str(program.as_text())))
+        return program(*arrays), collectives(str(program.as_text()))
 
 
 @AXIS_TYPES

@@ -11,7 +11,7 @@ import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
 from tests.support.assertions import assert_close
-from tests.support.cases import CASES, CORE, SMALL_NETWORKS, Case, label
+from tests.support.cases import CASES, CORE, SLOPES, SMALL_NETWORKS, Case, label
 from tests.support.oracle import widest
 
 
@@ -72,17 +72,7 @@ def test_an_integer_input_has_no_tangent(implementation: str) -> None:
     np.testing.assert_array_equal(tangent, depthwise_conv(x, tw))
 
 
-@pytest.mark.parametrize(
-    ("activation", "slope"),
-    [
-        (None, np.ones_like),
-        ("relu", lambda y: (y > 0) * 1.0),
-        ("relu6", lambda y: ((y > 0) & (y < 6)) * 1.0),
-        ("tanh", lambda y: 1 - np.tanh(y) ** 2),
-        (jnp.sin, np.cos),
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize(("activation", "slope"), SLOPES, ids=label)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:
     shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)

@@ -13,7 +13,7 @@ import pytest
 from depthwise_jax import depthwise_conv, separable_conv
 from tests.support import maps
 from tests.support.assertions import assert_close
-from tests.support.cases import CASES, CORE, LOWERINGS, SMALL_NETWORKS, Case, label, reduced
+from tests.support.cases import CASES, CORE, LOWERINGS, SLOPES, SMALL_NETWORKS, Case, label, reduced
 from tests.support.oracle import widest
 from workloads.layers import NETWORKS
 
@@ -142,17 +142,7 @@ def test_the_transposes_transposed(case: Case, implementation: str) -> None:
     assert_close(of_dw_g, oracle.conv(x, w), 1e-5, "dw by g")
 
 
-@pytest.mark.parametrize(
-    ("activation", "slope"),
-    [
-        (None, np.ones_like),
-        ("relu", lambda y: (y > 0) * 1.0),
-        ("relu6", lambda y: ((y > 0) & (y < 6)) * 1.0),
-        ("tanh", lambda y: 1 - np.tanh(y) ** 2),
-        (jnp.sin, np.cos),
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize(("activation", "slope"), SLOPES, ids=label)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:
     shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 
+import jax.numpy as jnp
+import numpy as np
+
 from depthwise_jax.lowering import native
 from tests.support.oracle import Oracle
 from workloads.layers import NETWORKS
@@ -132,6 +135,15 @@ CASES = (
     _case("2d-m4-first", (2, 2, 5, 6), (3, 3, 2, 4), padding="same", data_format="channels_first"),
     _case("2d-one-pixel", (2, 1, 1, 3), (1, 1, 3, 1)),
     _case("2d-one-pixel-same", (2, 1, 1, 3), (3, 3, 3, 2), strides=2, padding="same"),
+)
+
+# Activations, and their derivatives as functions of what they are applied to.
+SLOPES = (
+    (None, np.ones_like),
+    ("relu", lambda y: (y > 0) * 1.0),
+    ("relu6", lambda y: ((y > 0) & (y < 6)) * 1.0),
+    ("tanh", lambda y: 1 - np.tanh(y) ** 2),
+    (jnp.sin, np.cos),
 )
 
 # For programs over several devices.

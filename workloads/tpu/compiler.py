@@ -26,9 +26,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|(?:ragged-)?all-to-all|reduce-scatter|collective-(?:permute|broadcast))(?:-start)?\("
-)
+from workloads.hlo import collectives
+
 _ALL_REDUCE = re.compile(
     r" all-reduce(?:-start)?\(.*?replica_groups=(\{\{.*?\}\}|mesh\[.*?\] ?\{.*?\}|mesh\[.*?\]|\[.*?\])"
 )
@@ -84,7 +83,7 @@ def compile_for_tpu(function: Callable[..., Any], *arguments: Any, **options: An
     text, memory = compiled.as_text() or "", compiled.memory_analysis()
     assert memory is not None
     figures = Figures(
-        collectives=Counter(COLLECTIVE.findall(text)),
+        collectives=collectives(text),
         groups=frozenset(map(_group_size, _ALL_REDUCE.findall(text))),
         cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
         fusions=len(re.findall(r" fusion\(", text)),
