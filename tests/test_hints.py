@@ -64,6 +64,48 @@ def test_a_kernel_without_a_multiplier_gets_its_axis():
         separable_conv(np.ones((2, 10, 6)), kernel, np.ones((1, 6, 2)))
 
 
+PADDINGS: dict[Any, tuple[int, str | None]] = {
+    # A padding of another library, the rank, and what it is here.
+    (1, 1): (2, "((1, 1), (1, 1))"),
+    (1, 2): (2, "((1, 1), (2, 2))"),
+    (0, 1, 2): (3, "((0, 0), (1, 1), (2, 2))"),
+    (2,): (1, "((2, 2),)"),
+    (2, 0): (1, "((2, 0),)"),
+    (1, 1, 1): (2, None),
+    ("same", "valid"): (2, None),
+    "replicate": (2, "'edge'"),
+    "Wrap": (1, "'circular'"),
+    "full": (1, None),
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+def test_a_padding_of_another_library_is_told_as_ours(padding: Any) -> None:
+    rank, ours = PADDINGS[padding]
+    x, kernel = np.ones((2, *(7,) * rank, 2), np.float32), np.ones((*(3,) * rank, 2, 1), np.float32)
+    layer = (linen.DepthwiseConv1D, linen.DepthwiseConv2D, linen.DepthwiseConv3D)[rank - 1]
+    for call in (lambda padding: depthwise_conv(x, kernel, padding=padding), lambda padding: layer(3, padding=padding)):
+        with pytest.raises((TypeError, ValueError), match=re.escape(f"got {padding!r}")) as refused:
+            call(padding)
+        cure = re.search(r" is (?:padding=)?(.*) here$", str(refused.value))
+        assert (cure and cure[1]) == ours
+        if ours is not None:
+            call(eval(ours))  # as a reader would type it
+
+
+def test_a_transposed_convolution_is_told_of_no_padding_that_it_lacks() -> None:
+    with pytest.raises(ValueError, match=r"'valid', 'same'.*got 'replicate'$"):
+        linen.DepthwiseConv2DTranspose(3, padding="replicate")
+
+
+def test_causal_padding_of_several_axes_says_what_it_is_for() -> None:
+    with pytest.raises(ValueError, match=r"'causal' is for sequences.*; got 2 spatial axes; .*give pairs") as refused:
+        linen.DepthwiseConv2D(3, padding="causal")
+    pair = re.search(r"(\(\(kernel_size.*?, 0\)) for", str(refused.value))
+    assert pair is not None
+    assert eval(pair[1], {"kernel_size": 3, "dilation_rate": 2}) == (4, 0)
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 5, 1), (3, 3, 4, 2)])
 def test_other_kernels_get_no_hint(shape):
     with pytest.raises(ValueError, match="x must have shape") as refused:

@@ -90,7 +90,7 @@ def test_causal_spellings(padding, framework):
     causal: Any = nn.Conv(**arguments, padding="CAUSAL")
     params = random_params(causal, x, 0)
     conv: Any = nn.Conv(**arguments, padding=padding)
-    given = (conv, params) if framework == "linen" else (as_nnx({**arguments, "padding": padding}, params),)
+    given: Any = (conv, params) if framework == "linen" else (as_nnx({**arguments, "padding": padding}, params),)
     layer, ours = from_flax(*given, causal=True)
     assert layer.padding == "causal"
     y = layer.apply({"params": ours}, x) if framework == "linen" else layer(x)

@@ -27,9 +27,13 @@ from depthwise_jax import depthwise_conv, depthwise_conv_transpose, explain, lin
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.lowering import PLATFORMS
 from depthwise_jax.optim import constraints_of
-from tests.cases import PLAIN, Case
-from tests.keras_reference import keras
-from tests.oracle import Array, assert_close, widest
+from tests.support.assertions import assert_close
+from tests.support.cases import PLAIN
+from tests.support.compiling import QUICKLY
+from tests.support.meshes import make_mesh
+from tests.support.oracle import Array, widest
+from workloads.keras_reference import keras
+from workloads.workload import Workload
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -73,7 +77,7 @@ class Spread:
 
     def operands(self, stream: int = 0) -> tuple[Array, Array, Array]:
         """x, the kernel and a cotangent, standard normal in float32."""
-        draw = Case(f"transposed-{self.name}", self.x, self.kernel).draw
+        draw = Workload(f"transposed-{self.name}", self.x, self.kernel).draw
         shapes = (self.x, self.kernel, self.y)
         x, w, g = (draw(shape, 3 * stream + i) for i, shape in enumerate(shapes))
         return x, w, g
@@ -339,7 +343,7 @@ def test_equinox_agrees(rank: int, m: int) -> None:
         layer = eqx.nn.ConvTranspose(rank, 3, 3 * m, 3, s, p, op, d, groups=3, key=jax.random.key(0))
         x = np.random.default_rng(0).normal(size=(3, *(4, 3, 2)[:rank])).astype(np.float32)
         weight, bias = np.asarray(layer.weight), np.asarray(layer.bias)
-        flipped = np.flip(weight.reshape(3, m, *weight.shape[2:]), range(2, rank + 2))
+        flipped = np.flip(weight.reshape(3, m, *weight.shape[2:]), tuple(range(2, rank + 2)))
         kernel = np.moveaxis(flipped, (0, 1), (-2, -1))
         options = {"strides": s, "padding": p, "output_padding": op, "dilation_rate": d}
         y = depthwise_conv_transpose(x, kernel, bias.reshape(-1), data_format="channels_first", **options)
@@ -464,7 +468,7 @@ COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|coll
 @pytest.mark.parametrize("case", MESH_CASES, ids=str)
 def test_sharded_batch_and_channels(case: Spread, lowering: str, axis_type: AxisType, told: bool) -> None:
     # No collective in y and dx; one all-reduce over the batch in dw.
-    mesh = jax.make_mesh((4, 2), ("b", "c"), axis_types=(axis_type,) * 2)
+    mesh = make_mesh(axis_type, b=4, c=2)
     image = P("b", None, None, "c") if case.channel_axis == -1 else P("b", "c")
     kernel = P(None, None, "c", None)
     x, w, g = case.operands()
@@ -478,7 +482,7 @@ def test_sharded_batch_and_channels(case: Spread, lowering: str, axis_type: Axis
     with jax.set_mesh(mesh):
         operands = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, image), (w, kernel), (g, image))]
         for name, (program, out, expected, collectives) in programs.items():
-            compiled = jax.jit(program, out_shardings=NamedSharding(mesh, out)).lower(*operands).compile()
+            compiled = jax.jit(program, out_shardings=NamedSharding(mesh, out)).lower(*operands).compile(QUICKLY)
             assert_close(compiled(*operands), expected, 1e-5, name)
             assert Counter(COLLECTIVE.findall(str(compiled.as_text()))) == collectives, name
 
@@ -486,8 +490,7 @@ def test_sharded_batch_and_channels(case: Spread, lowering: str, axis_type: Axis
 def test_shard_map() -> None:
     case = MESH_CASES[2]
     x, w, _ = case.operands()
-    mesh = jax.make_mesh((8,), ("b",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
-    spread = jax.shard_map(case.function(), mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"))
+    spread = jax.shard_map(case.function(), mesh=make_mesh(b=8), in_specs=(P("b"), P()), out_specs=P("b"))
     x = np.concatenate([x, x])
     assert_close(jax.jit(spread)(x, w), case.conv(x, w), 1e-5)
 
