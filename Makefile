@@ -7,10 +7,12 @@ JOBS ?= 2
 ARGS ?=
 ITERATIONS ?= 1000
 SEED ?= 1
+# Figures of compiled programs are of one compiler: that of this JAX and its CUDA plugin.
+GPU_JAX := 0.10.2
 ISAS := avx512 avx2 baseline neon
 CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
-.PHONY: demo test test-torch test-models test-tpu tpu-floor notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+.PHONY: demo test test-torch test-models test-tpu tpu-floor test-gpu-compiler gpu-compiler notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m notebooks.demo
@@ -48,6 +50,16 @@ test-tpu:
 tpu-floor:
 	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/test.installed $(VENV)-tpu/tpu.installed
 	$(VENV)-tpu/bin/python -m benchmarks.tpu_floor $(ARGS)
+
+# What XLA makes of the package for an NVIDIA GPU, without one; its compiler has a virtual environment of its own.
+test-gpu-compiler:
+	$(MAKE) VENV=$(VENV)-gpu $(VENV)-gpu/gpu-compiler.installed
+	$(VENV)-gpu/bin/python -m pytest -q $(ARGS) tests_gpu
+
+# The same as a table, benchmarks/results/gpu_compiler.md; ARGS may choose, such as "--only dilation".
+gpu-compiler:
+	$(MAKE) VENV=$(VENV)-gpu $(VENV)-gpu/gpu-compiler.installed
+	$(VENV)-gpu/bin/python -m benchmarks.gpu_compiler $(ARGS)
 
 lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
@@ -92,6 +104,15 @@ $(VENV)/build.installed: $(VENV)/bin/python pyproject.toml
 	$(PIP) install --requirement $(VENV)/build.txt
 	touch $@
 
+# The requirements, and of CUDA the compilers alone: no driver and none of its libraries, which nothing here calls.
+$(VENV)/gpu-compiler.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > $(VENV)/gpu-compiler.txt
+	$(PIP) install --requirement $(VENV)/gpu-compiler.txt jax==$(GPU_JAX) 'pytest>=8'
+	$(PIP) install --no-deps jax-cuda13-plugin==$(GPU_JAX) jax-cuda13-pjrt==$(GPU_JAX) \
+		'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*'
+	touch $@
+
 # The requirements alone: the site needs no kernels, so nothing is compiled.
 $(VENV)/docs.installed: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
@@ -103,4 +124,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu build site demo.png
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-gpu build site demo.png

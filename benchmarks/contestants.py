@@ -9,7 +9,7 @@ TensorFlow and ONNX Runtime CHAIN calls in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ def _flax(case: Workload) -> Forward:
     features = oracle.channels * oracle.multiplier
 
     def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
+        x = jnp.moveaxis(x, oracle.channel_axis, -1)  # it knows channels last only
         layer = nn.Conv(
             features,
             oracle.window,
@@ -104,7 +105,7 @@ def _flax(case: Workload) -> Forward:
         )
         params = {"kernel": w.reshape(*oracle.window, 1, features)} | ({} if b is None else {"bias": b})
         y: Any = layer.apply({"params": params}, x)
-        return jax.nn.relu(y) if relu else y
+        return jnp.moveaxis(jax.nn.relu(y) if relu else y, -1, oracle.channel_axis)
 
     return conv
 
@@ -124,21 +125,39 @@ def _keras(case: Workload) -> Forward:
     return conv
 
 
-def _in_jax(make: Callable[[Workload], Forward], implementation: str | None = "conv") -> Contestant:
-    """A contestant of a convolution that JAX traces; its `implementation` as explain() takes it."""
+# What computes a convolution that JAX traces, by name; "ours" is what depthwise_conv chooses.
+CONVOLUTIONS: dict[str, Callable[[Workload], Forward]] = {
+    "ours": _ours(None),
+    "native": _ours("native"),
+    "taps": _ours("taps"),
+    "conv": _ours("conv"),
+    "lax": _lax,
+    "flax": _flax,
+    "keras": _keras,
+}
+
+
+def map_in_jax(conv: Forward, case: Workload, direction: str, dtype: str) -> tuple[Callable[..., Any], Sequence[str]]:
+    """A map of a convolution, and the names of its operands."""
+    x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in (case.x, case.kernel))
+    maps: dict[str, tuple[Callable[..., Any], Sequence[str]]] = {
+        "forward": (lambda x, w: conv(x, w, None, False), "xw"),
+        "bias_relu": (lambda x, w, b: conv(x, w, b, True), "xwb"),
+        "dx": (lambda g, w: jax.linear_transpose(lambda x: conv(x, w, None, False), x)(g)[0], "gw"),
+        "dw": (lambda x, g: jax.linear_transpose(lambda w: conv(x, w, None, False), w)(g)[0], "xg"),
+    }
+    return maps[direction]
+
+
+def _in_jax(name: str, implementation: str | None = "conv") -> Contestant:
+    """A contestant out of CONVOLUTIONS; its `implementation` as explain() takes it."""
 
     def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
-        conv = make(case)
-        x, w, g, b = (jnp.asarray(operands[name], dtype) for name in ("x", "w", "g", "b"))
-        functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-            "forward": (lambda x, w: conv(x, w, None, False), (x, w)),
-            "bias_relu": (lambda x, w, b: conv(x, w, b, True), (x, w, b)),
-            "dx": (lambda g, w: jax.linear_transpose(lambda x: conv(x, w, None, False), x)(g)[0], (g, w)),
-            "dw": (lambda x, g: jax.linear_transpose(lambda w: conv(x, w, None, False), w)(g)[0], (x, g)),
-        }
-        function, arguments = functions[direction]
+        function, names = map_in_jax(CONVOLUTIONS[name](case), case, direction, dtype)
+        arguments = [jnp.asarray(operands[name], dtype) for name in names]
         if not chained:
             return Task(chains.single(function, *arguments), np.asarray)
+        x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in (case.x, case.kernel))
         choice = explain(x, w, **case.geometry, implementation=implementation)
         lowering = {"dx": choice.input_grad, "dw": choice.kernel_grad}.get(direction, choice.forward).lowering
         return Task(chains.chain(function, direction, *arguments, looped=lowering == "taps"), np.asarray)
@@ -362,18 +381,17 @@ def _onnxruntime(case: Workload, operands: Operands, direction: str, dtype: str,
     return Task(_in_turn(run) if chained else run, lambda y: np.moveaxis(y.numpy(), 1, -1).reshape(oracle.y_shape))
 
 
-# By name; "ours" is what depthwise_conv chooses.
 CONTESTANTS: dict[str, Contestant] = {
-    "ours": _in_jax(_ours(None), None),
-    "native": _in_jax(_ours("native"), "native"),
-    "taps": _in_jax(_ours("taps"), "taps"),
+    "ours": _in_jax("ours", None),
+    "native": _in_jax("native", "native"),
+    "taps": _in_jax("taps", "taps"),
     "torch_channels_last": _torch(channels_last=True),
     "torch_contiguous": _torch(channels_last=False),
     "tensorflow": _tensorflow,
     "onnxruntime": _onnxruntime,
-    "lax": _in_jax(_lax),
-    "flax": _in_jax(_flax),
-    "keras": _in_jax(_keras),
+    "lax": _in_jax("lax"),
+    "flax": _in_jax("flax"),
+    "keras": _in_jax("keras"),
 }
 # Those that are timed when none are named, on CPU and on GPU.
 DEFAULT = {

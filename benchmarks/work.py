@@ -33,8 +33,9 @@ def pads(case: Workload) -> list[tuple[int, int]]:
     oracle = case.resolved
     if isinstance(padding, int):
         return [(padding, padding)] * oracle.rank
-    sizes = zip(oracle.out, oracle.strides, oracle.window, oracle.spatial, oracle.low, strict=True)
-    return [(low, max((out - 1) * s + k - n - low, 0)) for out, s, k, n, low in sizes]
+    spans = [(k - 1) * d + 1 for k, d in zip(oracle.window, oracle.dilation, strict=True)]
+    sizes = zip(oracle.out, oracle.strides, spans, oracle.spatial, oracle.low, strict=True)
+    return [(low, max((out - 1) * s + span - n - low, 0)) for out, s, span, n, low in sizes]
 
 
 def truth(case: Workload, direction: str, operands: Operands) -> Array:
@@ -65,7 +66,8 @@ def _taps(case: Workload) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]
     """Every tap, and what of the padded input it reads."""
     oracle = case.resolved
     for tap in itertools.product(*map(range, oracle.window)):
-        reads = (slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, oracle.out, oracle.strides, strict=True))
+        starts = [t * d for t, d in zip(tap, oracle.dilation, strict=True)]
+        reads = (slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(starts, oracle.out, oracle.strides, strict=True))
         yield tap, (slice(None), *reads)
 
 
@@ -86,8 +88,8 @@ def error(result: Array, truth: Array) -> float:
 def multiplications(case: Workload) -> int:
     """The fused multiply-adds of any of the maps: taps that fall on the padding are not counted."""
     oracle = case.resolved
-    axes = zip(oracle.out, oracle.strides, oracle.window, oracle.low, oracle.spatial, strict=True)
-    pairs = (sum(0 <= o * s + t - low < n for o in range(out) for t in range(k)) for out, s, k, low, n in axes)
+    axes = zip(oracle.out, oracle.strides, oracle.window, oracle.dilation, oracle.low, oracle.spatial, strict=True)
+    pairs = (sum(0 <= o * s + t * d - low < n for o in range(out) for t in range(k)) for out, s, k, d, low, n in axes)
     return math.prod(oracle.batch) * math.prod(pairs) * oracle.channels * oracle.multiplier
 
 

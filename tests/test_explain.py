@@ -130,6 +130,44 @@ def test_a_number_of_mesh_axes_stands_for_a_mesh(partitioned: int, expected: str
     assert explain(X, W, platform="cuda", partitioned=partitioned).kernel_grad.lowering == expected
 
 
+# Calls on CUDA, and what serves forward, dx and dw. dx is a sum in float32, where few windows overlap.
+CONV, SUM = "conv", "taps"
+ON_CUDA: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], tuple[str, str, str]]] = [
+    ((4, 8, 6, 4), (3, 3, 4, 1), {}, (CONV, CONV, CONV)),
+    ((4, 8, 6, 4), (3, 3, 4, 1), {"dilation_rate": 2}, (CONV, CONV, CONV)),
+    ((4, 8, 6, 4), (3, 3, 4, 2), {}, (CONV, CONV, CONV)),
+    ((4, 8, 4), (4, 4, 1), {"padding": "causal"}, (CONV, CONV, CONV)),
+    ((4, 8, 6, 4), (3, 3, 4, 1), {"strides": 2}, (CONV, SUM, CONV)),
+    ((4, 4, 8, 6), (3, 3, 4, 1), {"strides": 2, "data_format": "channels_first"}, (CONV, SUM, CONV)),
+    ((4, 8, 4), (5, 4, 1), {"strides": 2}, (CONV, SUM, CONV)),
+    ((4, 8, 6, 4), (3, 3, 4, 1), {"strides": (1, 2)}, (CONV, CONV, CONV)),
+    ((4, 8, 6, 4), (3, 3, 4, 2), {"strides": 2}, (CONV, CONV, CONV)),
+    ((4, 8, 6, 4), (5, 5, 4, 1), {"strides": 2}, (CONV, CONV, CONV)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("x", "kernel", "geometry", "expected"), ON_CUDA, ids=str)
+def test_what_serves_a_gpu_and_that_no_time_was_measured(
+    x: tuple[int, ...], kernel: tuple[int, ...], geometry: dict[str, Any], expected: tuple[str, str, str], dtype: str
+) -> None:
+    shapes = jax.ShapeDtypeStruct(x, dtype), jax.ShapeDtypeStruct(kernel, dtype)
+    geometry = {"padding": "same"} | geometry
+    explained = explain(*shapes, **geometry, platform="cuda")
+    choices = explained.forward, explained.input_grad, explained.kernel_grad
+    assert tuple(chosen.lowering for chosen in choices) == (expected if dtype == "float32" else (CONV,) * 3)
+    assert all("compiled for an H100; no time was measured on a GPU" in chosen.reason for chosen in choices)
+    other = explain(*shapes, **geometry, platform="rocm")
+    for chosen in (other.forward, other.input_grad, other.kernel_grad):
+        assert chosen.lowering == CONV
+        assert "nothing was measured or compiled" in chosen.reason
+
+
+def test_a_sum_on_a_gpu_needs_whole_rows() -> None:
+    x = jax.ShapeDtypeStruct((3, 8, 6, 4), jnp.float32)  # a batch that two devices cannot share equally
+    assert explain(x, W, strides=2, padding="same", platform="cuda", partitioned=1).input_grad.lowering == CONV
+
+
 # A lowering of one's own: a module with these functions, a name and a row.
 
 

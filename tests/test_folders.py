@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"depthwise_jax", "workloads"}
+TESTS = ("tests", "tests_tpu", "tests_gpu")
 # Beside a folder's own modules, those that it may import; tests also import what they test.
 ALLOWED = {
     "depthwise_jax": set(),
@@ -19,6 +20,7 @@ ALLOWED = {
     "benchmarks": SHARED,
     "tests": {*SHARED, "examples"},
     "tests_tpu": {*SHARED, "benchmarks"},
+    "tests_gpu": {*SHARED, "benchmarks"},
 }
 
 
@@ -47,12 +49,15 @@ def test_folders_import_one_way(folder: str) -> None:
             assert name.split(".")[0] not in forbidden, f"{path.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("folder", ["tests", "tests_tpu"])
+@pytest.mark.parametrize("folder", TESTS)
 def test_no_test_imports_another(folder: str) -> None:
     for path in modules(folder):
         for name in imported(path.read_text()):
             module = name.split(".")
-            assert not (module[0] in ("tests", "tests_tpu") and module[1].startswith("test_")), (path, name)
+            assert not (module[0] in TESTS and module[1].startswith("test_")), (
+                path,
+                name,
+            )
 
 
 def test_imports_are_found() -> None:

@@ -107,6 +107,24 @@ def test_other_platforms_are_refused(platform: str) -> None:
         explain(X, W, implementation="native", platform=platform)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+@pytest.mark.parametrize("direction", ["forward", "input_grad", "kernel_grad"])
+def test_other_platforms_are_refused_at_lowering(direction: str, platform: str) -> None:
+    def forward(x: Any, w: Any) -> Any:
+        return depthwise_conv(x, w, implementation="native")
+
+    y = jnp.zeros(Oracle(X.shape, W.shape).y_shape, jnp.float32)
+    maps: dict[str, Any] = {
+        "forward": forward,
+        "input_grad": lambda x, w: jax.linear_transpose(lambda x: forward(x, w), x)(y),
+        "kernel_grad": lambda x, w: jax.linear_transpose(lambda w: forward(x, w), w)(y),
+    }
+    traced = jax.jit(maps[direction]).trace(jnp.asarray(X), jnp.asarray(W))
+    reason = f"'native' cannot serve this {direction} on {platform}: .*compiled for CPUs"
+    with pytest.raises(ValueError, match=reason):
+        traced.lower(lowering_platforms=(platform,))
+
+
 @needs_kernels
 def test_explain_says_why() -> None:
     whole = explain(X, W, platform="cpu")

@@ -5,10 +5,12 @@ A lowering is a module with the functions of `Lowering`, an entry of LOWERINGS a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jax import Array
 
 from depthwise_jax.lowering import conv, native, taps
@@ -118,6 +120,28 @@ def is_summed_on_tpu(call: Call) -> bool:
     return window.size == (3, 3) and few and few_channels
 
 
+# Products for each element of dx up to which a strided dx in float32 is an elementwise sum on a GPU. By what XLA
+# compiles for an H100 (benchmarks/results/gpu_compiler.md) the sum moves each byte once, where the convolution writes g
+# with zeros between its elements and reads that: 2.7 times the bytes at 3x3 and stride 2, 4.1 ps an element at 3.35
+# TB/s. The sum's 2.25 products are about 50 instructions, 1.7 ps at one a cycle and lane. At 5x5 (6.25 products), and
+# at 3x3 in bfloat16, the instructions take as long as the convolution's bytes: without a measurement those stay.
+_SUMMED_PRODUCTS = 3
+
+
+def is_summed_on_gpu(call: Call) -> bool:
+    """Whether an elementwise sum over the taps does less of everything on a GPU."""
+    window = call.convolution.window
+    return (
+        call.direction == "input_grad"
+        and max(window.strides) > 1
+        and call.multiplier * window.taps <= _SUMMED_PRODUCTS * math.prod(window.strides)
+        and jnp.dtype(call.dtype) == jnp.float32
+        and not call.partitioning.sharded_rows
+    )
+
+
+_COMPILED = "as compiled for an H100; no time was measured on a GPU"
+
 # Of the rows for a platform the first whose lowering does not refuse the call decides; benchmarks/peers.py measures
 # what they say.
 TABLE = [
@@ -126,7 +150,9 @@ TABLE = [
     Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
     Rule(("tpu",), "taps", "a sum of few taps is at the memory's limit, by the compiler's schedule", is_summed_on_tpu),
     Rule(("tpu",), "conv", "XLA's grouped convolution takes no more cycles than taps, by the compiler's schedule"),
-    Rule(("cuda", "rocm"), "conv", "no measurement on a GPU says otherwise"),
+    Rule(("cuda",), "taps", f"a sum of few taps moves each byte once, {_COMPILED}", is_summed_on_gpu),
+    Rule(("cuda",), "conv", f"XLA's grouped convolution runs no more than flax.linen.Conv does, {_COMPILED}"),
+    Rule(("rocm",), "conv", "XLA's grouped convolution serves every call; nothing was measured or compiled for it"),
     Rule(("tpu", "cuda", "rocm"), "taps", "shifted products serve every platform"),
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jax import Array, lax
 
 from depthwise_jax._core.convolution import Convolution
 from depthwise_jax._core.dtypes import widened
+from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.window import Window
 from depthwise_jax.lowering.call import Call
 
 # Positions that a window may span along an axis. XLA's CPU convolution reads outside of its arrays where a window of
@@ -75,10 +78,10 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype.
 
     With several kernels per channel it is a sum of single-kernel transposes: lax's own transpose is not a depthwise
-    convolution then, and partitions with an all-gather.
+    convolution then, and partitions with an all-gather. On one GPU it is one call of cuDNN, and nothing is copied.
     """
     x = jax.ShapeDtypeStruct(call.convolution.input_grad_shape(g.shape, kernel.shape), g.dtype)
-    if _spreads(call):
+    if _spreads(call) or (call.platform == "cuda" and call.partitioning.devices == 1):
         return jax.linear_transpose(lambda x: forward(x, kernel, call), x)(g)[0]
 
     def transpose(m: int, single_g: Array) -> Array:
@@ -98,9 +101,14 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     and those are summed.
 
     With several kernels per channel it is one gradient for each of them: the TPU compiler does not know their joint
-    gradient as depthwise.
+    gradient as depthwise. On a GPU the joint gradient is one call of cuDNN, and nothing is copied.
     """
     convolution, devices = call.convolution, call.partitioning.devices
+    if _has_phases(call):
+        return kernel_grad(*_in_phases(x, g, call)).reshape(convolution.kernel_grad_shape(x.shape, g.shape))
+    if call.platform == "cuda" and call.multiplier > 1:
+        kernel = jax.ShapeDtypeStruct(convolution.kernel_grad_shape(x.shape, g.shape), x.dtype)
+        return jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)(g)[0]
     if _spreads(call):
         single = dataclasses.replace(call, channels=call.channels * call.multiplier, multiplier=1)
         gradient = kernel_grad(_spread(x, call.multiplier), g, single)
@@ -130,6 +138,64 @@ def _spreads(call: Call) -> bool:
         and call.partitioning.whole_channels
         and (call.channels % _BLOCK == 0 or call.channels < _BLOCK)
     )
+
+
+def _has_phases(call: Call) -> bool:
+    """Whether the kernel gradient is taken in phases, as _in_phases has them."""
+    window = call.convolution.window
+    strides = [s for s, d in zip(window.strides, window.dilation, strict=True) if d > 1]
+    return (
+        call.platform == "cuda"
+        and bool(strides)
+        and max(strides) == 1
+        and not call.symbolic
+        and not call.partitioning.sharded_rows
+    )
+
+
+def _in_phases(x: Array, g: Array, call: Call) -> tuple[Array, Array, Call]:
+    """Operands and call of the same kernel gradient without dilation.
+
+    Along an axis of dilation d and stride 1 the outputs o with o % d = p read one phase of the input, in which the taps
+    lie side by side. So the phases become d times as many images, 1/d as long. XLA makes a dilated kernel gradient a
+    convolution on GPU whose window is as large as the image, and the others cuDNN's own; either moves x and g once.
+    In one dimension the phases stay where they are, as a spatial axis of a window of one, and nothing is moved.
+    """
+    convolution = call.convolution
+    window, layout, rank = convolution.window, convolution.layout, convolution.window.rank
+    lead = len(convolution.batch(x.shape))
+    shifts = [low % d for d, (low, _) in zip(window.dilation, window.padding, strict=True)]
+
+    def split(array: Array, shifts: Sequence[int]) -> tuple[Array, list[int]]:
+        """The array with each spatial axis as (sizes, dilation), behind `shifts` zeros, and the sizes."""
+        spatial = layout.spatial_shape(array.shape)
+        sizes = [-(-(n + shift) // d) for n, shift, d in zip(spatial, shifts, window.dilation, strict=True)]
+        pads = [
+            (shift, size * d - n - shift, 0)
+            for n, shift, size, d in zip(spatial, shifts, sizes, window.dilation, strict=True)
+        ]
+        array = lax.pad(array, jnp.zeros((), array.dtype), layout.arrange([(0, 0, 0)] * lead, pads, (0, 0, 0)))
+        pairs = [n for pair in zip(sizes, window.dilation, strict=True) for n in pair]
+        return array.reshape(layout.arrange(array.shape[:lead], pairs, array.shape[layout.channels])), sizes
+
+    x, inputs = split(x, shifts)
+    g, outputs = split(g, [0] * rank)
+    padding = tuple(
+        pair if d == 1 else (pair[0] // d, o + k - 1 - pair[0] // d - n)
+        for pair, d, o, k, n in zip(window.padding, window.dilation, outputs, window.size, inputs, strict=True)
+    )
+    if rank == 1:
+        layout = Layout(2, layout.data_format)
+        undilated = Window((*window.size, 1), (1, 1), (*padding, (0, 0)), (1, 1))
+        spatial = (*inputs, *window.dilation)
+    else:
+        first = lead + (layout.channels != -1)
+        axes, to = range(first + 1, first + 2 * rank, 2), range(lead, lead + rank)
+        x, g = jnp.moveaxis(x, axes, to), jnp.moveaxis(g, axes, to)
+        undilated = dataclasses.replace(window, padding=padding, dilation=(1,) * rank)
+        spatial = tuple(inputs)
+    convolution = Convolution(undilated, layout, spatial, convolution.precision)
+    return x, g, dataclasses.replace(call, convolution=convolution)
 
 
 def _spread(x: Array, multiplier: int) -> Array:

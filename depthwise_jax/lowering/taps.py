@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from depthwise_jax._core.convolution import Convolution
@@ -36,6 +37,8 @@ from depthwise_jax.lowering.call import Call
 _UNROLLED = 64
 # Positions along an axis, padding included, are counted in int32.
 _POSITIONS = 2**31 - 1
+# Positions of a mask that is a constant of the program, a byte each.
+_CONSTANT = 2**16
 # kernel_grad adds up this many parts of a product before each contraction.
 _PARTS = 8
 
@@ -308,6 +311,7 @@ class _Axis:
         size: the array's size along it.
         starts: of all taps.
         count, step: the positions.
+        constant: whether the masks of known starts are constants of the program.
     """
 
     axis: int
@@ -315,6 +319,7 @@ class _Axis:
     starts: range
     count: int
     step: int
+    constant: bool
 
     @property
     def span(self) -> int:
@@ -329,7 +334,10 @@ class _Axis:
     def inside(self, start: Index, ndim: int) -> Array:
         """Which of one start's positions are positions of the array."""
         shape = [self.count if axis == self.axis else 1 for axis in range(ndim)]
-        position = start + self.step * lax.broadcasted_iota(jnp.int32, shape, self.axis)
+        if self.constant:
+            position = start + self.step * np.arange(self.count, dtype=np.int32).reshape(shape)
+        else:
+            position = start + self.step * lax.broadcasted_iota(jnp.int32, shape, self.axis)
         return (position >= 0) & (position < self.size)
 
 
@@ -343,7 +351,8 @@ def _reader(
 ) -> Read:
     """The function that reads `counts` positions, `steps` apart, from the starts of one of the taps."""
     axes = [
-        _Axis(axis, array.shape[axis], starts, count, step)
+        # XLA's GPU compiler computes a mask in a kernel of its own, and starts it at every call.
+        _Axis(axis, array.shape[axis], starts, count, step, call.platform == "cuda" and count <= _CONSTANT)
         for axis, (_, starts), count, step in zip(spatial_axes, taps, counts, steps, strict=True)
     ]
     if _blocks(taps)[0] > 1:

@@ -85,6 +85,8 @@ CASES = (
         "2d-dilation-and-stride-apart", (2, 11, 12, 2), (3, 2, 2, 1), strides=(3, 2), padding=2, dilation_rate=(2, 4)
     ),
     _case("2d-dilated-beyond-input", (1, 4, 5, 3), (3, 3, 3, 1), padding="same", dilation_rate=(5, 4)),
+    _case("2d-dilation-and-stride-on-other-axes", (2, 8, 9, 3), (3, 2, 3, 2), strides=(2, 1), dilation_rate=(1, 3)),
+    _case("1d-dilated-first", (2, 2, 10), (2, 2, 2), padding="same", dilation_rate=3, data_format="channels_first"),
     # Paddings
     _case("2d-pad-int", (2, 5, 4, 3), (3, 3, 3, 1), padding=2),
     _case("2d-pad-pairs", (2, 5, 4, 3), (3, 2, 3, 2), strides=(2, 1), padding=((0, 2), (3, 1))),

@@ -1,0 +1,73 @@
+"""The programs that only a GPU gets, run here: the same values and derivatives as any other lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from tests.support.assertions import assert_close
+from tests.support.cases import CASES, CORE, Case
+
+# One of each kind, and all kinds of dilation.
+CHOSEN = [case for case in CASES if case in CORE or case.geometry.get("dilation_rate", 1) != 1]
+
+
+def on_cuda(function: Callable[..., Any], *operands: Any) -> Any:
+    """The value of a function, by the program that it is for CUDA; its operations run on any platform."""
+    exported = export.export(
+        jax.jit(function), platforms=("cuda",), disabled_checks=(export.DisabledSafetyCheck.platform(),)
+    )
+    return exported(*operands).call(*operands)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case: Case) -> None:
+    x, w, g = case.operands()
+
+    def maps(x: Any, w: Any, g: Any) -> Any:
+        y, vjp = jax.vjp(case.conv(), x, w)
+        return y, *vjp(g)
+
+    truth = case.oracle.conv(x, w), case.oracle.input_grad(g, w), case.oracle.kernel_grad(x, g)
+    for name, actual, expected in zip(("y", "dx", "dw"), on_cuda(maps, x, w, g), truth, strict=True):
+        assert_close(actual, expected, 1e-5, name)
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_mapped_over_x_and_kernel(case: Case) -> None:
+    stacks = [np.stack(pair) for pair in zip(case.operands(), case.operands(1), strict=True)]
+
+    def gradients(x: Any, w: Any, g: Any) -> Any:
+        return jax.vjp(case.conv(), x, w)[1](g)
+
+    dx, dw = on_cuda(jax.vmap(gradients), *stacks)
+    for i in range(2):
+        x, w, g = (stack[i] for stack in stacks)
+        assert_close(dx[i], case.oracle.input_grad(g, w), 1e-5, "dx")
+        assert_close(dw[i], case.oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_second_derivatives(case: Case) -> None:
+    """The derivatives of a sum of <g, conv(x, w)> squared: products of the maps of each other's results."""
+    x, w, g = case.operands()
+    oracle = case.oracle
+
+    def gradient(x: Any, w: Any) -> Any:
+        return jax.grad(lambda w: (jnp.sum(case.conv()(x, w) * g)) ** 2 / 2)(w)
+
+    _, tangent = on_cuda(lambda x, w: jax.jvp(lambda x: gradient(x, w), (x,), (g_like(x),)), x, w)
+    value, dw = np.sum(oracle.conv(x, w) * g), oracle.kernel_grad(x, g)
+    change = np.sum(oracle.input_grad(g, w) * g_like(x))
+    assert_close(tangent, change * dw + value * oracle.kernel_grad(g_like(x), g), 1e-4)
+
+
+def g_like(x: Any) -> np.ndarray:
+    """A tangent of x."""
+    return np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
