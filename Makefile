@@ -12,73 +12,93 @@ GPU_JAX := 0.10.2
 ISAS := avx512 avx2 baseline neon
 CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
-.PHONY: demo test test-torch test-models test-tpu tpu-floor test-gpu-compiler gpu-compiler notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+# `make` alone lists what there is.
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
-demo: $(VENV)/demo.installed
+.PHONY: help wheel demo test test-torch test-models test-tpu tpu-floor test-gpu-compiler gpu-compiler notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+
+demo: $(VENV)/demo.installed  ## trains a small network on handwritten digits and prints what to expect
 	$(BIN)/python -m notebooks.demo
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed  ## the test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
 # The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
-test-torch: $(VENV)/test.installed $(VENV)/torch.installed
+test-torch: $(VENV)/test.installed $(VENV)/torch.installed  ## the conversion of PyTorch's modules
 	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
 	$(BIN)/python -m pytest -q tests/test_interop_torch.py tests/test_comparison.py
 
 # Whole models of Keras, torchvision and efficientnet-lite-pytorch, and 2,000 damaged files. torchvision and
 # efficientnet-lite-pytorch come without what they depend on, PyTorch for CUDA: the model classes need none of it.
-test-models: $(VENV)/test.installed $(VENV)/torch.installed
+test-models: $(VENV)/test.installed $(VENV)/torch.installed  ## whole models of Keras and PyTorch, and damaged files
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pillow \
 		efficientnet-lite-pytorch==0.1.0
 	$(BIN)/python -m pytest -q -m models $(ARGS) tests/test_real_models.py
 
 # Executes notebooks/*.py in new kernels and writes the .ipynb beside them; ARGS may name some, such as 01_quickstart.
-notebooks: $(VENV)/notebooks.installed
+notebooks: $(VENV)/notebooks.installed  ## executes the notebooks and writes them
 	$(BIN)/python notebooks/execute.py --write $(ARGS)
 
 # The same without writing: fails if a cell fails.
-test-notebooks: $(VENV)/notebooks.installed
+test-notebooks: $(VENV)/notebooks.installed  ## executes the notebooks
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
 # What the TPU compiler makes of the package, without a TPU; libtpu has a virtual environment of its own.
-test-tpu:
+test-tpu:  ## what the TPU compiler makes of the package, without a TPU
 	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/test.installed $(VENV)-tpu/tpu.installed
 	$(VENV)-tpu/bin/python -m pytest -q $(ARGS) tests_tpu
 
 # Cycles by the TPU compiler's schedules, without a TPU, into benchmarks/results/tpu_floor.md; ARGS may choose, such as
 # "--groups training". Compiles what the results do not have yet, for hours if that is everything.
-tpu-floor:
+tpu-floor:  ## cycles by the TPU compiler's schedules, as a table
 	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/test.installed $(VENV)-tpu/tpu.installed
 	$(VENV)-tpu/bin/python -m benchmarks.tpu_floor $(ARGS)
 
 # What XLA makes of the package for an NVIDIA GPU, without one; its compiler has a virtual environment of its own.
-test-gpu-compiler:
+test-gpu-compiler:  ## what XLA makes of the package for an NVIDIA GPU, without one
 	$(MAKE) VENV=$(VENV)-gpu $(VENV)-gpu/gpu-compiler.installed
 	$(VENV)-gpu/bin/python -m pytest -q $(ARGS) tests_gpu
 
 # The same as a table, benchmarks/results/gpu_compiler.md; ARGS may choose, such as "--only dilation".
-gpu-compiler:
+gpu-compiler:  ## the same as a table
 	$(MAKE) VENV=$(VENV)-gpu $(VENV)-gpu/gpu-compiler.installed
 	$(VENV)-gpu/bin/python -m benchmarks.gpu_compiler $(ARGS)
 
-lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed
+lint: $(VENV)/test.installed $(VENV)/notebooks.installed $(VENV)/lint.installed  ## ruff, clang-format and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/lint.installed
+format: $(VENV)/lint.installed  ## what these can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
 # The API reference into site/, warnings as errors; it needs no network. The package is imported from this folder.
-docs: $(VENV)/docs.installed
+docs: $(VENV)/docs.installed  ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# A wheel for manylinux and the source, into dist/. Each is installed in a new environment and checked away from this
+# folder, the source without a compiler.
+wheel: $(VENV)/wheel.installed  ## a wheel and the source, into dist/, checked
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --config-setting=build-dir=$(VENV)/build --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(BIN)/auditwheel show dist/*.whl
+	$(call checked,dist/*.whl)
+	$(call checked,dist/*.tar.gz,CC=false CXX=false)
+
+# Installs a file in a new environment, with some variables set, and runs the package's self-check there.
+checked = rm -rf build/checked && $(PYTHON) -m venv build/checked \
+	&& $(2) build/checked/bin/python -m pip install --quiet --disable-pip-version-check $(1) \
+	&& (cd build/checked && bin/python -m depthwise_jax)
 
 # The compiled kernels under sanitizers, on every instruction set that this machine has: random convolutions, every small
 # window with every stride, allocations that fail; and arrays of more than 2^31 elements.
-sanitize: sanitize-address sanitize-thread
+sanitize: sanitize-address sanitize-thread  ## the compiled kernels under sanitizers
 
 sanitize-address: SANITIZERS = address,undefined
 sanitize-thread: SANITIZERS = thread
@@ -123,5 +143,5 @@ $(VENV)/docs.installed: $(VENV)/bin/python pyproject.toml
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-clean:
+clean:  ## removes all that make has made
 	rm -rf $(VENV) $(VENV)-tpu $(VENV)-gpu build site demo.png
