@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import jax.numpy as jnp
 from jax import Array
 
 DATA_FORMATS = ("channels_last", "channels_first")
@@ -73,13 +72,6 @@ class Layout:
         spatial = [array.shape[axis] for axis in self.split_spatial(array.ndim, axes)]
         channels = math.prod(array.shape[axis] for axis in self.split_channels(array.ndim, axes))
         return array.reshape(self.arrange(lead, spatial, channels))
-
-    def repeat(self, array: Array, times: int) -> Array:
-        """An array with so many copies of each channel side by side, as y has them."""
-        split = self.split(array, array.shape[self.channels], 1)
-        shape = [*split.shape]
-        shape[self.split_channels(split.ndim, 2)[1]] = times
-        return self.merge(jnp.broadcast_to(split, shape), 2)
 
     def split_spatial(self, ndim: int, axes: int) -> tuple[int, ...]:
         """The spatial axes of an array of `ndim` axes, so many of them channels."""
