@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_floor                          # every case; many hours, as a convolution compiles for long
     python -m benchmarks.tpu_floor --groups training blocks
-    python -m benchmarks.tpu_floor --only "k4 8x" --by ours taps conv
+    python -m benchmarks.tpu_floor --only "k4 8x" "k4 4x" --by ours taps conv
     python -m benchmarks.tpu_floor --report                 # writes the table of what is known, compiles nothing
 
 It needs no TPU: nothing is run, and cycles are by the compiler's schedules, as benchmarks/tpu_schedule.py reads them.
@@ -314,9 +314,44 @@ def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> 
 Figures = dict[str, Any]
 
 
+_MOVE = re.compile(r"^ *(%\w+) = stablehlo\.(reshape|transpose|slice) (%\w+).*?: \(tensor<(\S+)>\) -> tensor<(\S+)>")
+
+
 def digest(lowered: Any) -> str:
-    """What tells a lowered program from others."""
-    return hashlib.sha256(re.sub(r"@jit_\w+", "", lowered.as_text()).encode()).hexdigest()[:16]
+    """What tells a lowered program from others that compute something else, or in another order.
+
+    What moves nothing is left out: reshapes, transposes and whole slices that add, drop or pass axes of one. So a
+    convolution by this package's "conv" is the same program as by Flax where it adds no more to it.
+    """
+
+    def lengths(shape: str) -> list[str]:
+        return [n for n in shape.split("x") if n != "1"]
+
+    names: dict[str, str] = {}
+    lines: list[str] = []
+    for line in re.sub(r"@jit_\w+", "", lowered.as_text()).splitlines():
+        move = _MOVE.match(line)
+        if move and lengths(move[4]) == lengths(move[5]) and _keeps_order(move):
+            names[move[1]] = names.get(move[3], move[3])
+            continue
+        name = re.match(r"^ *(%\w+)(?::\d+)? = ", line)
+        if "func.func" in line:
+            names = {}
+        line = re.sub(r"%\w+", lambda found: names.get(found[0], found[0]), line)
+        if name:
+            names[name[1]] = f"%{len(lines)}"
+        lines.append(line.split(" = ")[-1] if name else line)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _keeps_order(move: re.Match[str]) -> bool:
+    """Whether a transpose leaves the axes longer than one in their order; what is none does."""
+    found = re.search(r"dims = \[([\d, ]*)\]", move[0])
+    if not found:
+        return True
+    sizes = move[4].split("x")
+    axes = [axis for axis in map(int, found[1].split(", ")) if sizes[axis] != "1"]
+    return axes == sorted(axes)
 
 
 def figures(program: Program) -> Figures:
@@ -364,6 +399,7 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
         memory, vector = case.floors(entry.what, entry.dtype)
         floor = max(memory, vector)
         ratio = f"{own['cycles'] / flax_['cycles']:.2f}" if flax_ else ""
+        ratio = "=" if flax_ and flax_["program"] == own["program"] else ratio
         seconds = f"{_cell(own, 'seconds', 1)} / {_cell(flax_, 'seconds', 1)}"
         floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / floor:.2f}")
         cells = (str(case), entry.what, entry.dtype, _cell(own), _cell(flax_), *floors, ratio, seconds)
@@ -393,7 +429,7 @@ def main() -> None:
     """Compiles what is missing, and writes the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
-    parser.add_argument("--only", default="", help="programs whose names contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="programs whose names contain one of these")
     parser.add_argument("--by", nargs="+", choices=("ours", "flax", "taps", "conv"), default=("ours", "flax"))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--report", action="store_true", help="compile nothing")
@@ -403,7 +439,7 @@ def main() -> None:
     results: dict[str, Figures] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     chosen = () if arguments.report else entries(arguments.groups, arguments.by, arguments.dtypes)
     for entry in chosen:
-        if arguments.only not in entry.key:
+        if not any(part in entry.key for part in arguments.only):
             continue
         function, shapes = entry.subject.task(entry.what, entry.dtype, entry.by)
         lowered = lower(function, *shapes)
