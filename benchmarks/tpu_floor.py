@@ -3,6 +3,8 @@
     python -m benchmarks.tpu_floor                          # every case; many hours, as a convolution compiles for long
     python -m benchmarks.tpu_floor --groups training blocks
     python -m benchmarks.tpu_floor --only "k4 8x" "k4 4x" --by ours taps conv
+    python -m benchmarks.tpu_floor --groups blocks --only "training step" --by recomputed
+    python -m benchmarks.tpu_floor --known                    # rows whose programs are known by another name
     python -m benchmarks.tpu_floor --report                 # writes the table of what is known, compiles nothing
 
 It needs no TPU: nothing is run, and cycles are by the compiler's schedules, as benchmarks/tpu_schedule.py reads them.
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.tpu_schedule import V5E, Program, lower, measure  # isort: skip  # sets the environment of libtpu
 
@@ -33,6 +36,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from depthwise_jax import depthwise_conv
+from depthwise_jax.lowering import taps
+from depthwise_jax.lowering.choice import LOWERINGS
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("forward", "dx", "dw", "dx+dw")
@@ -71,7 +76,7 @@ class Case:
         return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (self.x, kernel, g))
 
     def convolve(self, by: str, x: Array, kernel: Array) -> Array:
-        """The convolution by Flax, by this package's choice ("ours") or by one of its lowerings."""
+        """The convolution by one of CONTESTANTS."""
         if by != "flax":
             return depthwise_conv(
                 x,
@@ -79,7 +84,7 @@ class Case:
                 strides=self.stride,
                 dilation_rate=self.dilation,
                 padding=self.padding,
-                implementation=None if by == "ours" else by,
+                implementation=by if by in LOWERINGS else None,
             )
         channels = self.x[-1] * self.multiplier
         module = flax.linen.Conv(
@@ -280,6 +285,8 @@ BLOCKS = [
     convnext(32, 14, 384),
     conformer(16, 1000, 512),
 ]
+# This package's choice, plain Flax, this package's lowerings, and its choice without keeping values for a backward pass.
+CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed")
 GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes")
 
 
@@ -297,6 +304,14 @@ class Entry:
     def key(self) -> str:
         """Its key in the results."""
         return f"{self.subject} | {self.what} | {self.dtype} | {self.by}"
+
+    def lower(self) -> Any:
+        """The program, lowered for one chip."""
+        function, shapes = self.subject.task(self.what, self.dtype, self.by)
+        if self.by != "recomputed":
+            return lower(function, *shapes)
+        with mock.patch.object(taps, "keeps_value", lambda call: False):
+            return lower(function, *shapes)
 
 
 def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> Iterator[Entry]:
@@ -381,7 +396,7 @@ def report(results: dict[str, Figures]) -> str:
     for group in GROUPS:
         rows = _block_rows(results) if group == "blocks" else _case_rows(group, results)
         if rows:
-            lines += [f"## {group.capitalize()}", "", *rows, ""]
+            lines += [f"## {group.capitalize()}", "", *rows]
     return "\n".join(lines)
 
 
@@ -389,40 +404,64 @@ def _cell(found: Figures | None, key: str = "cycles", scale: float = 1e3) -> str
     return "" if found is None else f"{found[key] / scale:,.1f}"
 
 
+def _ratio(one: Figures | None, other: Figures | None, digits: int = 2) -> str:
+    return f"{one['cycles'] / other['cycles']:.{digits}f}" if one and other else ""
+
+
+def _beside(found: Figures | None, own: Figures) -> str:
+    return "=" if found and found["program"] == own["program"] else _cell(found)
+
+
 def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
     rows: list[str] = []
+    missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries((group,), ("ours",), DTYPES):
-        own, case = results.get(entry.key), entry.subject
-        if own is None or not isinstance(case, Case):
+        case = entry.subject
+        own, flax_, taps_, conv = (
+            results.get(entry.key.removesuffix("ours") + by) for by in ("ours", "flax", "taps", "conv")
+        )
+        if not isinstance(case, Case):
             continue
-        flax_ = results.get(entry.key.removesuffix("ours") + "flax")
+        if own is None:
+            missing.setdefault((entry.dtype, str(case)), []).append(entry.what)
+            continue
         memory, vector = case.floors(entry.what, entry.dtype)
-        floor = max(memory, vector)
-        ratio = f"{own['cycles'] / flax_['cycles']:.2f}" if flax_ else ""
-        ratio = "=" if flax_ and flax_["program"] == own["program"] else ratio
-        seconds = f"{_cell(own, 'seconds', 1)} / {_cell(flax_, 'seconds', 1)}"
-        floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / floor:.2f}")
-        cells = (str(case), entry.what, entry.dtype, _cell(own), _cell(flax_), *floors, ratio, seconds)
-        rows.append(f"| {' | '.join(cells)} |")
-    head = "| case | direction | dtype | ours | flax | memory | vector unit | ours / floor | ours / flax | compile s |"
-    return [head, "|---|---|---|" + "---:|" * 7, *rows] if rows else []
+        others = (_beside(found, own) for found in (flax_, taps_, conv))
+        floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / max(memory, vector):.2f}")
+        cells = (str(case), entry.what, entry.dtype, _cell(own), *others, *floors, _ratio(own, flax_))
+        rows.append(f"| {' | '.join((*cells, _cell(own, 'seconds', 1)))} |")
+    head = (
+        "| case | direction | dtype | ours | flax | taps | conv | memory | vector unit | ours / floor | ours / flax | "
+        "compile s |"
+    )
+    return [head, "|---|---|---|" + "---:|" * 9, *rows, "", *_left_out(missing)] if rows else []
+
+
+def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
+    """Which programs of which cases in which dtypes the table lacks."""
+    cases: dict[str, list[str]] = {}
+    for (dtype, case), directions in missing.items():
+        which = dtype if len(directions) == len(DIRECTIONS) else f"{dtype}, {' '.join(directions)}"
+        cases.setdefault(which, []).append(case)
+    return [line for which, names in cases.items() for line in (f"Not compiled, {which}: {'; '.join(names)}.", "")]
 
 
 def _block_rows(results: dict[str, Figures]) -> list[str]:
     rows: list[str] = []
     for block, what in itertools.product(BLOCKS, PROGRAMS):
-        own, flax_, none = (results.get(Entry("", block, what, "bfloat16", by).key) for by in ("ours", "flax", "none"))
+        own, flax_, recomputed, none = (
+            results.get(Entry("", block, what, "bfloat16", by).key) for by in ("ours", "flax", "recomputed", "none")
+        )
         if own is None or none is None:
             continue
-        against = f"{flax_['cycles'] / none['cycles']:.2f}" if flax_ else ""
-        ratio = f"{own['cycles'] / none['cycles']:.3f}"
-        cells = (str(block), what, _cell(own), _cell(flax_), _cell(none), ratio, against)
-        rows.append(f"| {' | '.join((*cells, _cell(own, 'temporaries', 1e6), _cell(flax_, 'temporaries', 1e6)))} |")
+        cells = (str(block), what, _cell(own), _beside(flax_, own), _beside(recomputed, own), _cell(none))
+        ratios = (_ratio(own, none, 3), _ratio(flax_, none, 3), _ratio(recomputed, none, 3))
+        rows.append(f"| {' | '.join((*cells, *ratios, _cell(own, 'temporaries', 1e6), _cell(own, 'seconds', 1)))} |")
     head = (
-        "| block | program | ours | flax | without convolution | ours / without | flax / without | "
-        "ours, temporary MB | flax, temporary MB |"
+        "| block | program | ours | flax | recomputed | without convolution | ours / without | flax / without | "
+        "recomputed / without | ours, temporary MB | compile s |"
     )
-    return [head, "|---|---|" + "---:|" * 7, *rows] if rows else []
+    return [head, "|---|---|" + "---:|" * 9, *rows, ""] if rows else []
 
 
 def main() -> None:
@@ -430,9 +469,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--only", nargs="+", default=[""], help="programs whose names contain one of these")
-    parser.add_argument("--by", nargs="+", choices=("ours", "flax", "taps", "conv"), default=("ours", "flax"))
+    parser.add_argument("--by", nargs="+", choices=CONTESTANTS, default=("ours", "flax"))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--report", action="store_true", help="compile nothing")
+    parser.add_argument("--report", action="store_true", help="lower and compile nothing")
+    parser.add_argument("--known", action="store_true", help="compile nothing, but look for what is known")
     parser.add_argument("--json", type=Path, default=RESULTS / "tpu_floor.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "tpu_floor.md")
     arguments = parser.parse_args()
@@ -441,10 +481,11 @@ def main() -> None:
     for entry in chosen:
         if not any(part in entry.key for part in arguments.only):
             continue
-        function, shapes = entry.subject.task(entry.what, entry.dtype, entry.by)
-        lowered = lower(function, *shapes)
+        lowered = entry.lower()
         key = digest(lowered)
         known = next((known for known in results.values() if known["program"] == key), None)
+        if arguments.known and known is None:
+            continue
         results[entry.key] = known or {**figures(measure(lowered)), "program": key}
         print(entry.key, results[entry.key], flush=True)
         arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
