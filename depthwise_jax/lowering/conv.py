@@ -107,7 +107,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     size = convolution.window.size
     if _has_phases(call):
         return kernel_grad(*_in_phases(x, g, call)).reshape(convolution.kernel_grad_shape(x.shape, g.shape))
-    if call.platform == "cuda" and call.multiplier > 1 and not _counts_replicas(call):
+    if call.platform == "cuda" and call.multiplier > 1:
         kernel = jax.ShapeDtypeStruct(convolution.kernel_grad_shape(x.shape, g.shape), x.dtype)
         return jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)(g)[0]
     if _spreads(call):
@@ -156,7 +156,6 @@ def _has_phases(call: Call) -> bool:
         and max(strides) == 1
         and not call.symbolic
         and not call.partitioning.sharded_rows
-        and not _counts_replicas(call)
     )
 
 
