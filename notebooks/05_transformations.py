@@ -2,7 +2,7 @@
 # # Transformations
 #
 # Per-example kernels by `vmap`, Hessian-vector products, sharding over eight devices, and export. The eight devices are
-# parts of this machine's CPU; JAX makes them if it is told so before it starts.
+# parts of this machine's CPU; JAX creates them if this flag is set before JAX is first used.
 
 # %%
 import os
@@ -117,8 +117,8 @@ for name, product in (products | {"difference quotient": quotient}).items():
     print(f"{name:22} largest difference to the Hessian's: {np.abs(product - exact).max() / np.abs(exact).max():.1e}")
 
 # %% [markdown]
-# The largest eigenvalues of the Hessian by Lanczos' method, which needs products with vectors alone, on top of the
-# positive ones of the full matrix; and the direction in which the loss curves most, as kernels.
+# Lanczos' method finds the largest eigenvalues from matrix-vector products alone (circles). The dots are all positive
+# eigenvalues of the full matrix. The direction in which the loss curves most is drawn as kernels.
 
 # %%
 product = jax.jit(forward_over_reverse)
