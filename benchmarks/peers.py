@@ -8,7 +8,7 @@
 The layers are those of workloads/layers.py. Every result is compared with a float64 reference (benchmarks/work.py:
 NumPy over the window's taps) before it is timed. Samples are taken in turn, one of each contestant a round (of those
 that are ten times slower than the fastest after the others); a ratio is the median over rounds of the pairwise ratio,
-ours / theirs, so that less than 1 is faster. A row with noisy samples, of whichever contestant, is measured again, and
+ours / theirs: less than 1 is faster. A row with noisy samples, of whichever contestant, is measured again, and
 the calmest measurement counts. On CPU all have the same number of threads. On a GPU the same command times the
 contestants that run there.
 """

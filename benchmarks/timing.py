@@ -1,4 +1,4 @@
-"""Times functions against each other: interleaved in one process, so that what the machine does meanwhile hits all."""
+"""Times functions against each other: interleaved in one process: what else the machine does then hits all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 LEAST_ROUNDS = 3
-# A sample lasts at least this long, so that the clock and one late thread do not decide it.
+# A sample lasts at least this long: then neither the clock nor one late thread decides it.
 _SAMPLE = 8e-3
 # A median so far above the fastest sample says that something else was running.
 NOISY = 1.25

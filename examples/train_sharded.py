@@ -65,7 +65,7 @@ def train(mesh: Mesh, steps: int, directory: Path, save_every: int) -> dict[str,
     by_batch = NamedSharding(mesh, P("data"))
 
     def batch(step: int) -> tuple[Array, Array]:
-        """The step's batch, of which each process reads what its devices hold. A restart finds the same one."""
+        """The step's batch; each process reads what its devices hold. A restart finds the same one."""
         chosen = np.random.default_rng(step).choice(len(images), BATCH, replace=False)
 
         def placed(whole: np.ndarray) -> Array:

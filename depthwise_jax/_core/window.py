@@ -160,7 +160,7 @@ def resolve(
         padding: a name of PADDINGS in any case, an integer, or one (low, high) pair per axis.
 
     Raises:
-        TypeError, ValueError: an argument that is none of this, or an output that would be empty.
+        TypeError, ValueError: an argument outside these values, or an output that would be empty.
     """
     rank = len(spatial)
     size = per_axis(kernel_size, rank, "kernel_size")
@@ -237,7 +237,7 @@ def resolve_transposed(
         output_padding: None, or an integer or one per axis.
 
     Raises:
-        TypeError, ValueError: an argument that is none of this, or an output that would be empty.
+        TypeError, ValueError: an argument outside these values, or an output that would be empty.
     """
     rank = len(spatial)
     size = per_axis(kernel_size, rank, "kernel_size")

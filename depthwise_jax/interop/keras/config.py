@@ -147,7 +147,7 @@ def _snake_case(class_name: str) -> str:
 
 
 def named(classes: Mapping[str, str], names: Iterable[str]) -> str | None:
-    """The class that a mapping gives for one of some names, by a key with wildcards; None if there is none."""
+    """The class that a mapping gives for one of some names, by a key with wildcards; None if no key fits."""
     return next((cls for key, cls in classes.items() if any(fnmatchcase(name, key) for name in names)), None)
 
 
