@@ -24,11 +24,11 @@ import jax.numpy as jnp
 
 from benchmarks import work
 from benchmarks.contestants import CONVOLUTIONS, map_in_jax
+from depthwise_jax.lowering import DIRECTIONS
 from workloads.gpu.compiler import Figures, compile_for_gpu
 from workloads.workload import Workload
 
 RESULTS = Path(__file__).parent / "results"
-DIRECTIONS = ("forward", "dx", "dw")
 DTYPES = ("bfloat16", "float32")
 
 

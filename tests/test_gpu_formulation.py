@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, Case
 
@@ -29,24 +30,15 @@ def on_cuda(function: Callable[..., Any], *operands: Any) -> Any:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Case) -> None:
     x, w, g = case.operands()
-
-    def maps(x: Any, w: Any, g: Any) -> Any:
-        y, vjp = jax.vjp(case.conv(), x, w)
-        return y, *vjp(g)
-
-    truth = case.oracle.conv(x, w), case.oracle.input_grad(g, w), case.oracle.kernel_grad(x, g)
-    for name, actual, expected in zip(("y", "dx", "dw"), on_cuda(maps, x, w, g), truth, strict=True):
+    results = on_cuda(maps.value_and_gradients(case.conv()), x, w, g)
+    for actual, (name, expected) in zip(results, maps.truth(case, x, w, g).items(), strict=True):
         assert_close(actual, expected, 1e-5, name)
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_mapped_over_x_and_kernel(case: Case) -> None:
     stacks = [np.stack(pair) for pair in zip(case.operands(), case.operands(1), strict=True)]
-
-    def gradients(x: Any, w: Any, g: Any) -> Any:
-        return jax.vjp(case.conv(), x, w)[1](g)
-
-    dx, dw = on_cuda(jax.vmap(gradients), *stacks)
+    dx, dw = on_cuda(jax.vmap(maps.gradients(case.conv())), *stacks)
     for i in range(2):
         x, w, g = (stack[i] for stack in stacks)
         assert_close(dx[i], case.oracle.input_grad(g, w), 1e-5, "dx")

@@ -27,11 +27,13 @@ from depthwise_jax import depthwise_conv, depthwise_conv_transpose, explain, lin
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.lowering import PLATFORMS
 from depthwise_jax.optim import constraints_of
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import PLAIN
 from tests.support.compiling import QUICKLY
 from tests.support.meshes import make_mesh
 from tests.support.oracle import Array, widest
+from workloads.hlo import collectives
 from workloads.keras_reference import keras
 from workloads.workload import Workload
 
@@ -204,12 +206,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients(case: Spread, implementation: str) -> None:
     x, w, g = case.operands()
-
-    def maps(x: Any, w: Any, g: Any) -> Any:
-        y, vjp = jax.vjp(case.function(implementation), x, w)
-        return y, *vjp(g)
-
-    y, dx, dw = jax.jit(maps)(x, w, g)
+    y, dx, dw = jax.jit(maps.value_and_gradients(case.function(implementation)))(x, w, g)
     assert y.dtype == jnp.float32
     assert_close(y, case.conv(x, w), 1e-5, "value")
     assert_close(dx, case.input_grad(g, w), 1e-5, "dx")
@@ -459,7 +456,6 @@ MESH_CASES = [
     for m, s in itertools.product((1, 2), (1, 2))
 ] + [_case("mesh-first", (4, 4, 8, 3), (3, 2, 4, 2), [(0, 1), (0, 0)], strides=2, padding="same",
            data_format="channels_first")]  # fmt: skip
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["untold", "in_sharding"])
@@ -476,15 +472,15 @@ def test_sharded_batch_and_channels(case: Spread, lowering: str, axis_type: Axis
     f = case.function(lowering, **options)
     programs = {
         "y": (lambda x, w, g: f(x, w), image, case.conv(x, w), Counter()),
-        "dx": (lambda x, w, g: jax.vjp(f, x, w)[1](g)[0], image, case.input_grad(g, w), Counter()),
-        "dw": (lambda x, w, g: jax.vjp(f, x, w)[1](g)[1], kernel, case.kernel_grad(x, g), Counter({"all-reduce": 1})),
+        "dx": (maps.dx(f), image, case.input_grad(g, w), Counter()),
+        "dw": (maps.dw(f), kernel, case.kernel_grad(x, g), Counter({"all-reduce": 1})),
     }
     with jax.set_mesh(mesh):
         operands = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, image), (w, kernel), (g, image))]
-        for name, (program, out, expected, collectives) in programs.items():
+        for name, (program, out, expected, sent) in programs.items():
             compiled = jax.jit(program, out_shardings=NamedSharding(mesh, out)).lower(*operands).compile(QUICKLY)
             assert_close(compiled(*operands), expected, 1e-5, name)
-            assert Counter(COLLECTIVE.findall(str(compiled.as_text()))) == collectives, name
+            assert collectives(str(compiled.as_text())) == sent, name
 
 
 def test_shard_map() -> None:

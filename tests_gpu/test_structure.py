@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from typing import Any
 
 import jax
@@ -15,15 +13,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import work
-from benchmarks.gpu_compiler import CASES, DIRECTIONS, DTYPES, Entry
+from benchmarks.gpu_compiler import CASES, DTYPES, Entry
 from depthwise_jax import depthwise_conv
+from depthwise_jax.lowering import DIRECTIONS
 from workloads.gpu.compiler import Figures, compile_for_gpu, devices
+from workloads.hlo import collectives
 from workloads.workload import Workload
 
 # Kernels that ours has more: what cuDNN's gradient writes is brought into the kernel's order of axes, a few KB. Flax'
 # is a convolution with a window as large as the image, which writes it so.
 MORE_KERNELS = {("3x3, dilation 2", "dw"): 1}
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,5 +99,5 @@ def test_a_sharded_batch_needs_one_sum_for_dw_and_nothing_else(geometry: dict[st
 
     with jax.set_mesh(mesh):
         text, found = compile_for_gpu(gradients, x, w, g)
-    assert Counter(COLLECTIVE.findall(text)) == {"all-reduce": 1}
+    assert collectives(text) == {"all-reduce": 1}
     assert all("56" not in call for call in found.libraries)
