@@ -127,10 +127,8 @@ def is_product(call: Call) -> bool:
     results.
     """
     window = call.convolution.window
-    padded = any(window.padding[axis] != (0, 0) for axis in range(window.rank))
-    return (
-        call.direction == "forward" and call.multiplier > 1 and window.taps == max(window.strides) == 1 and not padded
-    )
+    inside = window.taps == max(window.strides) == 1 and not any(map(any, window.padding))
+    return call.direction == "forward" and call.multiplier > 1 and inside
 
 
 # Products for each element of dx up to which a strided dx in float32 is an elementwise sum on a GPU. By what XLA
