@@ -431,8 +431,7 @@ def _bind(request: Request, primitive: Primitive, dtype: Any, x: Array, *others:
     """One of the primitives of x, padded first where the request reads it again, the kernel and perhaps a bias."""
     convolution, input_padding = request.geometry(x.shape, others[0].shape)
     if input_padding is not None:
-        amounts = request.layout.arrange([(0, 0)] * (x.ndim - request.layout.rank - 1), input_padding.amounts, (0, 0))
-        x = jnp.pad(x, amounts, mode=input_padding.mode)
+        x = _padded(x, input_padding, request.layout)
     bind: Callable[..., Array] = functools.partial(
         primitives.bind,
         primitive,
@@ -442,6 +441,22 @@ def _bind(request: Request, primitive: Primitive, dtype: Any, x: Array, *others:
         **params,
     )
     return _under_in_sharding(request, bind, x, *others)
+
+
+def _padded(x: Array, padding: InputPadding, layout: Layout) -> Array:
+    """x with what its padding reads again around it."""
+    if padding.mode != "edge":
+        amounts = layout.arrange([(0, 0)] * (x.ndim - layout.rank - 1), padding.amounts, (0, 0))
+        return jnp.pad(x, amounts, mode=padding.mode)
+    # jnp.pad slices all axes then, also those that it does not pad, which JAX refuses where types shard them.
+    for axis, (low, high) in zip(layout.spatial, padding.amounts, strict=True):
+        axis, n = axis + x.ndim, x.shape[axis]
+        edges = ((lax.slice_in_dim(x, 0, 1, axis=axis), low), (lax.slice_in_dim(x, n - 1, n, axis=axis), high))
+        before, after = (
+            jnp.broadcast_to(edge, (*x.shape[:axis], times, *x.shape[axis + 1 :])) for edge, times in edges
+        )
+        x = lax.concatenate([before, x, after], axis)
+    return x
 
 
 def _under_in_sharding(request: Request, function: Callable[..., Array], x: Array, *others: Array) -> Array:
