@@ -37,3 +37,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"depthwise_jax.{name}")
     raise AttributeError(f"module 'depthwise_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    own = {name for name, item in globals().items() if getattr(item, "__module__", "").startswith("depthwise_jax.")}
+    return sorted({*own, *_LAZY, "activations", "constraints", "initializers", "linen", "regularizers", "settings"})

@@ -10,6 +10,8 @@ from jax import Array
 
 from depthwise_jax._core.registry import Registry
 
+__all__ = ["gelu", "get", "hard_shrink", "leaky_relu", "linear", "serialize", "soft_shrink", "sparsemax", "tanh_shrink"]
+
 Activation = Callable[[Array], Array]
 
 

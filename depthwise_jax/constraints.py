@@ -30,6 +30,21 @@ from depthwise_jax._core.introspect import per_instance
 from depthwise_jax._core.norms import Axis, axes_of, checked_axis, plain_norms, polar, rounded, slice_norms, sum_error
 from depthwise_jax._core.registry import Registry, shown
 
+__all__ = [
+    "Box",
+    "Constraint",
+    "Lifted",
+    "MaxNorm",
+    "MinMaxNorm",
+    "NonNeg",
+    "PerSlice",
+    "UnitNorm",
+    "as_constraint",
+    "compose",
+    "get",
+    "serialize",
+]
+
 _KERAS_EPSILON = 1e-7  # keras.config.epsilon()
 
 

@@ -24,6 +24,27 @@ from jax import Array
 
 from depthwise_jax._core.registry import Registry
 
+__all__ = [
+    "STFT",
+    "Constant",
+    "GlorotNormal",
+    "GlorotUniform",
+    "HeNormal",
+    "HeUniform",
+    "Identity",
+    "LecunNormal",
+    "LecunUniform",
+    "Ones",
+    "Orthogonal",
+    "RandomNormal",
+    "RandomUniform",
+    "TruncatedNormal",
+    "VarianceScaling",
+    "Zeros",
+    "get",
+    "serialize",
+]
+
 Shape = tuple[int, ...]
 Initializer = Callable[[Array, Shape, Any], Array]
 

@@ -57,6 +57,8 @@ from depthwise_jax._core.dtypes import at_least_float32, promoted
 from depthwise_jax._core.registry import shown
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
 
+__all__ = ["apply_updates_projected", "constraints_of", "feasibility", "project", "project_params"]
+
 Path = tuple[str, ...]
 
 

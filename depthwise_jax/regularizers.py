@@ -12,6 +12,8 @@ from jax import Array
 from depthwise_jax._core.dtypes import at_least_float32
 from depthwise_jax._core.registry import Registry
 
+__all__ = ["L1", "L1L2", "L2", "OrthogonalRegularizer", "Regularizer", "get", "penalty", "serialize"]
+
 
 class Regularizer:
     """The penalty 0, and the base of the others; Keras has it under a name too."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from depthwise_jax._core.layout import DATA_FORMATS
 
+__all__ = ["image_data_format", "set_image_data_format"]
+
 _image_data_format: str | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
@@ -94,3 +95,26 @@ def test_the_public_names() -> None:
         assert callable(getattr(depthwise_jax, name))
     with pytest.raises(AttributeError, match="no_such_name"):
         depthwise_jax.no_such_name  # noqa: B018
+
+
+def test_dir_lists_what_a_user_looks_for() -> None:
+    import depthwise_jax
+
+    names = dir(depthwise_jax)
+    assert {"DepthwiseConv2D", "depthwise_conv", "constraints", "nnx", "optim", "interop"} <= set(names)
+    assert not {"Any", "importlib", "TYPE_CHECKING", "native", "lowering", "functional"} & set(names)
+    for name in names:
+        getattr(depthwise_jax, name)
+
+
+@pytest.mark.parametrize("module", ["activations", "constraints", "initializers", "optim", "regularizers", "settings"])
+def test_public_modules_list_their_names(module: str) -> None:
+    imported = importlib.import_module(f"depthwise_jax.{module}")
+    names = imported.__all__
+    defined = {
+        name
+        for name, item in vars(imported).items()
+        if not name.startswith("_") and getattr(item, "__module__", None) == imported.__name__ and callable(item)
+    }
+    internal = {"warn_of_fans"} if module == "initializers" else set()
+    assert defined - internal - {"get", "serialize"} == set(names) - {"get", "serialize"}

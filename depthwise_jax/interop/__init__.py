@@ -14,4 +14,17 @@ from depthwise_jax.interop import flax as flax
 from depthwise_jax.interop import jaxpr as jaxpr
 from depthwise_jax.interop import keras as keras
 from depthwise_jax.interop import torch as torch
+from depthwise_jax.interop.flax import from_flax as from_flax
+from depthwise_jax.interop.flax import params_from_flax as params_from_flax
+from depthwise_jax.interop.flax import params_to_flax as params_to_flax
+from depthwise_jax.interop.flax import to_flax as to_flax
 from depthwise_jax.interop.jaxpr import accelerate as accelerate
+from depthwise_jax.interop.keras import from_keras as from_keras
+from depthwise_jax.interop.keras import layers_from_keras as layers_from_keras
+from depthwise_jax.interop.keras import read_weights as read_weights
+from depthwise_jax.interop.keras import to_keras as to_keras
+from depthwise_jax.interop.torch import from_state_dict as from_state_dict
+from depthwise_jax.interop.torch import from_torch as from_torch
+from depthwise_jax.interop.torch import layers_from_torch as layers_from_torch
+from depthwise_jax.interop.torch import params_from_state_dict as params_from_state_dict
+from depthwise_jax.interop.torch import to_torch as to_torch
