@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from depthwise_jax._core import hints
 from depthwise_jax._core.layout import Layout
 from depthwise_jax._core.window import per_axis
-from depthwise_jax.functional import Request, convolve, empty_output, kernel_layout
+from depthwise_jax.functional import Request, array, convolve, empty_output, kernel_layout
 
 
 def causal_conv1d(
@@ -79,10 +79,10 @@ def causal_conv1d(
         >>> y.shape, state.shape
         ((2, 1, 8), (2, 3, 8))
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel = array("x", x), array("kernel", kernel)
     if kernel.ndim != 3:
         raise ValueError(
-            f"kernel must have shape (K, C, M), got shape {kernel.shape}{hints.of_kernel(kernel.shape, None)}"
+            f"kernel must have shape (K, C, M); got shape {kernel.shape}{hints.of_kernel(kernel.shape, None)}"
         )
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "kernel"),
@@ -137,9 +137,9 @@ def causal_conv1d_state(
         >>> causal_conv1d_state(x, kernel_size=3, lengths=jnp.array([5, 1]))[..., 0].tolist()
         [[3.0, 4.0], [0.0, 5.0]]
     """
-    x, layout = jnp.asarray(x), Layout(1, data_format)
+    x, layout = array("x", x), Layout(1, data_format)
     if x.ndim < 2:
-        raise ValueError(f"x must have shape {_axes(layout, 'L', 'C')}, got shape {x.shape}")
+        raise ValueError(f"x must have shape {_axes(layout, 'L', 'C')}; got shape {x.shape}")
     span = _span(kernel_size, dilation_rate)
     state = _checked_state(state, x, span, layout)
     return _state_after(x, state, _checked_lengths(lengths, x, layout), span, layout)
@@ -160,17 +160,17 @@ def convolve_causally(
 ) -> tuple[Array, Array]:
     """causal_conv1d of a request, whose padding is "causal", and of x and state in a dtype if one is given."""
     layout, taps = request.layout, kernel.shape[0]
-    request.check_channels(x.shape, kernel.shape)
+    (length,) = request.spatial(x.shape, kernel.shape)
     (dilation,) = per_axis(request.dilation_rate, 1, "dilation_rate")
     span = _span(taps, dilation)
     if segment_ids is not None and segment_pos is not None:
         raise ValueError(
-            "segment_ids must be None beside segment_pos, got both; segment_pos alone says where documents begin"
+            "segment_ids must be None beside segment_pos; got both, and segment_pos alone says where documents begin"
         )
     if segment_ids is not None and state is not None:
         raise ValueError(
-            "segment_ids must be None beside a state, got both: ids do not tell which of the tokens in the state "
-            "belong to the first document; give segment_pos"
+            "segment_ids must be None beside a state; got both, and ids do not tell which tokens of the state belong "
+            "to the first document: give segment_pos"
         )
     state = _checked_state(state, x, span, layout)
     if segment_ids is not None:
@@ -182,7 +182,6 @@ def convolve_causally(
     after = _state_after(x, state, _checked_lengths(lengths, x, layout), span, layout)
     if operand_dtype is not None:
         x = x.astype(operand_dtype)
-    (length,) = layout.spatial_shape(x.shape)
     if isinstance(length, int) and length == 0:
         return empty_output(request, x, kernel, bias, preferred_element_type=preferred_element_type), after
     if reach is not None:
@@ -208,7 +207,7 @@ def _axes(layout: Layout, length: Any, channels: Any, *batch: Any) -> str:
 def _checked_state(state: ArrayLike | None, x: Array, span: int, layout: Layout) -> Array | None:
     if state is None:
         return None
-    state = jnp.asarray(state)
+    state = array("state", state)
     batch, channels = x.shape[: x.ndim - 2], x.shape[layout.channels]
     expected = tuple(layout.arrange(batch, [span], channels))
     if state.shape == expected:
@@ -226,7 +225,7 @@ def _checked_state(state: ArrayLike | None, x: Array, span: int, layout: Layout)
         kept = "jnp.swapaxes(state, -1, -2)" + ("[..., 1:, :]" if layout.channels == -1 else "[..., 1:]")
         hint = f"; of the other data format and as wide as the window it is {kept}"
     raise ValueError(
-        f"state must have shape {_axes(layout, '(K-1)*dilation_rate', 'C')} = {expected}, to fit x of shape {x.shape}, "
+        f"state must have shape {_axes(layout, '(K-1)*dilation_rate', 'C')} = {expected}, to fit x of shape {x.shape}; "
         f"got shape {state.shape}{hint}"
     )
 
@@ -238,7 +237,7 @@ def _per_token(values: ArrayLike, name: str, x: Array, layout: Layout) -> Array:
     if values.shape != expected:
         raise ValueError(
             f"{name} must have shape (*batch, L) = {expected}, to fit x of shape {x.shape} and "
-            f"data_format={layout.data_format!r}, got shape {values.shape}{_no_time_axis(x, values.shape[:-1])}"
+            f"data_format={layout.data_format!r}; got shape {values.shape}{_no_time_axis(x, values.shape[:-1])}"
         )
     return values if values.dtype.itemsize > 2 else values.astype(jnp.int32)
 
@@ -250,7 +249,7 @@ def _checked_lengths(lengths: ArrayLike | None, x: Array, layout: Layout) -> Arr
     if lengths.shape != x.shape[: x.ndim - 2]:
         raise ValueError(
             f"lengths must have shape (*batch,) = {x.shape[: x.ndim - 2]}, to fit x of shape {x.shape} and "
-            f"data_format={layout.data_format!r}, got shape {lengths.shape}{_no_time_axis(x, lengths.shape)}"
+            f"data_format={layout.data_format!r}; got shape {lengths.shape}{_no_time_axis(x, lengths.shape)}"
         )
     return lengths
 
@@ -261,9 +260,9 @@ def _no_time_axis(x: Array, batch: tuple[int, ...]) -> str:
 
 
 def _integers(values: ArrayLike, name: str) -> Array:
-    values = jnp.asarray(values)
+    values = array(name, values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {values.dtype}")
+        raise TypeError(f"{name} must be integers; got dtype {values.dtype}")
     return values
 
 

@@ -20,7 +20,7 @@ from depthwise_jax import linen
 from depthwise_jax._contract import fields
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.optim import constraints_of, feasibility, project
-from tests.oracle import assert_close
+from tests.support.assertions import assert_close
 from tests.test_sequences import CONTINUED, IDS, LENGTH, ROWS, causal_conv1d, draw
 
 Layer: Any = linen.CausalDepthwiseConv1D

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import depthwise_jax
 from depthwise_jax import depthwise_conv, explain
-from tests.oracle import CausalOracle, Oracle, assert_close
-from tests.test_collectives import COLLECTIVE
+from tests.support.assertions import assert_close
+from tests.support.oracle import CausalOracle, Oracle
 
 # As Any: tests give them what they refuse, and arrays of NumPy for those of JAX.
 causal_conv1d: Any = depthwise_jax.causal_conv1d
@@ -482,6 +483,8 @@ def test_explain_tells_of_packed_maps() -> None:
 
 # ---- Meshes
 
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
 
 @pytest.mark.parametrize("spec", [PartitionSpec("a"), PartitionSpec(None, None, "a"), PartitionSpec("a", None, "b")])
 @pytest.mark.parametrize("kinds", [(AxisType.Auto,) * 2, (AxisType.Explicit,) * 2], ids=["auto", "explicit"])
@@ -545,11 +548,11 @@ ONES, STATE = np.ones((2, 5), int), np.ones((2, 3, 3))
         ({"x": np.ones((2, 3)), "lengths": ONES[:, 0]}, ValueError, "lengths must have shape .* time axis"),
         ({"x": np.ones((2, 3)), "segment_pos": ONES[:, :1]}, ValueError, "segment_pos must have shape .* time axis"),
         ({"x": np.ones(3)}, ValueError, "x must have shape"),
-        ({"x": np.ones((2, 5, 4))}, ValueError, "x must have shape .* with 3 channels"),
+        ({"x": np.ones((2, 5, 4))}, ValueError, "with 3 channels"),
         ({"segment_ids": ONES, "segment_pos": ONES}, ValueError, "segment_ids .*segment_pos"),
         ({"segment_ids": ONES, "state": STATE}, ValueError, "segment_ids .* state.*segment_pos"),
-        ({"segment_ids": np.ones((2, 5))}, TypeError, "segment_ids must be integers, got dtype float"),
-        ({"segment_pos": np.ones((2, 5), bool)}, TypeError, "segment_pos must be integers, got dtype bool"),
+        ({"segment_ids": np.ones((2, 5))}, TypeError, "segment_ids must be integers; got dtype float"),
+        ({"segment_pos": np.ones((2, 5), bool)}, TypeError, "segment_pos must be integers; got dtype bool"),
         ({"lengths": np.ones(2)}, TypeError, "lengths must be integers"),
         ({"segment_ids": ONES[:, 1:]}, ValueError, r"segment_ids must have shape .*\(2, 5\).*\(2, 4\)"),
         ({"lengths": ONES}, ValueError, r"lengths must have shape \(\*batch,\) = \(2,\).*\(2, 5\)"),
