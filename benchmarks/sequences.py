@@ -10,7 +10,6 @@ installed. "masked shifts" is what models write by hand: the sum of shifted prod
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,35 +34,27 @@ def main() -> None:
     arguments = parser.parse_args()
     environment.enter("benchmarks.sequences", arguments.threads)
     from benchmarks import timing  # imports NumPy, which reads its settings
+    from workloads import results
 
-    rows: dict[str, Any] = {}
-    for name, (functions, reference) in {
-        "training": (training(), "unpacked"),
-        "decoding": (decoding(), "valid"),
-    }.items():
+    rows: list[dict[str, Any]] = []
+    for name, functions in {"training": training(), "decoding": decoding()}.items():
+        reference = next(iter(functions))
         for function in functions.values():
             function()
         samples, attempts = timing.calm(functions, arguments.rounds, arguments.seconds, arguments.attempts)
         for function, durations in samples.items():
-            row = {
-                "milliseconds": round(1e3 * min(durations), 4),
-                "median": round(1e3 * sorted(durations)[len(durations) // 2], 4),
-                f"over {reference}": round(timing.ratio(durations, samples[reference]), 2),
-                "spread": round(timing.spread(durations), 2),
-                "attempts": attempts,
-            }
-            rows[f"{name}: {function}"] = row
-            print(
-                f"{name:9} {function:28} {row['milliseconds']:9.3f} ms  {row['ratio']:7.2f} times {reference}",
-                flush=True,
-            )
-    result = {
+            over = results.ratio(durations, samples[reference])
+            fastest = 1e3 * min(durations)
+            print(f"{name:9} {function:22} {fastest:9.3f} ms  {over:7.2f} times {reference}", flush=True)
+            row: dict[str, Any] = {"what": name, "by": function, "milliseconds": results.milliseconds(durations)}
+            rows.append(row | {f"over {reference}": round(over, 3), "attempts": attempts})
+    found = {
         "shapes": {"training": X, "window": WINDOW, "document": DOCUMENT, "decoding": TOKEN, "dtype": "float32"},
         "machine": environment.machine(),
         "versions": environment.versions(("jax", "jaxlib", "numpy", "torch")),
         "rows": rows,
     }
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    results.write(found, arguments.json)
 
 
 def training() -> dict[str, Callable[[], Any]]:

@@ -110,7 +110,7 @@ def explain(
             types = [sharding.typed(aval, spec) for aval, spec in zip(types, stated[1], strict=False)]
     dtype = dtypes.promoted(x.dtype, kernel.dtype)
     given, kernel_type = types
-    made = primitives.result_type(*types, convolution, dtype, transposed)
+    made = primitives.result_type(given, kernel_type, convolution, dtype, transposed)
     small, large = (given, made) if transposed else (made, given)  # the types of y and x of the convolution
     operands = {"forward": [large, kernel_type], "input_grad": [small, kernel_type], "kernel_grad": [large, small]}
 

@@ -21,8 +21,9 @@ from depthwise_jax._contract import fields
 from depthwise_jax.constraints import MaxNorm
 from depthwise_jax.optim import constraints_of, feasibility, project
 from tests.support.assertions import assert_close
-from tests.test_sequences import CONTINUED, IDS, LENGTH, ROWS, causal_conv1d, draw
+from tests.support.documents import CONTINUED, IDS, LENGTH, ROWS, draw
 
+causal_conv1d: Any = depthwise_jax.causal_conv1d
 Layer: Any = linen.CausalDepthwiseConv1D
 NnxLayer: Any = depthwise_jax.nnx.CausalDepthwiseConv1D
 X = draw(ROWS, LENGTH, 6)

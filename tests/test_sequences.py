@@ -17,18 +17,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import depthwise_jax
 from depthwise_jax import depthwise_conv, explain
 from tests.support.assertions import assert_close
+from tests.support.documents import CONTINUED, DOCUMENTS, IDS, LENGTH, POSITIONS, ROWS, draw
 from tests.support.oracle import CausalOracle, Oracle
 
 # As Any: tests give them what they refuse, and arrays of NumPy for those of JAX.
 causal_conv1d: Any = depthwise_jax.causal_conv1d
 causal_conv1d_state: Any = depthwise_jax.causal_conv1d_state
-
-LENGTH = 11
-# Documents of one token, as long as the row, of the window's length, and longer.
-DOCUMENTS = ([1, 4, 1, 5], [11], [1] * 11, [2, 9], [3, 3, 5])
-IDS = np.array([np.repeat(np.arange(len(row)) % 3, row) for row in DOCUMENTS])
-POSITIONS = np.array([np.concatenate([np.arange(n) for n in row]) for row in DOCUMENTS])
-ROWS = len(DOCUMENTS)
 
 # Kernel size, dilation, multiplier, batch axes, data format.
 Geometry = tuple[int, int, int, tuple[int, ...], str]
@@ -41,10 +35,6 @@ GEOMETRIES: list[Geometry] = [
     (4, 1, 1, (ROWS,), "channels_first"),
 ]
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: "-".join(map(str, g)).replace(" ", ""))
-
-
-def draw(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
 def turned(a: Any, data_format: str) -> Any:
@@ -159,18 +149,6 @@ def test_packed_is_the_documents_apart(geometry: Geometry, implementation: str) 
     assert_close(turned(np.asarray(dx), data_format).reshape(true_dx.shape), true_dx, 1e-5, "dx")
     assert_close(dkernel, true_dkernel, 1e-5, "dkernel")
     assert_close(dbias, g_rows.sum((0, 1), dtype=np.float64), 1e-5, "dbias")
-
-
-# A state whose tokens belong to the first document or not, padding on the left, and positions that say anything.
-CONTINUED = np.array(
-    [
-        [7, 8, 9, 0, 1, 2, 0, 0, 1, 2, 3],
-        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
-        [-3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7],
-        [1, 0, 0, 5, 2, 1, 9, -1, 0, 3, 2],
-        [2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 1],
-    ]
-)
 
 
 @pytest.mark.parametrize(("size", "dilation", "multiplier"), [(4, 1, 1), (3, 2, 2), (4, 4, 1), (1, 1, 1)])
