@@ -26,7 +26,7 @@ class _Layer(nn.Module):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("kernel_size", "strides", "padding", "dilation_rate"):
+        for name in {"kernel_size", "strides", "padding", "dilation_rate"}.intersection(fields.names(type(self))):
             object.__setattr__(self, name, _hashable(getattr(self, name)))
         # Read once, at construction, as Keras does: clones keep it.
         given = settings.image_data_format() if self.data_format is None else self.data_format

@@ -118,9 +118,12 @@ ffi::ErrorOr<const std::int32_t*> reach_of(ffi::AnyBuffer reach, const Geometry&
       static_cast<Index>(reach.element_count()) != g.stack * g.batch * g.out[2]) {
     return ffi::Unexpected(invalid("expected a reach (*stack, batch, out) of int32; got " + text(reach.dimensions())));
   }
-  if (g.in[0] != 1 || g.in[1] != 1 || g.stride[2] != 1) {
-    return ffi::Unexpected(invalid("expected one spatial axis at stride 1 beside a reach"));
+  for (int axis = 0; axis < 2; ++axis) {
+    if (g.in[axis] != 1 || g.out[axis] != 1 || g.window[axis] != 1) {
+      return ffi::Unexpected(invalid("expected one spatial axis beside a reach"));
+    }
   }
+  if (g.stride[2] != 1) return ffi::Unexpected(invalid("expected a stride of 1 beside a reach"));
   return reach.typed_data<std::int32_t>();
 }
 
