@@ -115,12 +115,14 @@ def test_initial_values_are_pytorchs() -> None:
     lecun = depthwise_jax.initializers.LecunNormal
     flax_layer = nn.Conv(channels, (4,), feature_group_count=channels)
     flax_kernel = flax_layer.init(jax.random.key(0), x)["params"]["kernel"]
+    with pytest.warns(UserWarning, match="sqrt"):
+        foreign = kernel(depthwise_initializer=nn.initializers.lecun_normal())
     for value, std in (
         (kernel(depthwise_initializer="glorot_uniform"), 0.022),
         (kernel(), 0.29),
         (kernel(depthwise_initializer=lecun(fan="window")), 0.5),
         (np.asarray(flax_kernel), 0.5),
-        (kernel(depthwise_initializer=nn.initializers.lecun_normal()), 0.5 / np.sqrt(channels)),
+        (foreign, 0.5 / np.sqrt(channels)),
     ):
         assert value.std() == pytest.approx(std, rel=0.05)
 
@@ -171,7 +173,7 @@ def test_penalties_and_constraints() -> None:
     params = variables["params"]
     gradients = jax.grad(lambda params: layer.apply({"params": params}, X, segment_ids=IDS)[0].sum())(params)
     updates, _ = tx.update(gradients, tx.init(params), params)
-    report = feasibility(constraints, optax.apply_updates(params, updates))
+    report = feasibility(optax.apply_updates(params, updates), constraints)
     assert max(float(v) for v in jax.tree.leaves(report)) < 1e-6
 
 
@@ -179,14 +181,15 @@ class Block(nn.Module):
     """A layer of a small model, for nn.scan: the state goes in and out with the layer's parameters."""
 
     dtype: Any = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Any, state: Any, context: dict[str, Any]) -> Any:
-        y, state = Layer(dtype=self.dtype, activation="silu")(x, state, **context)
+        y, state = Layer(dtype=self.dtype, activation="silu", use_bias=self.use_bias)(x, state, **context)
         return x + y, state
 
 
-def stack(layers: int, dtype: Any = None) -> Any:
+def stack(layers: int, **arguments: Any) -> Any:
     scan: Any = nn.scan
     scanned = scan(
         Block,
@@ -195,7 +198,7 @@ def stack(layers: int, dtype: Any = None) -> Any:
         in_axes=(0, nn.broadcast),
         length=layers,
     )
-    return scanned(dtype)
+    return scanned(**arguments)
 
 
 def test_layers_in_a_scan_decode_what_they_compute_at_once() -> None:
@@ -266,7 +269,8 @@ def test_packing_at_the_size_of_real_training() -> None:
             for array, other, seed in ((packed, apart, 2), (targets_packed, targets_apart, 3)):
                 other[document, :n] = array[r, start : start + n] = draw(n, channels, seed=100 * seed + document)
             start += n
-    model = stack(layers, jnp.bfloat16)
+    # Without a bias, the gradient of which XLA's CPU compiler sums in bfloat16.
+    model = stack(layers, dtype=jnp.bfloat16, use_bias=False)
     params = model.init(jax.random.key(0), packed[:1, :8], None, {})
 
     def loss(params: Any, x: Any, targets: Any, context: dict[str, Any]) -> Any:
@@ -280,5 +284,4 @@ def test_packing_at_the_size_of_real_training() -> None:
     for ours, theirs, leaky in zip(*map(jax.tree.leaves, (together, expected, leaking)), strict=True):
         truth = np.asarray(theirs, np.float64)
         assert_close(ours, truth, 2.0**-7)
-        if ours.ndim > 2:
-            assert np.abs(np.asarray(leaky) - truth).max() > 4 * 2.0**-7 * np.abs(truth).max()
+        assert np.abs(np.asarray(leaky) - truth).max() > 4 * 2.0**-7 * np.abs(truth).max()
