@@ -748,6 +748,7 @@ Trial draw_trial(Random& random, const LoopEntry& entry) {
       trial.g.in[axis] = trial.g.out[axis] = trial.g.window[axis] = trial.g.stride[axis] = trial.g.dilation[axis] = 1;
       trial.g.low[axis] = 0;
     }
+    trial.g.stride[2] = 1;
     trial.packed = true;
     trial.biased = false;
     trial.activation = Activation::identity;
