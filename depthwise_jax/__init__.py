@@ -8,6 +8,7 @@ from depthwise_jax.explanation import explain as explain
 from depthwise_jax.functional import depthwise_conv as depthwise_conv
 from depthwise_jax.functional import depthwise_conv_transpose as depthwise_conv_transpose
 from depthwise_jax.functional import separable_conv as separable_conv
+from depthwise_jax.linen import CausalDepthwiseConv1D as CausalDepthwiseConv1D
 from depthwise_jax.linen import DepthwiseConv1D as DepthwiseConv1D
 from depthwise_jax.linen import DepthwiseConv1DTranspose as DepthwiseConv1DTranspose
 from depthwise_jax.linen import DepthwiseConv2D as DepthwiseConv2D
@@ -19,6 +20,8 @@ from depthwise_jax.linen import SeparableConv2D as SeparableConv2D
 from depthwise_jax.linen import SeparableConv3D as SeparableConv3D
 from depthwise_jax.linen import regularization_loss as regularization_loss
 from depthwise_jax.lowering import native
+from depthwise_jax.sequences import causal_conv1d as causal_conv1d
+from depthwise_jax.sequences import causal_conv1d_state as causal_conv1d_state
 from depthwise_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -43,6 +43,7 @@ def explain(
     dilation_rate: int | Sequence[int] = 1,
     implementation: str | None = None,
     in_sharding: PartitionSpec | None = None,
+    packed: bool = False,
     platform: str | None = None,
     partitioned: int | None = None,
     transposed: bool = False,
@@ -56,6 +57,7 @@ def explain(
     Args:
         x, kernel: as in depthwise_conv; anything with a shape and a dtype, `jax.ShapeDtypeStruct` too.
         strides, padding, data_format, dilation_rate, implementation, in_sharding: as in depthwise_conv.
+        packed: whether several documents are packed into a row, as `causal_conv1d` takes them with segment_pos.
         platform: "cpu", "cuda", "rocm" or "tpu", or "gpu" for the GPU of this machine ("cuda" without one); the default
             backend's if None.
         partitioned: instead of asking the mesh: over how many mesh axes the compiler splits the program, in a way that
@@ -118,7 +120,9 @@ def explain(
         else:
             mesh = {f"axis {i}": 2 for i in range(partitioned)}
             known = Partitioning.of(direction, convolution, mesh, operands[direction])
-        call = lowering.Call(direction, convolution, on, dtype, known, channels=channels, multiplier=multiplier)
+        call = lowering.Call(
+            direction, convolution, on, dtype, known, channels=channels, multiplier=multiplier, packed=packed
+        )
         return lowering.choose(call, implementation)
 
     maps = ("input_grad", "forward", "kernel_grad") if transposed else lowering.MAPS

@@ -83,7 +83,7 @@ def depthwise_conv(
         >>> jax.grad(lambda kernel: depthwise_conv(x, kernel).sum())(kernel).shape
         (3, 3, 32, 2)
     """
-    x, kernel = _array("x", x), _array("kernel", kernel)
+    x, kernel = array("x", x), array("kernel", kernel)
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,
@@ -140,8 +140,8 @@ def separable_conv(
         >>> separable_conv(x, depthwise, pointwise, padding="same").shape
         (8, 28, 28, 16)
     """
-    x, kernel = _array("x", x), _array("depthwise_kernel", depthwise_kernel)
-    pointwise = _array("pointwise_kernel", pointwise_kernel)
+    x, kernel = array("x", x), array("depthwise_kernel", depthwise_kernel)
+    pointwise = array("pointwise_kernel", pointwise_kernel)
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "depthwise_kernel"),
         strides=strides,
@@ -206,7 +206,7 @@ def depthwise_conv_transpose(
         >>> depthwise_conv_transpose(x, kernel, strides=2, padding="same").shape
         (8, 28, 28, 32)
     """
-    x, kernel = _array("x", x), _array("kernel", kernel)
+    x, kernel = array("x", x), array("kernel", kernel)
     request = Request.of(
         kernel_layout(kernel.shape, data_format, "kernel"),
         strides=strides,
@@ -284,7 +284,7 @@ class Request:
         Raises:
             TypeError, ValueError: the shapes do not fit each other, or the window does not fit x.
         """
-        layout, spatial = self.layout, self._spatial(x, kernel)
+        layout, spatial = self.layout, self.spatial(x, kernel)
         window, input_padding = resolve(spatial, kernel[: layout.rank], self.strides, self.padding, self.dilation_rate)
         if input_padding is not None:
             spatial = tuple(n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True))
@@ -298,11 +298,15 @@ class Request:
         """
         size = kernel[: self.layout.rank]
         geometry = (size, self.strides, self.padding, self.output_padding, self.dilation_rate)
-        transposed = resolve_transposed(self._spatial(x, kernel), *geometry)
+        transposed = resolve_transposed(self.spatial(x, kernel), *geometry)
         return Convolution(transposed.window, self.layout, transposed.spatial, self.precision), transposed
 
-    def _spatial(self, x: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-        """The spatial shape of an x that fits the kernel."""
+    def spatial(self, x: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """The spatial shape of an x that fits the kernel.
+
+        Raises:
+            ValueError: x does not have the axes and the channels of the kernel.
+        """
         layout, channels = self.layout, kernel[-2]
         axes = layout.arrange(["*batch"], [f"spatial{i}" for i in range(layout.rank)], "channels")
         if len(x) < layout.rank + 1 or x[layout.channels] != channels:
@@ -343,17 +347,44 @@ def convolve(
     kernel: Array,
     bias: ArrayLike | None = None,
     *,
+    reach: Array | None = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Array:
-    """depthwise_conv of a request."""
+    """depthwise_conv of a request.
+
+    Args:
+        request: the request.
+        x, kernel, bias, preferred_element_type: as in depthwise_conv.
+        reach: of a packed convolution, as primitives has it.
+    """
     bias = _checked_bias(bias, kernel.shape[-2] * kernel.shape[-1], "C*M")
     dtype = _result_dtype(preferred_element_type, x, kernel, bias)
+    if reach is not None:
+        return _finish(_bind(request, primitives.conv_p, dtype, x, kernel, reach), bias, request)
     known = jnp.issubdtype(dtype, jnp.floating) and (request.activation is not None or bias is not None)
     name = fused.name_of(request.activation) if known else None
     if name is None:
         return _finish(_bind(request, primitives.conv_p, dtype, x, kernel), bias, request)
     operands = (x, kernel) if bias is None else (x, kernel, bias)
     return _bind(request, primitives.conv_fused_p, dtype, *operands, activation=name)
+
+
+def empty_output(
+    request: Request,
+    x: Array,
+    kernel: Array,
+    bias: ArrayLike | None = None,
+    *,
+    preferred_element_type: DTypeLike | None = None,
+) -> Array:
+    """What `convolve` gives for an x of no positions that has an output for each position."""
+    channels = kernel.shape[-2] * kernel.shape[-1]
+    bias = _checked_bias(bias, channels, "C*M")
+    layout = request.layout
+    batch = x.shape[: x.ndim - layout.rank - 1]
+    shape = layout.arrange(batch, layout.spatial_shape(x.shape), channels)
+    y = jnp.zeros(shape, _result_dtype(preferred_element_type, x, kernel, bias))
+    return _finish(y, bias, request)
 
 
 def convolve_separably(
@@ -440,7 +471,7 @@ def _bind(request: Request, primitive: Primitive, dtype: Any, x: Array, *others:
         implementation=request.implementation,
         **params,
     )
-    return _under_in_sharding(request, bind, x, *others)
+    return _under_in_sharding(request, bind, x, *others, reach=primitive is primitives.conv_p)
 
 
 def _padded(x: Array, padding: InputPadding, layout: Layout) -> Array:
@@ -459,8 +490,10 @@ def _padded(x: Array, padding: InputPadding, layout: Layout) -> Array:
     return x
 
 
-def _under_in_sharding(request: Request, function: Callable[..., Array], x: Array, *others: Array) -> Array:
-    """A function of x, the kernel and perhaps a bias, under explicit mesh axes if in_sharding says so.
+def _under_in_sharding(
+    request: Request, function: Callable[..., Array], x: Array, *others: Array, reach: bool = False
+) -> Array:
+    """A function of x, the kernel and perhaps a bias or a reach, under explicit mesh axes if in_sharding says so.
 
     Then types tell the primitives and their gradients what is sharded.
     """
@@ -468,6 +501,10 @@ def _under_in_sharding(request: Request, function: Callable[..., Array], x: Arra
         stated = sharding.operand_specs(request.in_sharding, x.ndim, request.layout)
         if stated is not None:
             axes, specs = stated
+            if reach:
+                tokens = [*sharding.entries(specs[0], x.ndim)]
+                tokens.pop(request.layout.channels)
+                specs = (*specs[:2], PartitionSpec(*tokens))
             if axes:
                 typed: Any = jax.sharding.explicit_axes(function, axes=axes, in_sharding=specs[: 1 + len(others)])
                 function = typed
@@ -501,7 +538,7 @@ def _finish(y: Array, bias: Array | None, request: Request) -> Array:
     return y if request.activation is None else request.activation(y)
 
 
-def _array(name: str, value: Any) -> Array:
+def array(name: str, value: Any) -> Array:
     if value is None or isinstance(value, str):
         raise TypeError(f"{name} must be an array; got {value!r}")
     return jnp.asarray(value)
@@ -510,7 +547,7 @@ def _array(name: str, value: Any) -> Array:
 def _checked_bias(bias: ArrayLike | None, channels: int, what: str) -> Array | None:
     if bias is None:
         return None
-    bias = _array("bias", bias)
+    bias = array("bias", bias)
     if bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({what},) = ({channels},); got shape {bias.shape}")
     return bias

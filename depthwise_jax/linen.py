@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from depthwise_jax import regularizers, settings
 from depthwise_jax._contract import fields
-from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields, TransposedFields
+from depthwise_jax._contract.fields import CausalFields, DepthwiseFields, SeparableFields, TransposedFields
 from depthwise_jax._contract.spec import Parameter, Spec, arguments_from_config, check_spelling, data_format
 from depthwise_jax._core import introspect
 from depthwise_jax._core.dtypes import added
@@ -26,7 +26,7 @@ class _Layer(nn.Module):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("kernel_size", "strides", "padding", "dilation_rate"):
+        for name in {"kernel_size", "strides", "padding", "dilation_rate"}.intersection(fields.names(type(self))):
             object.__setattr__(self, name, _hashable(getattr(self, name)))
         # Read once, at construction, as Keras does: clones keep it.
         given = settings.image_data_format() if self.data_format is None else self.data_format
@@ -36,20 +36,11 @@ class _Layer(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike) -> Array:
+    def __call__(self, x: ArrayLike) -> Any:
         x = jnp.asarray(x)
-        shapes = self.spec.shapes(x.shape)
-        values = {p.name: _value(self, p, shapes[p.name], self.spec.param_dtype) for p in self.spec.parameters}
+        values = _values(self, x)
         y = self.spec(x, values, sharded=not self.is_initializing())
-        if self.is_mutable_collection("losses") and not self.is_initializing():
-            for parameter in self.spec.parameters:
-                if parameter.regularizer is not None:
-                    loss = regularizers.penalty(parameter.regularizer, values[parameter.name])
-                    # Once per parameter, however often the layer is called.
-                    self.sow("losses", parameter.name, loss, init_fn=_zero, reduce_fn=lambda _, new: new)
-            if self.spec.activity_regularizer is not None:
-                loss = self.spec.activity_loss(y)
-                self.sow("losses", "activity", loss, init_fn=_zero, reduce_fn=added)
+        _sow_losses(self, values, y)
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -94,8 +85,31 @@ def _zero() -> Any:
     return 0.0
 
 
+# Functions and no methods: Flax would give these a name in the profile.
+
+
+def _values(module: _Layer, x: Array) -> dict[str, Array]:
+    """The parameters' values for an input, by name."""
+    shapes = module.spec.shapes(x.shape)
+    return {p.name: _value(module, p, shapes[p.name], module.spec.param_dtype) for p in module.spec.parameters}
+
+
+def _sow_losses(module: _Layer, values: Mapping[str, Array], y: Array) -> None:
+    """Sows the penalties of a call, where the collection is mutable."""
+    if not module.is_mutable_collection("losses") or module.is_initializing():
+        return
+    for parameter in module.spec.parameters:
+        if parameter.regularizer is not None:
+            loss = regularizers.penalty(parameter.regularizer, values[parameter.name])
+            # Once per parameter, however often the layer is called.
+            module.sow("losses", parameter.name, loss, init_fn=_zero, reduce_fn=lambda _, new: new)
+    if module.spec.activity_regularizer is not None:
+        loss = module.spec.activity_loss(y)
+        module.sow("losses", "activity", loss, init_fn=_zero, reduce_fn=added)
+
+
 def _value(module: nn.Module, parameter: Parameter, shape: tuple[int, ...], dtype: Any) -> Array:
-    """The parameter's value, initialised if need be. No method: Flax would give it a name in the profile."""
+    """The parameter's value, initialised if need be."""
     if module.has_variable("params", parameter.name):
         stored = meta.unbox(module.get_variable("params", parameter.name))
         parameter.check_shape(stored.shape, shape)
@@ -281,6 +295,72 @@ class SeparableConv3D(SeparableFields, _Layer):
     """
 
     rank = 3
+
+
+class CausalDepthwiseConv1D(CausalFields, _Layer):
+    """A causal depthwise convolution over time, as state-space and linear-attention models have it in each block.
+
+    Called with an input `(*batch, L, C)`, or `(*batch, C, L)` with channels_first, it returns the output and the state
+    after it; with a state it goes on from there. Keras has no such layer. The parameters are `kernel`,
+    `(kernel_size, C, depth_multiplier)`, and `bias`, `(C*depth_multiplier,)`.
+
+    The arguments are those of `DepthwiseConv1D`, without strides and padding. The default depthwise_initializer is
+    PyTorch's for such a convolution, uniform with the variance 1 / (3*kernel_size).
+
+    Raises:
+        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+
+    Examples:
+        >>> import jax
+        >>> layer = CausalDepthwiseConv1D(activation="silu")
+        >>> x = jax.numpy.ones((2, 10, 8))
+        >>> (y, state), variables = layer.init_with_output(jax.random.key(0), x)
+        >>> y.shape, state.shape, variables["params"]["kernel"].shape
+        ((2, 10, 8), (2, 3, 8), (4, 8, 1))
+        >>> y, state = layer.apply(variables, x[:, -1:], state)  # one token more
+        >>> y.shape, state.shape
+        ((2, 1, 8), (2, 3, 8))
+    """
+
+    rank = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        segment_pos: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> tuple[Array, Array]:
+        """The output, and the state after it.
+
+        Args:
+            x, state, segment_pos, segment_ids, lengths: as in `causal_conv1d`.
+        """
+        x = jnp.asarray(x)
+        values = _values(self, x)
+        y, after = self.spec(
+            x,
+            values,
+            sharded=not self.is_initializing(),
+            state=state,
+            segment_pos=segment_pos,
+            segment_ids=segment_ids,
+            lengths=lengths,
+        )
+        _sow_losses(self, values, y)
+        return y, after
+
+    def initial_state(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> Array:
+        """The state before the first token: zeros.
+
+        Args:
+            input_shape: an input's, `(*batch, L, C)` or `(*batch, C, L)`, with any L.
+            dtype: the state's; None for that of the computation, or of the parameters.
+        """
+        return self.spec.initial_state(input_shape, dtype)
 
 
 def regularization_loss(

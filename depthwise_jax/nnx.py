@@ -15,11 +15,11 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import unflatten_dict
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from depthwise_jax import regularizers, settings
 from depthwise_jax._contract import fields
-from depthwise_jax._contract.fields import DepthwiseFields, SeparableFields, TransposedFields
+from depthwise_jax._contract.fields import CausalFields, DepthwiseFields, SeparableFields, TransposedFields
 from depthwise_jax._contract.spec import Spec, arguments_from_config, check_spelling
 from depthwise_jax._core import introspect
 from depthwise_jax._core.dtypes import added
@@ -99,18 +99,26 @@ class _Layer(nnx.Module):
             made = self._memo.spec = Spec(type(self).__name__, self.rank, arguments)
         return made
 
-    def __call__(self, x: ArrayLike) -> Array:
-        x, contract = jnp.asarray(x), self.spec
+    def __call__(self, x: ArrayLike) -> Any:
+        x = jnp.asarray(x)
+        y = self.spec(x, self._values(x))
+        self._sow_losses(y)
+        return y
+
+    def _values(self, x: Array) -> dict[str, Array]:
+        """The parameters' values for an input, by name."""
+        contract = self.spec
         shapes = contract.shapes(x.shape)
         values = {parameter.name: getattr(self, parameter.name)[...] for parameter in contract.parameters}
         for parameter in contract.parameters:
             parameter.check_shape(values[parameter.name].shape, shapes[parameter.name])
-        y = contract(x, values)
+        return values
+
+    def _sow_losses(self, y: Array) -> None:
         # Outside of nnx.capture, sow would keep the value in the module for good.
-        if contract.activity_regularizer is not None and hasattr(self, "__captures__"):
-            loss = contract.activity_loss(y)
+        if self.spec.activity_regularizer is not None and hasattr(self, "__captures__"):
+            loss = self.spec.activity_loss(y)
             self.sow(Loss, "activity", loss, init_fn=lambda: jnp.zeros(()), reduce_fn=added)
-        return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The output's shape for an input's shape; None stands for an unknown axis in both.
@@ -164,6 +172,12 @@ class _DepthwiseConvTranspose(TransposedFields, _Layer):
 class _SeparableConv(SeparableFields, _Layer):
     depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
     pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
+    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _CausalDepthwiseConv(CausalFields, _Layer):
+    kernel: nnx.Param[Array] = dataclasses.field(init=False)
     bias: nnx.Param[Array] | None = dataclasses.field(init=False)
 
 
@@ -332,6 +346,71 @@ class SeparableConv3D(_SeparableConv):
     """
 
     rank = 3
+
+
+class CausalDepthwiseConv1D(_CausalDepthwiseConv):
+    """A causal depthwise convolution over time, as state-space and linear-attention models have it in each block.
+
+    Called with an input, it returns the output and the state after it; with a state it goes on from there. The
+    arguments, their defaults and the shapes are those of `depthwise_jax.linen.CausalDepthwiseConv1D`; every argument is
+    an attribute too.
+
+    Attributes:
+        kernel: an nnx.Param of shape `(kernel_size, in_features, depth_multiplier)`.
+        bias: an nnx.Param of shape `(in_features*depth_multiplier,)`, or None without a bias.
+
+    Args:
+        in_features: the input's channels, C.
+        rngs: the random numbers for the parameters, by name only.
+
+    Raises:
+        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = CausalDepthwiseConv1D(8, activation="silu", rngs=nnx.Rngs(0))
+        >>> y, state = layer(jnp.ones((2, 10, 8)))
+        >>> y.shape, state.shape
+        ((2, 10, 8), (2, 3, 8))
+    """
+
+    rank = 1
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        segment_pos: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> tuple[Array, Array]:
+        """The output, and the state after it.
+
+        Args:
+            x, state, segment_pos, segment_ids, lengths: as in `causal_conv1d`.
+        """
+        x = jnp.asarray(x)
+        y, after = self.spec(
+            x,
+            self._values(x),
+            state=state,
+            segment_pos=segment_pos,
+            segment_ids=segment_ids,
+            lengths=lengths,
+        )
+        self._sow_losses(y)
+        return y, after
+
+    def initial_state(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> Array:
+        """The state before the first token: zeros.
+
+        Args:
+            input_shape: an input's, `(*batch, L, C)` or `(*batch, C, L)`, with any L.
+            dtype: the state's; None for that of the computation, or of the parameters.
+        """
+        return self.spec.initial_state(input_shape, dtype)
 
 
 def collect(model: nnx.Module) -> Any:

@@ -1,4 +1,6 @@
-"""The layers' arguments as dataclass fields, in Keras' order and with Keras' defaults: those of Linen and of NNX."""
+"""The layers' arguments as dataclass fields, in Keras' order: those of Linen and of NNX. Defaults are Keras', but for
+the causal layer's, which Keras does not have.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from depthwise_jax import initializers
 from depthwise_jax._core.window import Padding
+
+# PyTorch's for a convolution with one group per channel.
+CAUSAL_INITIALIZER = initializers.VarianceScaling(1 / 3, "fan_in", "uniform", fan="window")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -44,6 +50,30 @@ class TransposedFields(DepthwiseFields):
     """The arguments of a transposed depthwise layer; `linen.DepthwiseConv2DTranspose` documents each."""
 
     output_padding: int | Sequence[int] | None = None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CausalFields:
+    """The arguments of a causal depthwise layer; `linen.CausalDepthwiseConv1D` documents them."""
+
+    kernel_size: int | Sequence[int] = 4
+    depth_multiplier: int = 1
+    data_format: str | None = None
+    dilation_rate: int | Sequence[int] = 1
+    activation: Any = None
+    use_bias: bool = True
+    depthwise_initializer: Any = CAUSAL_INITIALIZER
+    bias_initializer: Any = "zeros"
+    depthwise_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    depthwise_constraint: Any = None
+    bias_constraint: Any = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: lax.PrecisionLike = None
+    implementation: str | None = None
+    in_sharding: PartitionSpec | None = None
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import Array
+from jax.typing import ArrayLike
 
 from depthwise_jax import activations, constraints, initializers, regularizers
+from depthwise_jax._contract.fields import CAUSAL_INITIALIZER
 from depthwise_jax._core import hints
 from depthwise_jax._core.layout import DATA_FORMATS, Layout
 from depthwise_jax._core.registry import check_depth, closest
@@ -26,12 +28,14 @@ from depthwise_jax._core.window import (
 )
 from depthwise_jax.functional import Request, convolve, convolve_separably, convolve_transposed
 from depthwise_jax.initializers import Initializer
+from depthwise_jax.sequences import causal_conv1d_state, convolve_causally
 
 Shape = tuple[int, ...]
 
 # Which arguments belong to which parameter, by the prefix of the arguments' names; in Keras' order of the weights.
 _DEPTHWISE = {"kernel": "depthwise", "bias": "bias"}
 _SEPARABLE = {"depthwise_kernel": "depthwise", "pointwise_kernel": "pointwise", "bias": "bias"}
+
 _DEFAULT_INITIALIZERS = {"depthwise": "glorot_uniform", "pointwise": "glorot_uniform", "bias": "zeros"}
 
 
@@ -93,8 +97,8 @@ class Spec:
         Args:
             layer: the layer's class name, for messages and the configuration.
             rank: the number of spatial axes.
-            arguments: the layer's arguments by name, all of them; with "filters" for a separable layer, and with
-                "output_padding" for a transposed one.
+            arguments: the layer's arguments by name, all of them; with "filters" for a separable layer, with
+                "output_padding" for a transposed one, and without "strides" and "padding" for a causal one.
 
         Raises:
             ValueError, TypeError: an argument is not valid; the message names it, what came and what is expected.
@@ -103,11 +107,12 @@ class Spec:
         self.arguments = dict(arguments)
         self.separable = "filters" in arguments
         self.transposed = "output_padding" in arguments
+        self.causal = "padding" not in arguments
         self.kernel_size = per_axis(arguments["kernel_size"], rank, "kernel_size")
-        self.strides = per_axis(arguments["strides"], rank, "strides")
+        self.strides = per_axis(arguments.get("strides", 1), rank, "strides")
         self.dilation_rate = per_axis(arguments["dilation_rate"], rank, "dilation_rate")
         self.padding = canonical_padding(
-            arguments["padding"], rank, TRANSPOSED_PADDINGS if self.transposed else PADDINGS
+            arguments.get("padding", "causal"), rank, TRANSPOSED_PADDINGS if self.transposed else PADDINGS
         )
         self.output_padding = canonical_output_padding(
             arguments.get("output_padding"), self.strides, self.dilation_rate
@@ -141,14 +146,16 @@ class Spec:
         names += ["output_padding"] * self.transposed
         return {
             **resolved(self.arguments),
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in names if name in self.arguments},
             "data_format": self.layout.data_format,
         }
 
     def _parameter(self, name: str, prefix: str) -> Parameter:
         argument = f"{prefix}_initializer"
         identifier = self.arguments[argument]
-        initializer = initializers.get(_DEFAULT_INITIALIZERS[prefix] if identifier is None else identifier, argument)
+        if identifier is None:
+            identifier = CAUSAL_INITIALIZER if self.causal and prefix == "depthwise" else _DEFAULT_INITIALIZERS[prefix]
+        initializer = initializers.get(identifier, argument)
         assert initializer is not None
         return Parameter(
             name,
@@ -184,23 +191,37 @@ class Spec:
             "bias": (self.filters,),
         }
 
-    def __call__(self, x: Array, values: Mapping[str, Array], sharded: bool = True) -> Array:
+    def __call__(self, x: Array, values: Mapping[str, Array], sharded: bool = True, **context: ArrayLike | None) -> Any:
         """The layer's output.
 
         Args:
             x: the input.
             values: the parameters' values by name.
             sharded: whether x is sharded as `in_sharding` says; an example input for shapes or parameters need not be.
+            **context: what `causal_conv1d` takes besides, of a causal layer.
 
         Returns:
-            What `depthwise_conv`, `depthwise_conv_transpose` or `separable_conv` returns, computed in `dtype`; without
-            a `dtype`, in the dtype to which the input and the parameters promote.
+            What `depthwise_conv`, `depthwise_conv_transpose`, `separable_conv` or `causal_conv1d` returns, computed in
+            `dtype`; without a `dtype`, in the dtype to which the input and the parameters promote.
         """
         operands = promote_dtype(x, *(values[p.name] for p in self.parameters), dtype=self.dtype)
         request = self.request if sharded else replace(self.request, in_sharding=None)
+        if self.causal:
+            # The state holds x as it came.
+            return convolve_causally(request, x, *operands[1:], **context, operand_dtype=operands[0].dtype)
         if self.separable:
             return convolve_separably(request, *operands)
         return (convolve_transposed if self.transposed else convolve)(request, *operands)
+
+    def initial_state(self, input_shape: Sequence[int], dtype: Any = None) -> Array:
+        """The state of a causal layer before the first token of an input of this shape: zeros, in the layer's dtype."""
+        self.shapes(input_shape)
+        return causal_conv1d_state(
+            jnp.zeros(self.layout.arrange(input_shape[:-2], (0,), input_shape[self.layout.channels])),
+            kernel_size=self.kernel_size[0],
+            dilation_rate=self.dilation_rate[0],
+            data_format=self.layout.data_format,
+        ).astype(dtype or self.dtype or self.param_dtype)
 
     def activity_loss(self, y: Array) -> Array:
         """The activity_regularizer's penalty on the output, divided by the batch size: that of all leading axes."""
@@ -239,7 +260,8 @@ class Spec:
         dtype = self.dtype or self.param_dtype
         values = {p.name: jax.ShapeDtypeStruct(shapes[p.name], dtype) for p in self.parameters}
         call = functools.partial(self, sharded=False)
-        output = list(jax.eval_shape(call, jax.ShapeDtypeStruct(tuple(known), dtype), values).shape)
+        y = jax.eval_shape(call, jax.ShapeDtypeStruct(tuple(known), dtype), values)
+        output = list((y[0] if self.causal else y).shape)
         for axis, size in enumerate(sizes):
             if size is None and not (self.separable and axis - len(sizes) == self.layout.channels):
                 output[axis] = None
@@ -254,7 +276,7 @@ class Spec:
         Raises:
             ValueError: Keras has no word for one of the arguments.
         """
-        if self.layout.rank == 3 or self.transposed:
+        if self.layout.rank == 3 or self.transposed or self.causal:
             raise ValueError(f"Keras has no {self.layer}, so this layer cannot be serialised for Keras")
         if self.padding not in ("valid", "same"):
             raise ValueError(

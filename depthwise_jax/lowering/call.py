@@ -29,6 +29,7 @@ class Call:
         channels: the number of input channels, over all devices.
         multiplier: the number of kernels per channel.
         differentiated: whether the result is the value of a function that is being differentiated.
+        packed: whether each output sums the taps within its own reach alone.
     """
 
     direction: str
@@ -40,6 +41,7 @@ class Call:
     channels: int = 1
     multiplier: int = 1
     differentiated: bool = False
+    packed: bool = False
 
     @property
     def symbolic(self) -> bool:

@@ -59,6 +59,23 @@ class KeepingLowering(Protocol):
         ...
 
 
+@runtime_checkable
+class PackedLowering(Protocol):
+    """What a lowering has that computes packed maps by itself, rather than as packed.py has them of its others."""
+
+    def packed_forward(self, x: Array, kernel: Array, reach: Array, call: Call) -> Array:
+        """y, each output of the taps that it reaches."""
+        ...
+
+    def packed_input_grad(self, g: Array, kernel: Array, reach: Array, call: Call) -> Array:
+        """dx."""
+        ...
+
+    def packed_kernel_grad(self, x: Array, g: Array, reach: Array, call: Call) -> Array:
+        """dw."""
+        ...
+
+
 LOWERINGS: dict[str, Lowering] = {"conv": conv, "taps": taps, "native": native}
 
 
@@ -108,8 +125,15 @@ _FEW = 8
 _LANES = 128
 
 
+def is_packed(call: Call) -> bool:
+    """Whether each output has its own reach."""
+    return call.packed
+
+
 def is_summed_on_tpu(call: Call) -> bool:
     """Whether an elementwise sum over the taps is the faster formulation on TPU."""
+    if call.packed:
+        return True
     convolution, batch = call.convolution, call.partitioning.batch
     window, few = convolution.window, batch is not None and batch < _FEW
     if call.multiplier > 1 or max(window.strides) > 1 or convolution.layout.channels != -1:
@@ -162,6 +186,7 @@ TABLE = [
     Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
     Rule(("tpu",), "taps", "a sum of few taps is at the memory's limit, by the compiler's schedule", is_summed_on_tpu),
     Rule(("tpu",), "conv", "XLA's grouped convolution takes no more cycles than taps, by the compiler's schedule"),
+    Rule(("cuda", "rocm"), "taps", "a packed sum is one loop; by convolutions it is one for each tap", is_packed),
     Rule(("cuda",), "taps", f"a sum of few taps moves each byte once, {_COMPILED}", is_summed_on_gpu),
     Rule(("cuda",), "conv", f"XLA's grouped convolution runs no more than flax.linen.Conv does, {_COMPILED}"),
     Rule(("rocm",), "conv", "XLA's grouped convolution serves every call; nothing was measured or compiled for it"),

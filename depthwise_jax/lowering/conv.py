@@ -46,8 +46,11 @@ def refusal(call: Call) -> str | None:
 
 
 def operand_dtype(call: Call) -> Any:
-    """float32 for narrow floats on CPU, where XLA would sum them in steps that round; else the call's."""
-    return widened(call.dtype) if call.platform == "cpu" else call.dtype
+    """float32 for narrow floats on CPU, where XLA would sum them in steps that round; else the call's.
+
+    float32 too where the taps of a packed map are summed outside of the convolution.
+    """
+    return widened(call.dtype) if call.platform == "cpu" or call.packed else call.dtype
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:

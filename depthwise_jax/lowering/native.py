@@ -63,14 +63,15 @@ def status() -> Status:
     try:
         library.check_whole(path)
         loaded = ctypes.CDLL(str(path))
-        handlers = {direction: getattr(loaded, f"depthwise_jax_{direction}_v{_ABI}") for direction in MAPS}
+        names = (*MAPS, *(f"packed_{direction}" for direction in MAPS))
+        handlers = {name: getattr(loaded, f"depthwise_jax_{name}_v{_ABI}") for name in names}
         instruction_set = loaded.depthwise_jax_instruction_set
         instruction_set.restype = ctypes.c_char_p
         name = instruction_set()
         if name is None:
             return Status(None, f"DEPTHWISE_JAX_ISA={asked!r} is not an instruction set that this machine supports")
-        for direction, handler in handlers.items():
-            jax.ffi.register_ffi_target(_target(direction), jax.ffi.pycapsule(handler), platform="cpu")
+        for target, handler in handlers.items():
+            jax.ffi.register_ffi_target(_target(target), jax.ffi.pycapsule(handler), platform="cpu")
     except AttributeError as error:
         return Status(None, f"{path} is of another version of depthwise_jax, install it again: {error}")
     except (OSError, RuntimeError) as error:  # no library, or refused by XLA
@@ -138,29 +139,56 @@ def fused(x: Array, kernel: Array, bias: Array | None = None, *, activation: str
     shape = (*_multiplied(multiplier), operands[0].shape[0], *convolution.out, channels)
     code = np.int64(ACTIVATIONS.index(activation))
     y = _call("forward", shape, x.dtype, operands, convolution, activation=code)
-    y = _last(y, multiplier).reshape(*convolution.batch(x.shape), *convolution.out, channels * multiplier)
-    return jnp.moveaxis(y, -1, convolution.layout.channels)
+    return _to_y(y, x, multiplier, convolution)
 
 
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype."""
-    convolution = call.convolution
-    channels = kernel.shape[-2]
-    operands = [_from_y(g, channels, convolution), _from_kernel(kernel)]
-    batch = convolution.batch(g.shape)
-    shape = (math.prod(batch), *convolution.spatial, channels)
-    dx = _call("input_grad", shape, g.dtype, operands, convolution)
-    return jnp.moveaxis(dx.reshape(*batch, *shape[1:]), -1, convolution.layout.channels)
+    return _input_grad("input_grad", g, kernel, call)
 
 
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     """dw, in the operands' common dtype."""
+    return _kernel_grad("kernel_grad", x, g, call)
+
+
+def packed_forward(x: Array, kernel: Array, reach: Array, call: Call) -> Array:
+    """y, each output of the taps that it reaches."""
+    convolution = call.convolution
+    *_, channels, multiplier = kernel.shape
+    operands = [_from_x(x, convolution), _from_kernel(kernel), _from_reach(reach)]
+    shape = (*_multiplied(multiplier), operands[0].shape[0], *convolution.out, channels)
+    y = _call("packed_forward", shape, x.dtype, operands, convolution)
+    return _to_y(y, x, multiplier, convolution)
+
+
+def packed_input_grad(g: Array, kernel: Array, reach: Array, call: Call) -> Array:
+    """dx."""
+    return _input_grad("packed_input_grad", g, kernel, call, _from_reach(reach))
+
+
+def packed_kernel_grad(x: Array, g: Array, reach: Array, call: Call) -> Array:
+    """dw."""
+    return _kernel_grad("packed_kernel_grad", x, g, call, _from_reach(reach))
+
+
+def _input_grad(target: str, g: Array, kernel: Array, call: Call, *reach: Array) -> Array:
+    convolution = call.convolution
+    channels = kernel.shape[-2]
+    operands = [_from_y(g, channels, convolution), _from_kernel(kernel), *reach]
+    batch = convolution.batch(g.shape)
+    shape = (math.prod(batch), *convolution.spatial, channels)
+    dx = _call(target, shape, g.dtype, operands, convolution)
+    return jnp.moveaxis(dx.reshape(*batch, *shape[1:]), -1, convolution.layout.channels)
+
+
+def _kernel_grad(target: str, x: Array, g: Array, call: Call, *reach: Array) -> Array:
     convolution = call.convolution
     channels = convolution.channels(x.shape)
     multiplier = convolution.channels(g.shape) // channels
-    operands = [_from_x(x, convolution), _from_y(g, channels, convolution)]
+    operands = [_from_x(x, convolution), _from_y(g, channels, convolution), *reach]
     size = (*convolution.window.size, channels)
-    dw = _call("kernel_grad", (*_multiplied(multiplier), *size), x.dtype, operands, convolution)
+    dw = _call(target, (*_multiplied(multiplier), *size), x.dtype, operands, convolution)
     return _last(dw, multiplier).reshape(*size, multiplier)
 
 
@@ -193,8 +221,20 @@ def _from_y(y: Array, channels: int, convolution: Convolution) -> Array:
     return y.reshape(shape) if multiplier == 1 else jnp.moveaxis(y.reshape(*shape, multiplier), -1, 0)
 
 
+def _from_reach(reach: Array) -> Array:
+    """A reach as (batch, out)."""
+    return reach.reshape(math.prod(reach.shape[:-1]), reach.shape[-1])
+
+
+def _to_y(y: Array, x: Array, multiplier: int, convolution: Convolution) -> Array:
+    """The y of an x, of one as (M, batch, *out, C), or (batch, *out, C) where M is 1."""
+    y = _last(y, multiplier)
+    y = y.reshape(*convolution.batch(x.shape), *convolution.out, convolution.channels(x.shape) * multiplier)
+    return jnp.moveaxis(y, -1, convolution.layout.channels)
+
+
 def _call(
-    direction: str,
+    name: str,
     shape: Sequence[int],
     dtype: Any,
     operands: Sequence[Array],
@@ -203,7 +243,7 @@ def _call(
 ) -> Array:
     window = convolution.window
     # Axes that both operands are mapped over lead all shapes, each index a convolution of its own.
-    call = jax.ffi.ffi_call(_target(direction), jax.ShapeDtypeStruct(shape, dtype), vmap_method="broadcast_all")
+    call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(shape, dtype), vmap_method="broadcast_all")
     return call(
         *operands,
         stride=np.array(window.strides, np.int64),
@@ -213,5 +253,5 @@ def _call(
     )
 
 
-def _target(direction: str) -> str:
-    return f"depthwise_jax.{direction}.v{_ABI}"
+def _target(name: str) -> str:
+    return f"depthwise_jax.{name}.v{_ABI}"

@@ -14,6 +14,14 @@ nesting: every derivative of any order runs on the same three maps. A fourth,
 is for what a compiled kernel can do at its store. Its value stays fused where it is differentiated, and its derivative
 is the three maps' times a mask that its value tells.
 
+Each of the three maps takes a third operand too, `reach` (*stacked, *batch, out): a packed map, of one axis at stride
+one. Output o then sums only the taps that lie at most reach[o] >= 0 taps before its last one:
+
+    y[o] = sum over t with K-1-t <= reach[o] of x[o + t*d - low] * kernel[t]
+
+For a fixed reach, which is integer and has no derivative, the maps are as bilinear as without it, and the transposes of
+each are the other two with the same reach.
+
 Their parameters: `convolution`, the static Convolution; `stacked`, the number of leading axes that both operands share,
 where each index is a convolution of its own (vmap over both makes them); `dtype`, the result's; `implementation`, the
 name of a lowering or None; and `differentiated`, True where derivatives are taken at a value, and absent elsewhere.
@@ -68,7 +76,7 @@ def bind(
             (*stacked, C*M), and the parameter `activation`, one of fused.ACTIVATIONS.
         *operands: two of x (*stacked, *batch, *spatial, C), kernel (*stacked, *window, C, M) and g, shaped as y,
             (*stacked, *batch, *out, C*M), in the order of the primitive; channels_first as Layout has it. They may
-            differ in dtype.
+            differ in dtype. Of a packed map reach, (*stacked, *batch, out), int32, follows.
         convolution, dtype, implementation, stacked, **params: the parameters.
 
     Returns:
@@ -99,11 +107,11 @@ def _abstract_eval(
     differentiated: bool = False,
 ) -> Any:
     del implementation, differentiated  # every lowering gives the same type
-    shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals)))
+    shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals[:2])))
     model = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
     specs = [sharding.entries(aval.sharding.spec, aval.ndim) for aval in avals]
     stack = [sharding.agree("mapped axes", *(spec[axis] for spec in specs)) for axis in range(stacked)]
-    spec = PartitionSpec(*stack, *spec_rule(convolution, *(spec[stacked:] for spec in specs)))
+    spec = PartitionSpec(*stack, *spec_rule(convolution, *(spec[stacked:] for spec in specs[:2])))
     # update() keeps what else an aval has: the manual axes over which it varies, and its memory.
     return model.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(model.sharding.mesh, spec))
 
@@ -129,7 +137,7 @@ def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) 
         del dtype, differentiated  # the cotangent's
         aval, other = operands[position].aval, operands[1 - position]
         arguments = (cotangent, other) if cotangent_first else (other, cotangent)
-        result = bind(primitive, *arguments, dtype=aval.dtype, **params)
+        result = bind(primitive, *arguments, *operands[2:], dtype=aval.dtype, **params)
         # Under explicit sharding a cotangent is sharded as its operand is, which may differ from this result.
         mesh = jax.typeof(result).sharding.mesh
         if jax.typeof(result).sharding.spec != aval.sharding.spec:
@@ -142,12 +150,24 @@ def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) 
 def _batching_rule(
     primitive: Primitive, operands: Sequence[Array], dims: Sequence[int | None], *, stacked: int, **params: Any
 ) -> tuple[Array, int]:
-    """One more batch axis where only x or g is mapped, over a map that keeps it; one more stacked axis otherwise."""
+    """One more batch axis where only x or g is mapped, over a map that keeps it; one more stacked axis otherwise.
+
+    The reach of a packed map has the batch axes of x and g, and goes with them.
+    """
     first, *others = operands
-    if dims[0] is not None and all(dim is None for dim in dims[1:]) and primitive is not kernel_grad_p:
-        first = jnp.moveaxis(first, dims[0], stacked)
-        return bind(primitive, first, *others, stacked=stacked, **params), stacked
     size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
+    reach = others[1:] if primitive is not conv_fused_p else []
+    fixed = dims[1 : len(dims) - len(reach)]
+    if dims[0] is not None and all(dim is None for dim in fixed) and primitive is not kernel_grad_p:
+        first = jnp.moveaxis(first, dims[0], stacked)
+        reach = [
+            jnp.broadcast_to(jnp.expand_dims(a, stacked), (*a.shape[:stacked], size, *a.shape[stacked:]))
+            if dim is None
+            else jnp.moveaxis(a, dim, stacked)
+            for a, dim in zip(reach, dims[len(dims) - len(reach) :], strict=True)
+        ]
+        others[len(others) - len(reach) :] = reach
+        return bind(primitive, first, *others, stacked=stacked, **params), stacked
     mapped = (
         jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
         for a, dim in zip(operands, dims, strict=True)
@@ -199,16 +219,19 @@ def _lowering_rule(
     avals: Sequence[Any] = ctx.avals_in
     shapes = [aval.shape[stacked:] for aval in avals[:2]]
     *_, channels, multiplier = convolution.kernel_grad_shape(*shapes) if direction == "kernel_grad" else shapes[1]
+    packed = run is lowering.run and len(avals) == 3
+    numbers = avals[:2] if packed else avals
     call = lowering.Call(
         direction,
         convolution,
         platform,
-        functools.reduce(dtypes.promoted, (aval.dtype for aval in avals), dtype),
+        functools.reduce(dtypes.promoted, (aval.dtype for aval in numbers), dtype),
         Partitioning.of_program(direction, convolution, ctx, stacked),
         exported=ctx.module_context.lowering_parameters.for_export,
         channels=channels,
         multiplier=multiplier,
         differentiated=differentiated,
+        packed=packed,
     )
     # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
@@ -241,20 +264,50 @@ def _define(
     transposes: tuple[tuple[Primitive, bool], tuple[Primitive, bool]],
 ) -> None:
     _register(primitive, direction, functools.partial(_abstract_eval, shape_rule, spec_rule), lowering.run)
-    rules = (
+    rules = [
         _transpose_rule(transpose, i, cotangent_first) for i, (transpose, cotangent_first) in enumerate(transposes)
-    )
-    ad.defbilinear(primitive, *rules)
+    ]
+    ad.primitive_jvps[primitive] = functools.partial(_bilinear_jvp, primitive)
+    ad.primitive_transposes[primitive] = functools.partial(_bilinear_transpose, rules)
     jet.jet_rules[primitive] = functools.partial(_bilinear_jet, primitive)
+
+
+# JAX's own rules for bilinear maps know of no third operand.
+
+
+def _tangent(primitive: Primitive, primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> Any:
+    """The tangent of a bilinear map's value."""
+    (first, second, *reach), (dfirst, dsecond, *_) = primals, tangents
+    terms = [(dfirst, second)] * (type(dfirst) is not ad.Zero) + [(first, dsecond)] * (type(dsecond) is not ad.Zero)
+    return functools.reduce(ad.add_tangents, (bind(primitive, *term, *reach, **params) for term in terms))
+
+
+def _bilinear_jvp(
+    primitive: Primitive, primals: Sequence[Array], tangents: Sequence[Any], **params: Any
+) -> tuple[Array, Any]:
+    return bind(primitive, *primals, **params), _tangent(primitive, primals, tangents, **params)
+
+
+def _bilinear_transpose(
+    rules: Sequence[Callable[..., Array]], cotangent: Any, *operands: Any, **params: Any
+) -> list[Array | None]:
+    """The cotangent of the operand that is not known, by its rule; None for the others."""
+    results: list[Array | None] = [None] * len(operands)
+    position = next(i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand))
+    if type(cotangent) is not ad.Zero:
+        results[position] = rules[position](cotangent, *operands, **params)
+    return results
 
 
 def _bilinear_jet(
     primitive: Primitive, primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any
 ) -> tuple[Array, list[Array]]:
     """The product of two Taylor series, given and returned as coefficients without factorials."""
-    first, second = ([primal, *terms] for primal, terms in zip(primals, series, strict=True))
+    first, second = ([primal, *terms] for primal, terms in zip(primals[:2], series[:2], strict=True))
     products = [
-        functools.reduce(jnp.add, (bind(primitive, first[j], second[k - j], **params) for j in range(k + 1)))
+        functools.reduce(
+            jnp.add, (bind(primitive, first[j], second[k - j], *primals[2:], **params) for j in range(k + 1))
+        )
         for k in range(len(first))
     ]
     return products[0], products[1:]
@@ -293,11 +346,8 @@ def _value_jvp(
 ) -> tuple[Array, Any]:
     """Names the value where it is differentiated, the only place where policies ask: JAX cannot transpose a name."""
     del differentiated
-    x, kernel = primals
-    dx, dkernel = tangents
-    y = checkpoint_name(bind(primitive, x, kernel, differentiated=True, **params), CHECKPOINT_NAME)
-    terms = [(dx, kernel)] * (type(dx) is not ad.Zero) + [(x, dkernel)] * (type(dkernel) is not ad.Zero)
-    return y, functools.reduce(ad.add_tangents, (bind(primitive, *term, **params) for term in terms))
+    y = checkpoint_name(bind(primitive, *primals, differentiated=True, **params), CHECKPOINT_NAME)
+    return y, _tangent(primitive, primals, tangents, **params)
 
 
 # The two that are values of functions: of depthwise_conv, and of depthwise_conv_transpose.

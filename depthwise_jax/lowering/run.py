@@ -10,22 +10,29 @@ import jax
 from jax import Array, lax
 
 from depthwise_jax._core import fused
+from depthwise_jax.lowering import packed
 from depthwise_jax.lowering.call import Call
-from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, KeepingLowering, Lowering, choose
+from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, KeepingLowering, Lowering, PackedLowering, choose
 
 
 def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: str | None) -> Array:
     """One map, on the chosen lowering.
 
     Args:
-        *operands: the map's two operands.
+        *operands: the map's two operands, and the reach of a packed one.
         call: the call.
         stacked: the number of leading axes that both operands share; each index is a convolution of its own.
         dtype: the result's dtype.
         implementation: as in choose.
     """
     lowering = LOWERINGS[choose(call, implementation).lowering]
-    result = _mapped(getattr(lowering, call.direction), operands, lowering, call, stacked, dtype)
+    if not call.packed:
+        function = getattr(lowering, call.direction)
+    elif isinstance(lowering, PackedLowering):
+        function = getattr(lowering, f"packed_{call.direction}")
+    else:
+        function = functools.partial(getattr(packed, call.direction), lowering)
+    result = _mapped(function, operands, lowering, call, stacked, dtype)
     return _kept(result, lowering, call)
 
 
@@ -70,7 +77,8 @@ def _mapped(
     for _ in range(stacked):
         function = jax.vmap(function)
     operand_dtype = lowering.operand_dtype(call)
-    return function(*(operand.astype(operand_dtype) for operand in operands)).astype(dtype)
+    numbers, reach = (operands[:2], operands[2:]) if call.packed else (operands, ())
+    return function(*(operand.astype(operand_dtype) for operand in numbers), *reach).astype(dtype)
 
 
 def _kept(result: Array, lowering: Lowering, call: Call) -> Array:

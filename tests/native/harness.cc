@@ -296,9 +296,10 @@ UNWATCHED void add_products(Index channels, const double* a, const double* b, do
   }
 }
 
-// Calls f(x, w, y) with the first element of each, for every output position, tap and position inside the input.
+// Calls f(x, w, y) with the first element of each, for every output position, tap and position inside the input; of a
+// packed map for the taps within each output's reach alone.
 template <class F>
-UNWATCHED void for_each_product(const Geometry& g, const F& f) {
+UNWATCHED void for_each_product(const Geometry& g, const std::vector<std::int32_t>& reach, const F& f) {
   Index o[3], t[3], i[3];
   for (Index image = 0; image < g.stack * g.multiplier * g.batch; ++image) {
     // The image of y under one of the kernels, and the image of x that all kernels of its stack share.
@@ -315,7 +316,7 @@ UNWATCHED void for_each_product(const Geometry& g, const F& f) {
                   i[a] = o[a] * g.stride[a] + t[a] * g.dilation[a] - g.low[a];
                   inside = inside && i[a] >= 0 && i[a] < g.in[a];
                 }
-                if (!inside) continue;
+                if (!inside || (!reach.empty() && g.window[2] - 1 - t[2] > reach[read * g.out[2] + o[2]])) continue;
                 const Index x = ((read * g.in[0] + i[0]) * g.in[1] + i[1]) * g.in[2] + i[2];
                 const Index w = ((kernel * g.window[0] + t[0]) * g.window[1] + t[1]) * g.window[2] + t[2];
                 f(x * g.channels, w * g.channels, y * g.channels);
@@ -332,7 +333,7 @@ UNWATCHED void for_each_product(const Geometry& g, const F& f) {
 
 // One of the loops of the instruction set in use, and the windows that it serves.
 struct LoopEntry {
-  enum Use { direct, staged, wide, wide_staged, general, grad, general_grad };
+  enum Use { direct, staged, wide, wide_staged, general, grad, general_grad, rows };
   Use use;
   Dtype dtype;
   Index taps, stride;  // 0: any
@@ -377,6 +378,10 @@ std::vector<LoopEntry> all_loops() {
     add_all(LoopEntry::grad, loops.grads);
     result.push_back(
         {LoopEntry::general_grad, dtype, 0, 0, 1, 1, loops.lanes, reinterpret_cast<const void*>(loops.general_grad)});
+    for (const void* code :
+         {reinterpret_cast<const void*>(loops.row_sum), reinterpret_cast<const void*>(loops.row_products)}) {
+      result.push_back({LoopEntry::rows, dtype, 0, 1, 1, 1, loops.lanes, code});
+    }
   }
   return result;
 }
@@ -403,7 +408,8 @@ class Runs {
   }
   // Prints the loops that never ran, and how many.
   Index report_idle() const {
-    static const char* const uses[] = {"direct", "staged", "wide", "wide staged", "general", "grad", "general grad"};
+    static const char* const uses[] = {"direct",  "staged", "wide",         "wide staged",
+                                       "general", "grad",   "general grad", "rows"};
     const std::vector<LoopEntry> all = all_loops();
     Index idle = 0;
     for (const LoopEntry& entry : all) {
@@ -532,7 +538,10 @@ Geometry draw_geometry_for(Random& random, const LoopEntry& entry) {
   g.window[1] = random.pick({g.window[2], g.window[2], 1, random.between(1, 9)});
   g.stride[1] = random.pick({g.stride[2], g.stride[2], 1, 2});
   g.dilation[1] = random.pick({1, 1, 1, 2});
-  g.dilation[2] = entry.use == LoopEntry::general || entry.use == LoopEntry::general_grad ? random.between(1, 3) : 1;
+  g.dilation[2] =
+      entry.use == LoopEntry::general || entry.use == LoopEntry::general_grad || entry.use == LoopEntry::rows
+          ? random.between(1, 3)
+          : 1;
   if (entry.use == LoopEntry::staged)
     g.window[1] = (kStagedTaps - 1 + g.window[2]) / g.window[2] + random.between(0, 2);
   if (entry.use == LoopEntry::wide_staged) g.window[2] = random.between(kStagedTapsAcross, 30);
@@ -602,7 +611,7 @@ struct Trial {
   Geometry g;
   Dtype dtype = Dtype::f32;
   Activation activation = Activation::identity;
-  bool integers = true, specials = false, biased = false;
+  bool integers = true, specials = false, biased = false, packed = false;
   int threads = 1;
 
   // Where the next array lies: an allocation is seldom aligned to vectors, a page always, and the end of a page
@@ -622,13 +631,30 @@ struct Trial {
     const Buffer y(dtype, y_count, place(random)), dx(dtype, x_count, place(random));
     const Buffer dw(dtype, w_count, place(random)), again(dtype, w_count, place(random));
 
+    // Documents of any lengths, and numbers out of range.
+    std::vector<std::int32_t> reach(packed ? images * g.out[2] : 0);
+    for (std::size_t i = 0; i < reach.size(); ++i) {
+      reach[i] =
+          static_cast<std::int32_t>(i % g.out[2] == 0 || random.one_in(5) ? random.between(-2, 3) : reach[i - 1] + 1);
+    }
+    auto make_y = [&] {
+      if (packed) return packed_forward(dtype, g, xs.data(), ws.data(), reach.data(), y.data(), pool);
+      return forward(dtype, g, xs.data(), ws.data(), biased ? bs.data() : nullptr, activation, y.data(), pool);
+    };
+    auto make_dx = [&] {
+      if (packed) return packed_input_grad(dtype, g, gs.data(), ws.data(), reach.data(), dx.data(), pool);
+      return input_grad(dtype, g, gs.data(), ws.data(), dx.data(), pool);
+    };
+    auto make_dw = [&](const Buffer& to) {
+      if (packed) return packed_kernel_grad(dtype, g, xs.data(), gs.data(), reach.data(), to.data(), pool);
+      return kernel_grad(dtype, g, xs.data(), gs.data(), to.data(), pool);
+    };
     pool.claimed = threads;
-    bool ok = forward(dtype, g, xs.data(), ws.data(), biased ? bs.data() : nullptr, activation, y.data(), pool) ||
-              wrong("y", "no memory");
-    ok &= input_grad(dtype, g, gs.data(), ws.data(), dx.data(), pool) || wrong("dx", "no memory");
-    ok &= kernel_grad(dtype, g, xs.data(), gs.data(), dw.data(), pool) || wrong("dw", "no memory");
+    bool ok = make_y() || wrong("y", "no memory");
+    ok &= make_dx() || wrong("dx", "no memory");
+    ok &= make_dw(dw) || wrong("dw", "no memory");
     pool.claimed = threads == 1 ? 2 : 1;
-    ok &= kernel_grad(dtype, g, xs.data(), gs.data(), again.data(), pool) || wrong("dw", "no memory");
+    ok &= make_dw(again) || wrong("dw", "no memory");
     if (!dw.same(again)) ok = wrong("dw", "other numbers with another number of threads");
 
     Sums true_y(y_count), true_dx(x_count), true_dw(w_count);
@@ -637,7 +663,7 @@ struct Trial {
       true_y.value[i] = bias;
       true_y.magnitude[i] = std::fabs(bias);
     }
-    for_each_product(g, [&](Index i, Index k, Index o) {
+    for_each_product(g, reach, [&](Index i, Index k, Index o) {
       add_products(c, &x[i], &w[k], &true_y.value[o], &true_y.magnitude[o]);
       add_products(c, &cotangent[o], &w[k], &true_dx.value[i], &true_dx.magnitude[i]);
       add_products(c, &x[i], &cotangent[o], &true_dw.value[k], &true_dw.magnitude[k]);
@@ -657,7 +683,7 @@ struct Trial {
            std::to_string(g.multiplier) + ", batch " + std::to_string(g.batch) + ", channels " +
            std::to_string(g.channels) + ", in " + text(g.in) + ", out " + text(g.out) + ", window " + text(g.window) +
            ", stride " + text(g.stride) + ", low " + text(g.low) + ", dilation " + text(g.dilation) + ", " +
-           activations[static_cast<int>(activation)] + (biased ? ", bias" : "") +
+           activations[static_cast<int>(activation)] + (biased ? ", bias" : "") + (packed ? ", packed" : "") +
            (integers ? ", integers" : ", reals") + (specials ? ", not finite" : "") + ", threads " +
            std::to_string(threads);
   }
@@ -717,6 +743,19 @@ Trial draw_trial(Random& random, const LoopEntry& entry) {
   trial.specials = random.one_in(8);
   trial.activation = static_cast<Activation>(random.between(0, 2));
   trial.biased = random.one_in(2);
+  if (certain && entry.use == LoopEntry::rows) {
+    for (int axis = 0; axis < 2; ++axis) {
+      trial.g.in[axis] = trial.g.out[axis] = trial.g.window[axis] = trial.g.stride[axis] = trial.g.dilation[axis] = 1;
+      trial.g.low[axis] = 0;
+    }
+    trial.g.stride[2] = 1;
+    trial.packed = true;
+    trial.biased = false;
+    trial.activation = Activation::identity;
+    trial.g.out[2] *= random.pick({1, 1, 40});  // for several chunks
+    trial.g.in[2] = std::max<Index>(trial.g.in[2] + trial.g.out[2] - random.between(0, 9), 1);
+    trial.g.window[2] = random.pick({trial.g.window[2], 1, 2, 3, 4});
+  }
   trial.threads =
       static_cast<int>(random.pick({1, 2, 2, 3, 4, 8, random.one_in(8) ? 24 : 2, random.one_in(8) ? 200 : 2}));
   return trial;

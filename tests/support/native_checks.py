@@ -175,6 +175,13 @@ def nonsense() -> None:
             with pytest.raises(Exception, match="INVALID_ARGUMENT"):
                 print(direction, changes, "gave", _call(direction, **changes))
             calls += 1
+    packed = {"forward": "xwy", "input_grad": "ywx", "kernel_grad": "xyw"}
+    for direction, operands in packed.items():
+        _call_packed(direction, operands)
+        for changes in _NONSENSE_PACKED:
+            with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+                print(direction, changes, "gave", _call_packed(direction, operands, **changes))
+            calls += 1
     print(calls)
 
 
@@ -266,6 +273,39 @@ def _call(
     extra = [jnp.ones(*b) for b in bias]
     return [np.asarray(a) for a in call(*(jnp.ones(shape, dtype) for shape, dtype in operands), *extra, **attributes)]
 
+
+def _call_packed(
+    direction: str,
+    operands: str,
+    reach: Sequence[int] = (2, 9),
+    reach_dtype: Any = jnp.int32,
+    axes: tuple[int, ...] = (),
+    stride: int = 1,
+) -> np.ndarray:
+    """Calls a packed handler with arrays of ones: two rows of nine positions, and more axes before them."""
+    shapes = {"x": (2, *axes, 9, 17), "w": (*axes, 4, 17), "y": (2, *axes, -(-9 // stride), 17)}
+    *arrays, result = (shapes[name] for name in operands)
+    rank = 1 + len(axes)
+    attributes = {
+        "stride": np.array([*axes, stride]),
+        "low": np.array([0] * len(axes) + [3]),
+        "dilation": np.ones(rank, int),
+    }
+    call = jax.ffi.ffi_call(f"depthwise_jax.packed_{direction}.v4", jax.ShapeDtypeStruct(result, jnp.float32))
+    return np.asarray(call(*map(jnp.ones, arrays), jnp.ones(reach, reach_dtype), **attributes))
+
+
+_NONSENSE_PACKED: list[dict[str, Any]] = [
+    {"reach": (2, 8)},
+    {"reach": (9,)},
+    {"reach": ()},
+    {"reach": (0,)},
+    {"reach_dtype": jnp.float32},
+    {"reach_dtype": jnp.int16},
+    {"reach": (2, 5), "stride": 2},
+    {"axes": (2,), "reach": (2, 2, 9)},
+    {"axes": (1, 3), "reach": (2, 9)},
+]
 
 _FLOAT = jnp.float32
 _NONSENSE: list[dict[str, Any]] = [

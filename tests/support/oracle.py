@@ -104,3 +104,39 @@ def widest(a: Any) -> Array:
     if np.issubdtype(a.dtype, np.integer) or a.dtype == np.bool_:
         return a.astype(np.int64)
     return a.astype(np.float64)
+
+
+class CausalOracle:
+    """The causal convolution over a row of documents: z = [state, x], and a loop over its outputs and taps.
+
+    y[t] = sum over j of z[S + t - j*d] * w[K-1-j], for j = 0 and for j*d <= position[t]; x (*batch, L, C).
+    """
+
+    def __init__(self, kernel_size: int, dilation_rate: int = 1) -> None:
+        self.size, self.dilation = kernel_size, dilation_rate
+        self.span = (kernel_size - 1) * dilation_rate
+
+    def _reads(self, positions: Array) -> Iterator[tuple[tuple[int, ...], int, tuple[int, ...]]]:
+        """Every output, the tap, and what of z it reads there."""
+        for *row, t in np.ndindex(*positions.shape):
+            for j in range(self.size):
+                if j == 0 or j * self.dilation <= positions[(*row, t)]:
+                    yield (*row, t), self.size - 1 - j, (*row, self.span + t - j * self.dilation)
+
+    def forward(self, z: Any, w: Any, positions: Any) -> Array:
+        """y, (*batch, L, C*M)."""
+        z, w, positions = widest(z), widest(w), np.asarray(positions)
+        y = np.zeros((*positions.shape, *w.shape[1:]))
+        for o, t, i in self._reads(positions):
+            y[o] += z[i][:, None] * w[t]
+        return y.reshape(*positions.shape, -1)
+
+    def gradients(self, z: Any, w: Any, positions: Any, g: Any) -> tuple[Array, Array]:
+        """The gradients of z and w for the cotangent g of y."""
+        z, w, positions = widest(z), widest(w), np.asarray(positions)
+        g = widest(g).reshape(*positions.shape, *w.shape[1:])
+        dz, dw = np.zeros(z.shape), np.zeros(w.shape)
+        for o, t, i in self._reads(positions):
+            dz[i] += (g[o] * w[t]).sum(-1)
+            dw[t] += z[i][:, None] * g[o]
+        return dz, dw

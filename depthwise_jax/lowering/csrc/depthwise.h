@@ -51,6 +51,15 @@ bool input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void
 // dw: the transpose of `forward` in w. The order of its sums depends on the geometry only.
 bool kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, void* dw, Pool& pool);
 
+// The same of a geometry with one spatial axis at stride 1, where output o sums the taps t with K-1-t <= reach[o]
+// alone; reach (stack, batch, out).
+bool packed_forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const std::int32_t* reach,
+                    void* y, Pool& pool);
+bool packed_input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void* w, const std::int32_t* reach,
+                       void* dx, Pool& pool);
+bool packed_kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, const std::int32_t* reach,
+                        void* dw, Pool& pool);
+
 // The sizes that decide how results are written. The harness changes them.
 struct MemorySizes {
   Index last_level_cache_bytes;

@@ -112,6 +112,21 @@ ffi::ErrorOr<Call> call_of(ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y,
   return Call{*geometry, *dtype};
 }
 
+// The reach of a packed map's call, (*stack, batch, out).
+ffi::ErrorOr<const std::int32_t*> reach_of(ffi::AnyBuffer reach, const Geometry& g) {
+  if (reach.element_type() != ffi::DataType::S32 ||
+      static_cast<Index>(reach.element_count()) != g.stack * g.batch * g.out[2]) {
+    return ffi::Unexpected(invalid("expected a reach (*stack, batch, out) of int32; got " + text(reach.dimensions())));
+  }
+  for (int axis = 0; axis < 2; ++axis) {
+    if (g.in[axis] != 1 || g.out[axis] != 1 || g.window[axis] != 1) {
+      return ffi::Unexpected(invalid("expected one spatial axis beside a reach"));
+    }
+  }
+  if (g.stride[2] != 1) return ffi::Unexpected(invalid("expected a stride of 1 beside a reach"));
+  return reach.typed_data<std::int32_t>();
+}
+
 // The error of a map's handler, or XLA's error for lack of memory: no exception may pass through XLA's C interface.
 template <class F>
 ffi::Error handled(const F& handler) {
@@ -182,6 +197,40 @@ ffi::Error run_kernel_grad(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBu
   });
 }
 
+// A packed map of two operands in the order of the plain one, and a reach.
+template <class CallOf, class Map>
+ffi::Error run_packed(const CallOf& call_of_operands, ffi::ThreadPool threads, ffi::AnyBuffer first,
+                      ffi::AnyBuffer second, ffi::AnyBuffer reach, ffi::AnyBuffer result, const Map& map) {
+  return handled([&]() -> ffi::ErrorOr<bool> {
+    auto call = call_of_operands();
+    if (call.has_error()) return ffi::Unexpected(call.error());
+    auto reaches = reach_of(reach, call->geometry);
+    if (reaches.has_error()) return ffi::Unexpected(reaches.error());
+    XlaPool pool(threads);
+    return map(call->dtype, call->geometry, first.untyped_data(), second.untyped_data(), *reaches,
+               result.untyped_data(), pool);
+  });
+}
+
+ffi::Error run_packed_forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer reach,
+                              ffi::Result<ffi::AnyBuffer> y, Attribute stride, Attribute low, Attribute dilation) {
+  return run_packed([&] { return call_of(x, w, *y, stride, low, dilation); }, threads, x, w, reach, *y, packed_forward);
+}
+
+ffi::Error run_packed_input_grad(ffi::ThreadPool threads, ffi::AnyBuffer cotangent, ffi::AnyBuffer w,
+                                 ffi::AnyBuffer reach, ffi::Result<ffi::AnyBuffer> dx, Attribute stride, Attribute low,
+                                 Attribute dilation) {
+  return run_packed([&] { return call_of(*dx, w, cotangent, stride, low, dilation); }, threads, cotangent, w, reach,
+                    *dx, packed_input_grad);
+}
+
+ffi::Error run_packed_kernel_grad(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer cotangent,
+                                  ffi::AnyBuffer reach, ffi::Result<ffi::AnyBuffer> dw, Attribute stride, Attribute low,
+                                  Attribute dilation) {
+  return run_packed([&] { return call_of(x, *dw, cotangent, stride, low, dilation); }, threads, x, cotangent, reach,
+                    *dw, packed_kernel_grad);
+}
+
 }  // namespace
 }  // namespace depthwise
 
@@ -214,5 +263,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(kernel_grad, DEPTHWISE_ABI), depthw
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .GEOMETRY_ATTRIBUTES);
+
+#define PACKED_HANDLER(map)                                                                               \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(DEPTHWISE_NAME(packed_##map, DEPTHWISE_ABI), depthwise::run_packed_##map, \
+                                ffi::Ffi::Bind()                                                          \
+                                    .Ctx<ffi::ThreadPool>()                                               \
+                                    .Arg<ffi::AnyBuffer>()                                                \
+                                    .Arg<ffi::AnyBuffer>()                                                \
+                                    .Arg<ffi::AnyBuffer>()                                                \
+                                    .Ret<ffi::AnyBuffer>()                                                \
+                                    .GEOMETRY_ATTRIBUTES)
+PACKED_HANDLER(forward);
+PACKED_HANDLER(input_grad);
+PACKED_HANDLER(kernel_grad);
 
 #pragma GCC visibility pop

@@ -530,6 +530,65 @@ void general_grad(const GradRows& t) {
   }
 }
 
+// Packed maps: rows of any number of channels. The last vector of a row may be a part of one.
+template <class E>
+inline typename E::V load_lanes(const char* p, int lanes) {
+  return lanes < E::lanes ? E::load_partial(p, lanes) : E::load(p);
+}
+template <class E>
+inline void store_lanes(char* p, typename E::V v, int lanes) {
+  lanes < E::lanes ? E::store_partial(p, v, lanes) : E::store(p, v);
+}
+
+// Calls f(channel, lanes) for each vector of a row.
+template <class E, class F>
+inline void for_each_vector(Index channels, const F& f) {
+  Index c = 0;
+  for (; c + E::lanes <= channels; c += E::lanes) f(c, E::lanes);
+  if (c < channels) f(c, static_cast<int>(channels - c));
+}
+
+// Of a known number of pairs, which stay in registers, or of any: then Count is 0.
+template <class E, int Count>
+void row_sum_of(const RowSum& t) {
+  RowPair local[Count ? Count : 1];
+  for (int i = 0; i < Count; ++i) local[i] = t.pairs[i];
+  for_each_vector<E>(t.channels, [&](Index c, int lanes) __attribute__((always_inline)) {
+    const Index offset = c * E::stored_bytes;
+    auto sum = typename E::V{};
+    auto add = [&](const RowPair& pair) __attribute__((always_inline)) {
+      sum += load_lanes<E>(pair.row + offset, lanes) * load_lanes<E>(pair.weights + offset, lanes);
+    };
+    if constexpr (Count) {
+      UNROLL
+      for (int i = 0; i < Count; ++i) add(local[i]);
+    } else {
+      for (Index i = 0; i < t.count; ++i) add(t.pairs[i]);
+    }
+    store_lanes<E>(t.to + offset, sum, lanes);
+  });
+}
+
+// Most outputs of most sequence models sum four taps.
+template <class E>
+void row_sum(const RowSum& t) {
+  t.count == 4 ? row_sum_of<E, 4>(t) : row_sum_of<E, 0>(t);
+}
+
+template <class E>
+void row_products(const RowProducts& t) {
+  using A = typename E::Sum;
+  for_each_vector<E>(t.channels, [&](Index c, int lanes) __attribute__((always_inline)) {
+    const Index offset = c * E::stored_bytes;
+    const auto v = load_lanes<E>(t.g + offset, lanes);
+    for (Index i = 0; i < t.count; ++i) {
+      char* const sums = t.targets[i].sums + c * sizeof(A);
+      store_lanes<Full<A>>(sums, load_lanes<Full<A>>(sums, lanes) + load_lanes<E>(t.targets[i].row + offset, lanes) * v,
+                           lanes);
+    }
+  });
+}
+
 // The registers (32, or 16) hold a tile's sums, a row of taps and one vector of input. Windows of few taps multiply
 // little with what they read, and reading in few streams of consecutive addresses matters most. Windows of many taps
 // reuse more in wide tiles, and narrow floats are converted less often there.
@@ -691,8 +750,8 @@ constexpr TileLoops kNoTiles = {kNoWindows, kNoShapes};
 template <class E>
 constexpr Loops general_of() {
   static_assert(single_rows(AnyWindow<E>::general));
-  Loops loops = {E::lanes, kNoTiles,        kNoTiles, nullptr, AnyWindow<E>::general,
-                 kNoGrads, general_grad<E>, nullptr,  nullptr};
+  Loops loops = {E::lanes,   kNoTiles,        kNoTiles, nullptr, AnyWindow<E>::general, kNoGrads, general_grad<E>,
+                 row_sum<E>, row_products<E>, nullptr,  nullptr};
   if constexpr (E::stored_bytes < static_cast<int>(sizeof(typename E::Sum))) {
     loops.widen = widen<E>;
     loops.narrow = narrow<E>;

@@ -73,6 +73,29 @@ struct GradRows {
 template <class Work>
 using Loop = void (*)(const Work&);
 
+// One row of a packed map's result: the sum of products of rows of `channels` elements.
+struct RowPair {
+  const char *row, *weights;
+};
+struct RowSum {
+  const RowPair* pairs;
+  Index count;  // of `pairs`
+  char* to;
+  Index channels;
+};
+
+// The products of one row of the cotangent with rows of x, each of which is added to a row of sums.
+struct RowTarget {
+  const char* row;
+  char* sums;
+};
+struct RowProducts {
+  const char* g;
+  const RowTarget* targets;
+  Index count;  // of `targets`
+  Index channels;
+};
+
 // A tile's size, in outputs of x or in positions of the cotangent, and the loop that computes it.
 template <class Work>
 struct TileShape {
@@ -116,6 +139,9 @@ struct Loops {
   // The kernel gradient: like `specialized`, and the general loop.
   const WindowShapes<GradTile>* grads;
   Loop<GradRows> general_grad;
+  // Packed maps; any number of channels.
+  Loop<RowSum> row_sum;
+  Loop<RowProducts> row_products;
   // Convert `count` consecutive elements of a narrow float to the type of the sums and back; null for other types.
   void (*widen)(const char* from, char* to, Index count);
   void (*narrow)(const char* from, char* to, Index count);

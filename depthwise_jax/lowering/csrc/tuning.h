@@ -103,6 +103,9 @@ constexpr Index kConflictingPitchBytes = 1024;
 // Units that pass under a row of taps at a time in the general loop, and stay in the caches meanwhile. No measurement
 // recorded.
 constexpr Index kGeneralGradUnits = 8;
+// Pieces of all rows that a packed map is cut into at most: enough for threads that finish early to steal. No
+// measurement recorded.
+constexpr Index kMostPackedBlocks = 256;
 // Elements of the gradient whose partial sums a thread adds up at a time. No measurement recorded.
 constexpr Index kFinishElements = 16384;
 

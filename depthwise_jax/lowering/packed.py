@@ -1,0 +1,124 @@
+"""The packed maps on any lowering: the sum over taps of its maps of one tap each, masked by what each output reaches.
+
+    forward       y[o]  = sum over t with K-1-t <= reach[o] of x[o + t*d - low] * kernel[t]
+    input_grad    dx[i] = sum over t with K-1-t <= reach[o] of g[o] * kernel[t], o = i + low - t*d
+    kernel_grad   dw[t] = sum over o with K-1-t <= reach[o] of x[o + t*d - low] * g[o]
+
+The mask goes over values, not over weights: what is not reached may be NaN. On `taps`, whose maps of one tap are
+products, each sum is elementwise, and XLA fuses it with what stands around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterator
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from depthwise_jax._core.convolution import Convolution
+from depthwise_jax._core.window import Window
+from depthwise_jax.lowering.call import Call
+
+
+class _Maps(Protocol):
+    def forward(self, x: Array, kernel: Array, call: Call) -> Array: ...
+
+    def input_grad(self, g: Array, kernel: Array, call: Call) -> Array: ...
+
+    def kernel_grad(self, x: Array, g: Array, call: Call) -> Array: ...
+
+
+def forward(lowering: _Maps, x: Array, kernel: Array, reach: Array, call: Call) -> Array:
+    """y."""
+    one = _one_tap(call, call.convolution.out)
+    terms = (
+        _where(reach, back, lowering.forward(_moved(x, by, call), kernel[t : t + 1], one), call)
+        for t, back, by in _taps(call.convolution)
+    )
+    return functools.reduce(operator.add, terms)
+
+
+def input_grad(lowering: _Maps, g: Array, kernel: Array, reach: Array, call: Call) -> Array:
+    """dx."""
+    one = _one_tap(call, call.convolution.spatial)
+
+    def term(t: int, back: int, by: int) -> Array:
+        met, reaching = _met(g, reach, by, call)
+        return _where(reaching, back, lowering.input_grad(met, kernel[t : t + 1], one), call)
+
+    return functools.reduce(operator.add, (term(*tap) for tap in _taps(call.convolution)))
+
+
+def kernel_grad(lowering: _Maps, x: Array, g: Array, reach: Array, call: Call) -> Array:
+    """dw.
+
+    g moves and x stands, as in input_grad, and XLA computes both gradients of a training step in one loop that reads x
+    and g once. Through the last tap alone, which needs no mask, x moves: where no output reads it, it may be NaN.
+    """
+
+    def gradient(back: int, by: int) -> Array:
+        if back == 0:
+            return lowering.kernel_grad(_moved(x, by, call), g, _one_tap(call, call.convolution.out))
+        met, reaching = _met(g, reach, by, call)
+        return lowering.kernel_grad(_where(reaching, back, x, call), met, _one_tap(call, call.convolution.spatial))
+
+    return jnp.concatenate([gradient(back, by) for _, back, by in _taps(call.convolution)])
+
+
+def _taps(convolution: Convolution) -> Iterator[tuple[int, int, int]]:
+    """Each tap, how many taps before the last it is, and where output 0 reads through it."""
+    (size,), (dilation,), ((low, _),) = convolution.window.size, convolution.window.dilation, convolution.window.padding
+    for t in range(size):
+        yield t, size - 1 - t, t * dilation - low
+
+
+def _one_tap(call: Call, spatial: tuple[int, ...]) -> Call:
+    """The call of one tap's map, where x has as many positions as y."""
+    window = Window((1,), (1,), ((0, 0),), (1,))
+    return dataclasses.replace(
+        call, convolution=dataclasses.replace(call.convolution, window=window, spatial=spatial), packed=False
+    )
+
+
+def _ends(by: int, convolution: Convolution) -> int:
+    """How many positions after the last one of x the last output reads, from an output 0 that reads position `by`."""
+    (size,), (dilation,), ((low, high),) = (
+        convolution.window.size,
+        convolution.window.dilation,
+        convolution.window.padding,
+    )
+    return by + low + high - (size - 1) * dilation
+
+
+def _moved(x: Array, by: int, call: Call) -> Array:
+    """What each output reads of x through a tap; zeros outside of it."""
+    return _padded(x, _axis(x, call), (-by, _ends(by, call.convolution)))
+
+
+def _met(g: Array, reach: Array, by: int, call: Call) -> tuple[Array, Array]:
+    """What each position of x meets of g through a tap, and of reach; zeros outside of them."""
+    ends = (by, -_ends(by, call.convolution))
+    return _padded(g, _axis(g, call), ends), _padded(reach, reach.ndim - 1, ends)
+
+
+def _axis(a: Array, call: Call) -> int:
+    """The axis of positions of an x or g."""
+    return a.ndim + call.convolution.layout.spatial[0]
+
+
+def _padded(a: Array, axis: int, ends: tuple[int, int]) -> Array:
+    """An array with so many zeros more at either end of an axis, or positions fewer."""
+    padding = [(0, 0, 0)] * a.ndim
+    padding[axis] = (*ends, 0)
+    return lax.pad(a, jnp.zeros((), a.dtype), padding)
+
+
+def _where(reach: Array, back: int, a: Array, call: Call) -> Array:
+    """An array of values, zeros where outputs do not reach so many taps back. All reach the last tap."""
+    if back == 0:
+        return a
+    return jnp.where(jnp.expand_dims(reach >= back, call.convolution.layout.channels), a, jnp.zeros((), a.dtype))
