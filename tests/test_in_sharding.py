@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import depthwise_jax.nnx
-from depthwise_jax import DepthwiseConv2D, SeparableConv2D, depthwise_conv, separable_conv
+from depthwise_jax import DepthwiseConv2D, DepthwiseConv2DTranspose, SeparableConv2D, depthwise_conv, separable_conv
 from depthwise_jax.optim import constraints_of
 from tests.support import maps
 from tests.support.assertions import assert_close
@@ -122,6 +122,7 @@ def test_without_a_mesh_it_says_nothing() -> None:
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "depthwise": lambda **options: DepthwiseConv2D(3, padding="same", **options),
+    "transposed": lambda **options: DepthwiseConv2DTranspose(3, padding="same", depth_multiplier=2, **options),
     "separable": lambda **options: SeparableConv2D(6, 3, padding="same", **options),
 }
 

@@ -423,8 +423,9 @@ def test_a_remat_policy_knows_its_value_by_name(m: int) -> None:
         text = str(jax.make_jaxpr(jax.grad(f, (0, 1)))(x, w))
         return len(re.findall(r"depthwise_input_grad\[", text))
 
-    assert count(jax.checkpoint(loss)) == 2
-    assert count(jax.checkpoint(loss, policy=policy)) == count(loss) == 1
+    copies = int(m > 1)  # their gradient is one too
+    assert count(jax.checkpoint(loss)) == 2 + copies
+    assert count(jax.checkpoint(loss, policy=policy)) == count(loss) == 1 + copies
     np.testing.assert_allclose(jax.grad(jax.checkpoint(loss, policy=policy), 1)(x, w), jax.grad(loss, 1)(x, w))
 
 
