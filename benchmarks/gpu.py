@@ -21,7 +21,6 @@ Of a training step the forward pass, the gradients and SGD with momentum are tim
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import math
 import os
@@ -42,6 +41,7 @@ from jax import lax
 from benchmarks import environment, training, work
 from benchmarks.contestants import CONVOLUTIONS, TorchMaps, UnsupportedError, map_in_jax
 from benchmarks.device_time import Time, measure
+from benchmarks.optional import library
 from workloads import results
 from workloads.convnext import TINY, ConvNeXt, torch_convnext
 from workloads.mobilenet import FEW_STAGES, STAGES, MobileNetV2, torch_mobilenet
@@ -143,12 +143,8 @@ Row = dict[str, Any]
 
 def torch_on_device() -> Any:
     """PyTorch that computes where JAX does, without TF32, or None."""
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        return None
-    gpu = jax.default_backend() == "gpu"
-    if gpu and not torch.cuda.is_available():
+    torch = library("torch")
+    if torch is None or (jax.default_backend() == "gpu" and not torch.cuda.is_available()):
         return None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
@@ -160,7 +156,7 @@ def finish(result: Any) -> None:
     if isinstance(result, jax.Array):
         result.block_until_ready()
     elif jax.default_backend() == "gpu":
-        importlib.import_module("torch").cuda.synchronize()
+        library("torch").cuda.synchronize()
 
 
 @dataclass(frozen=True)
