@@ -201,6 +201,66 @@ def _filters(w: Array) -> Array:
     return w.reshape(*_two(w.shape[:-2], 1), *w.shape[-2:])
 
 
+class TorchMaps:
+    """The maps of a layer of one or two spatial axes in PyTorch, of x (N, C, H, W) and kernels (C*M, 1, h, w).
+
+    PyTorch pads alike on both sides. Without strides the more that it computes is sliced off, which moves no data; the
+    gradients read an input that is padded beforehand, as the forward pass would have saved it.
+
+    Args:
+        torch: the library.
+        case: the layer.
+
+    Raises:
+        UnsupportedError: PyTorch lacks such a call.
+    """
+
+    def __init__(self, torch: Any, case: Workload) -> None:
+        resolved = case.resolved
+        self._torch, self._channels = torch, resolved.channels
+        self._strides, self._dilation = _two(resolved.strides, 1), _two(resolved.dilation, 1)
+        self._padding, out = _two(pads(case), (0, 0)), _two(resolved.out, 1)
+        self._symmetric = tuple(max(pair) for pair in self._padding)
+        self._uneven = any(low != high for low, high in self._padding)
+        if self._uneven and self._strides != (1, 1):
+            raise UnsupportedError("strides and a padding that differs between the sides")
+        begins = [amount - low for amount, (low, _) in zip(self._symmetric, self._padding, strict=True)]
+        self._out = tuple(slice(begin, begin + n) for begin, n in zip(begins, out, strict=True))
+        spatial = zip(self._padding, _two(resolved.spatial, 1), strict=True)
+        self._inside = tuple(slice(low, low + n) for (low, _), n in spatial)
+
+    def saved(self, x: Any, layout: Any) -> Any:
+        """What the gradients read, in a memory format."""
+        if not self._uneven:
+            return x
+        (top, bottom), (left, right) = self._padding
+        padded = self._torch.nn.functional.pad(x, (left, right, top, bottom))
+        return padded.contiguous(memory_format=layout)
+
+    def forward(self, x: Any, w: Any, bias: Any = None) -> Any:
+        """y."""
+        conv = self._torch.nn.functional.conv2d
+        y = conv(x, w, bias, self._strides, self._symmetric, self._dilation, self._channels)
+        return y[:, :, self._out[0], self._out[1]] if self._uneven else y
+
+    def dx(self, g: Any, w: Any, saved: Any) -> Any:
+        """The gradient of x."""
+        dx = self._gradient(g, w, saved, 0)
+        return dx[:, :, self._inside[0], self._inside[1]] if self._uneven else dx
+
+    def dw(self, saved: Any, g: Any, w: Any) -> Any:
+        """The gradient of the kernel."""
+        return self._gradient(g, w, saved, 1)
+
+    def _gradient(self, g: Any, w: Any, saved: Any, which: int) -> Any:
+        padding = (0, 0) if self._uneven else self._symmetric
+        asked = [which == 0, which == 1, False]
+        backward = self._torch.ops.aten.convolution_backward
+        return backward(
+            g, saved, w, None, self._strides, padding, self._dilation, False, [0, 0], self._channels, asked
+        )[which]
+
+
 def _torch(channels_last: bool) -> Contestant:
     def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
         torch = _required("torch")
@@ -214,46 +274,17 @@ def _torch(channels_last: bool) -> Contestant:
             return result.to("cuda" if gpu else "cpu").contiguous(memory_format=layout)
 
         oracle = case.resolved
-        channels, multiplier = oracle.channels, oracle.multiplier
-        strides, dilation = _two(oracle.strides, 1), _two(oracle.dilation, 1)
-        padding, out = _two(pads(case), (0, 0)), _two(oracle.out, 1)
+        maps = TorchMaps(torch, case)
         x, g = (tensor(np.moveaxis(_images(operands[name]), -1, 1)) for name in ("x", "g"))
         window = _filters(operands["w"])
         w = tensor(np.moveaxis(window.reshape(*window.shape[:2], 1, -1), (2, 3), (1, 0)))
         b = torch.from_numpy(operands["b"]).to(w)
-        functional = torch.nn.functional
-
-        # PyTorch pads alike on both sides. Without strides the more that it computes is sliced off, which moves no
-        # data; the gradients read an input that is padded beforehand, as the forward pass would have saved it.
-        symmetric = tuple(max(pair) for pair in padding)
-        excess = [high - low for low, high in padding]
-        if any(excess) and strides != (1, 1):
-            raise UnsupportedError("strides and a padding that differs between the sides")
-        begins = [amount - low for amount, (low, _) in zip(symmetric, padding, strict=True)]
-        rows, columns = (slice(begin, begin + n) for begin, n in zip(begins, out, strict=True))
-
-        def convolved(w: Any, bias: Any) -> Any:
-            y = functional.conv2d(x, w, bias, strides, symmetric, dilation, channels)
-            return y[:, :, rows, columns] if any(excess) else y
-
-        if any(excess):
-            (top, bottom), (left, right) = padding
-            saved = functional.pad(x, (left, right, top, bottom)).contiguous(memory_format=layout)
-            inside = tuple(slice(low, low + n) for (low, _), n in zip(padding, x.shape[2:], strict=True))
-            symmetric_saved = (0, 0)
-        else:
-            saved, inside, symmetric_saved = x, (slice(None), slice(None)), symmetric
-
-        def gradient(g: Any, w: Any, which: list[bool], x: Any = saved) -> Any:
-            return torch.ops.aten.convolution_backward(
-                g, x, w, None, strides, symmetric_saved, dilation, False, [0, 0], channels, which
-            )
-
+        saved = maps.saved(x, layout)
         functions: dict[str, Callable[[Any, Any], Any]] = {
-            "forward": lambda w, g: convolved(w, None),
-            "bias_relu": lambda w, g: torch.relu_(convolved(w, b)),
-            "dx": lambda w, g: gradient(g, w, [True, False, False])[0][:, :, inside[0], inside[1]],
-            "dw": lambda w, g: gradient(g, w, [False, True, False])[1],
+            "forward": lambda w, g: maps.forward(x, w),
+            "bias_relu": lambda w, g: torch.relu_(maps.forward(x, w, b)),
+            "dx": lambda w, g: maps.dx(g, w, saved),
+            "dw": lambda w, g: maps.dw(saved, g, w),
         }
         function = functions[direction]
 
@@ -276,7 +307,7 @@ def _torch(channels_last: bool) -> Contestant:
                 for i, j in PAIRS:
                     result = None  # its memory serves the next one
                     if direction == "dw":
-                        result = gradient(copies[j][1], w, [False, True, False], copies[i][0])[1]
+                        result = maps.dw(copies[i][0], copies[j][1], w)
                     else:
                         result = function(kernel, g)
                         kernel = torch.add(w, element(result), alpha=TINY)
@@ -287,7 +318,7 @@ def _torch(channels_last: bool) -> Contestant:
         def read(result: Any) -> Array:
             array = result.float().cpu().numpy()
             if direction == "dw":
-                return np.moveaxis(array, (0, 1), (3, 2)).reshape(*oracle.window, channels, multiplier)
+                return np.moveaxis(array, (0, 1), (3, 2)).reshape(case.kernel)
             return np.moveaxis(array, 1, -1).reshape(case.x if direction == "dx" else oracle.y_shape)
 
         return Task(chain if chained else run, read)

@@ -90,9 +90,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"Written by `python -m benchmarks.gpu_compiler` with jax {jax.__version__} and its CUDA plugin; nothing was",
         "run on a GPU. Kernels are all that the program starts. Library calls are cuDNN's convolutions, with their",
-        "windows. Copies and transposes are kernels that move a whole tensor: copies compute nothing, transposes change",
-        "the order of its axes. MB moved are the operands and results of all kernels, and the least is those of the map.",
-        "Temporary memory is without what cuDNN asks for. A cell is ours / Flax, or one figure where they agree.",
+        "windows. Copies and transposes are kernels that move a whole tensor: copies compute nothing, transposes",
+        "change the order of its axes. MB moved are the operands and results of all kernels, and the least is those of",
+        "the map. Temporary memory is without what cuDNN asks for. A cell is ours / Flax, or one figure for both.",
         "",
         "| case | direction | dtype | kernels | library calls | copies | transposes | MB moved | least | temporary MB "
         "| compile s |",

@@ -121,20 +121,31 @@ class JaxTraining:
 
 
 class TorchTraining:
-    """The same in PyTorch."""
+    """The same in PyTorch, on a device; in bfloat16 what PyTorch casts of itself, as a user has it."""
 
-    def __init__(self, torch: Any, model: Any, images: np.ndarray, labels: np.ndarray) -> None:
-        self._model = model.to(memory_format=torch.channels_last).train()
+    def __init__(
+        self,
+        torch: Any,
+        model: Any,
+        images: np.ndarray,
+        labels: np.ndarray,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        self._model = model.to(device, memory_format=torch.channels_last).train()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._optimizer = torch.optim.SGD(model.parameters(), _RATE, _MOMENTUM)
-        nchw = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
-        self._images, self._labels = nchw.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels)
+        nchw = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).to(device)
+        self._images = nchw.contiguous(memory_format=torch.channels_last)
+        self._labels = torch.from_numpy(labels).to(device)
         self._loss = torch.nn.functional.cross_entropy
+        self._autocast = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def __call__(self) -> float:
         """The loss before the step."""
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self._model(self._images), self._labels)
+        with self._autocast():
+            loss = self._loss(self._model(self._images), self._labels)
         loss.backward()
         self._optimizer.step()
         return float(loss.detach())

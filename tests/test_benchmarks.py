@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run(module: str, *arguments: object) -> str:
-    """What a benchmark prints."""
+def run(module: str, *arguments: object, fails: bool = False) -> str:
+    """What a benchmark prints, of errors if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
         cwd=ROOT,
@@ -26,8 +26,8 @@ def run(module: str, *arguments: object) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
 
 
 @pytest.mark.parametrize(("module", "name", "checks"), [("peers", "cpu", 8), ("training", "training", 2)])
@@ -52,3 +52,36 @@ def test_a_row_a_line(tmp_path: Path) -> None:
     kept = RESULTS / "cpu.json"
     results.write(results.read(kept), written)
     assert written.read_text() == kept.read_text()
+
+
+# The benchmark for a GPU, on its small scale, which needs none.
+
+
+def test_a_layer_on_a_gpu_is_measured_once(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    options = ("--piece", "table", "--scale", "small", "--only", "k3 d2 m2 | dw | bfloat16", "--json", path)
+    assert "left for another call" in run("gpu", *options, "--minutes", 0)
+    assert not path.exists()
+    assert run("gpu", *options).rstrip().endswith("done")
+    rows = results.read(path)["rows"]
+    assert {"ours", "taps", "lax"} <= {row["by"] for row in rows}
+    for row in rows:
+        assert row["right"], row
+        assert row["clock"] == "wall", row
+        assert row["us"] > 0, row
+    run("gpu", *options)
+    assert results.read(path)["rows"] == rows
+    assert "| k3 d2 m2 | dw | bfloat16 |" in run("gpu", "--read", path)
+
+
+def test_a_network_on_a_gpu_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    run("gpu", "--piece", "training", "--scale", "small", "--only", "ConvNeXt-T | float32", "--json", path)
+    rows = results.read(path)["rows"]
+    assert {"ours", "flax"} <= {row["by"] for row in rows}
+    assert all(len(row["losses"]) == 3 for row in rows)
+
+
+@pytest.mark.parametrize(("options", "words"), [(("--piece", "table"), "needs a GPU"), ((), "--piece or --read")])
+def test_what_a_gpu_needs(options: tuple[str, ...], words: str) -> None:
+    assert words in run("gpu", *options, fails=True)

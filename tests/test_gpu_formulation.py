@@ -10,19 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import NamedSharding
 
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, Case
+from tests.support.meshes import SHARDED, make_mesh, specs
 
 # One of each kind, and all kinds of dilation.
 CHOSEN = [case for case in CASES if case in CORE or case.geometry.get("dilation_rate", 1) != 1]
 
 
-def on_cuda(function: Callable[..., Any], *operands: Any) -> Any:
+def on_cuda(function: Callable[..., Any], *operands: Any, **shardings: Any) -> Any:
     """The value of a function, by the program that it is for CUDA; its operations run on any platform."""
     exported = export.export(
-        jax.jit(function), platforms=("cuda",), disabled_checks=(export.DisabledSafetyCheck.platform(),)
+        jax.jit(function, **shardings), platforms=("cuda",), disabled_checks=(export.DisabledSafetyCheck.platform(),)
     )
     return exported(*operands).call(*operands)
 
@@ -33,6 +35,21 @@ def test_values(case: Case) -> None:
     results = on_cuda(maps.value_and_gradients(case.conv()), x, w, g)
     for actual, (name, expected) in zip(results, maps.truth(case, x, w, g).items(), strict=True):
         assert_close(actual, expected, 1e-5, name)
+
+
+@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize("geometry", [{"strides": 2}, {"dilation_rate": 2}, {"dilation_rate": (1, 3)}, {}], ids=str)
+def test_values_of_a_sharded_program(geometry: dict[str, Any], sharded: str) -> None:
+    multiplier = 1 if geometry else 2
+    case = Case("sharded", (8, 8, 9, 4), (3, 3, 4, multiplier), {"padding": "same", **geometry})
+    axes = {"batch": {"b": 4}, "channels": {"c": 4}, "batch+channels": {"b": 2, "c": 2}, "rows": {"b": 4}}
+    mesh = make_mesh(**axes[sharded])
+    images, kernel, _ = (NamedSharding(mesh, spec) for spec in specs(case, sharded))
+    shardings = images, kernel, images
+    x, w, g = (jax.device_put(a, s) for a, s in zip(case.operands(), shardings, strict=True))
+    dx, dw = on_cuda(lambda x, w, g: jax.vjp(case.conv(), x, w)[1](g), x, w, g, in_shardings=shardings)
+    assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
+    assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)

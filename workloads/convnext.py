@@ -6,11 +6,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from depthwise_jax import DepthwiseConv2D
 
-# Channels and blocks of the first two stages of ConvNeXt-T, with fewer blocks.
-STAGES = ((96, 2), (192, 2))
+Stages = tuple[tuple[int, int], ...]
+# Channels and blocks of ConvNeXt-T's stages; and of its first two, with fewer blocks.
+TINY: Stages = ((96, 3), (192, 3), (384, 9), (768, 3))
+STAGES: Stages = ((96, 2), (192, 2))
 
 
 class ConvNeXt(nn.Module):
@@ -19,33 +22,43 @@ class ConvNeXt(nn.Module):
     Attributes:
         classes: outputs.
         plain: whether the depthwise convolutions are flax.linen.Conv.
+        dtype: of the computation; parameters are float32.
+        stages: channels and blocks of each.
     """
 
     classes: int = 1000
     plain: bool = False
+    dtype: Any = jnp.float32
+    stages: Stages = STAGES
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits (batch, classes) of images (batch, height, width, 3)."""
         del train  # it has no batch norm
-        for stage, (channels, blocks) in enumerate(STAGES):
+        dtype = self.dtype
+        x = jnp.asarray(x, dtype)
+        for stage, (channels, blocks) in enumerate(self.stages):
             if stage:
-                x = nn.LayerNorm(name=f"norm{stage}")(x)
+                x = nn.LayerNorm(dtype=dtype, name=f"norm{stage}")(x)
             size = (2, 2) if stage else (4, 4)
-            x = nn.Conv(channels, size, size, name=f"down{stage}")(x)
+            x = nn.Conv(channels, size, size, dtype=dtype, name=f"down{stage}")(x)
             for block in range(blocks):
                 name = f"block{stage}_{block}"
                 if self.plain:
-                    y = nn.Conv(channels, (7, 7), feature_group_count=channels, name=f"{name}_depthwise")(x)
+                    y = nn.Conv(channels, (7, 7), feature_group_count=channels, dtype=dtype, name=f"{name}_depthwise")(
+                        x
+                    )
                 else:
-                    y = DepthwiseConv2D(7, padding="same", name=f"{name}_depthwise")(x)
-                y = nn.gelu(nn.Dense(4 * channels, name=f"{name}_expand")(nn.LayerNorm(name=f"{name}_norm")(y)))
-                y = nn.Dense(channels, name=f"{name}_project")(y)
-                x = x + y * self.param(f"{name}_scale", nn.initializers.constant(1e-6), (channels,))
+                    y = DepthwiseConv2D(7, padding="same", dtype=dtype, name=f"{name}_depthwise")(x)
+                y = nn.LayerNorm(dtype=dtype, name=f"{name}_norm")(y)
+                y = nn.gelu(nn.Dense(4 * channels, dtype=dtype, name=f"{name}_expand")(y))
+                y = nn.Dense(channels, dtype=dtype, name=f"{name}_project")(y)
+                scale = self.param(f"{name}_scale", nn.initializers.constant(1e-6), (channels,))
+                x = x + y * jnp.asarray(scale, dtype)
         return nn.Dense(self.classes, name="classifier")(x.mean((1, 2)))
 
 
-def torch_convnext(torch: Any, classes: int = 1000) -> Any:
+def torch_convnext(torch: Any, classes: int = 1000, stages: Stages = STAGES) -> Any:
     """ConvNeXt in PyTorch, a sequence of modules; what works on channels sees them last, which moves no data."""
     layers = torch.nn
 
@@ -71,7 +84,7 @@ def torch_convnext(torch: Any, classes: int = 1000) -> Any:
 
     modules: list[Any] = []
     previous = 3
-    for stage, (channels, blocks) in enumerate(STAGES):
+    for stage, (channels, blocks) in enumerate(stages):
         size = 2 if stage else 4
         modules += [Norm(previous, eps=1e-6)] if stage else []
         modules += [layers.Conv2d(previous, channels, size, size), *(Block(channels) for _ in range(blocks))]

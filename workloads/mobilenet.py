@@ -72,7 +72,7 @@ class MobileNetV2(nn.Module):
         return nn.Dense(self.classes, dtype=jnp.float32, name="classifier")(x.mean((1, 2)))
 
 
-def torch_mobilenet(torch: Any, classes: int = 1000) -> Any:
+def torch_mobilenet(torch: Any, classes: int = 1000, stages: Any = STAGES) -> Any:
     """The same network in PyTorch, a sequence of modules."""
     layers = torch.nn
 
@@ -93,7 +93,7 @@ def torch_mobilenet(torch: Any, classes: int = 1000) -> Any:
 
     modules = conv(3, 32, 3, 2, 1, True)
     channels = 32
-    for expansion, features, blocks, first_stride in STAGES:
+    for expansion, features, blocks, first_stride in stages:
         for i in range(blocks):
             hidden, stride = expansion * channels, first_stride if i == 0 else 1
             expand = conv(channels, hidden, 1, 1, 1, True) if expansion > 1 else []

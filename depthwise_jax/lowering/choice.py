@@ -180,7 +180,8 @@ _COMPILED = "as compiled for an H100; no time was measured on a GPU"
 # Of the rows for a platform the first whose lowering does not refuse the call decides; benchmarks/peers.py measures
 # what they say.
 TABLE = [
-    Rule(("cpu", "cuda", "rocm"), "taps", "several kernels of one tap: a product, in one pass over memory", is_product),
+    Rule(("cpu",), "taps", "several kernels of one tap: a product, in one pass over memory", is_product),
+    Rule(("cuda", "rocm"), "taps", "several kernels of one tap: a product; no time was measured on a GPU", is_product),
     Rule(("cpu",), "native", "the compiled kernels are the fastest on CPU"),
     Rule(("cpu",), "taps", "XLA's grouped convolution is many times slower on CPU"),
     Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
