@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from benchmarks import pallas_causal
 from depthwise_jax import depthwise_conv
 from depthwise_jax.lowering import taps
 from depthwise_jax.lowering.choice import LOWERINGS
@@ -64,6 +65,11 @@ class Case:
         return f"{len(self.window)}D k{self.window[0]}{suffix} {'x'.join(map(str, self.x))}"
 
     @property
+    def is_plain_sequence(self) -> bool:
+        """Whether it is a sequence at stride and dilation one, with one kernel per channel."""
+        return len(self.window) == self.stride == self.dilation == self.multiplier == 1
+
+    @property
     def padding(self) -> str:
         """Sequences are padded as in a causal model, images as in a convolutional network."""
         return "causal" if len(self.window) == 1 else "same"
@@ -77,6 +83,8 @@ class Case:
 
     def convolve(self, by: str, x: Array, kernel: Array) -> Array:
         """The convolution by one of CONTESTANTS."""
+        if by == "pallas":
+            return pallas_causal.causal(x, kernel[..., 0])
         if by != "flax":
             return depthwise_conv(
                 x,
@@ -261,7 +269,7 @@ CASES: dict[str, list[Case]] = {
         Case((4, 16, 56, 56, 64), (3, 3, 3)),
         Case((8, 28, 28, 256), (31, 31)),
     ],
-    "windows": _sequences((5, 8, 9, 16, 2, 3), (8, 4), (2048,), (2048,)),
+    "windows": _sequences((5, 8, 9, 16, 2, 3, 6, 7), (8, 4), (2048,), (2048,)),
     "dilation": [case for d in (2, 4) for case in _sequences((4, 8), (8, 4, 1), (2048,), (2048,), dilation=d)],
     "multiplier": [
         Case((32, n, n, c), (3, 3), multiplier=m)
@@ -285,8 +293,9 @@ BLOCKS = [
     convnext(32, 14, 384),
     conformer(16, 1000, 512),
 ]
-# This package's choice, plain Flax, this package's lowerings, and its choice without keeping values for a backward pass.
-CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed")
+# This package's choice; plain Flax; this package's lowerings; its choice without keeping values for a backward pass; a
+# stand-in for other projects' Pallas kernels, for causal sequences.
+CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed", "pallas")
 GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes")
 
 
@@ -310,7 +319,7 @@ class Entry:
         function, shapes = self.subject.task(self.what, self.dtype, self.by)
         if self.by != "recomputed":
             return lower(function, *shapes)
-        with mock.patch.object(taps, "keeps_value", lambda call: False):
+        with mock.patch.object(taps, "keeps_value", return_value=False):
             return lower(function, *shapes)
 
 
@@ -322,7 +331,9 @@ def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> 
                 yield Entry(group, block, what, "bfloat16", b)
             continue
         for dtype, case, what, b in itertools.product(dtypes, CASES[group], DIRECTIONS, by):
-            yield Entry(group, case, what, dtype, b)
+            # Its two gradients are one kernel.
+            if b != "pallas" or (case.is_plain_sequence and what in ("forward", "dx+dw")):
+                yield Entry(group, case, what, dtype, b)
 
 
 # Figures of a program, and the digest of its lowered text.
@@ -344,6 +355,10 @@ def digest(lowered: Any) -> str:
 
     names: dict[str, str] = {}
     lines: list[str] = []
+
+    def renamed(found: re.Match[str]) -> str:
+        return names.get(found[0], found[0])
+
     for line in re.sub(r"@jit_\w+", "", lowered.as_text()).splitlines():
         move = _MOVE.match(line)
         if move and lengths(move[4]) == lengths(move[5]) and _keeps_order(move):
@@ -351,8 +366,8 @@ def digest(lowered: Any) -> str:
             continue
         name = re.match(r"^ *(%\w+)(?::\d+)? = ", line)
         if "func.func" in line:
-            names = {}
-        line = re.sub(r"%\w+", lambda found: names.get(found[0], found[0]), line)
+            names.clear()
+        line = re.sub(r"%\w+", renamed, line)
         if name:
             names[name[1]] = f"%{len(lines)}"
         lines.append(line.split(" = ")[-1] if name else line)
@@ -417,8 +432,8 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries((group,), ("ours",), DTYPES):
         case = entry.subject
-        own, flax_, taps_, conv = (
-            results.get(entry.key.removesuffix("ours") + by) for by in ("ours", "flax", "taps", "conv")
+        own, flax_, *others = (
+            results.get(entry.key.removesuffix("ours") + by) for by in ("ours", "flax", "taps", "conv", "pallas")
         )
         if not isinstance(case, Case):
             continue
@@ -426,15 +441,15 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
             missing.setdefault((entry.dtype, str(case)), []).append(entry.what)
             continue
         memory, vector = case.floors(entry.what, entry.dtype)
-        others = (_beside(found, own) for found in (flax_, taps_, conv))
         floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / max(memory, vector):.2f}")
-        cells = (str(case), entry.what, entry.dtype, _cell(own), *others, *floors, _ratio(own, flax_))
+        beside = (_beside(found, own) for found in (flax_, *others))
+        cells = (str(case), entry.what, entry.dtype, _cell(own), *beside, *floors, _ratio(own, flax_))
         rows.append(f"| {' | '.join((*cells, _cell(own, 'seconds', 1)))} |")
     head = (
-        "| case | direction | dtype | ours | flax | taps | conv | memory | vector unit | ours / floor | ours / flax | "
-        "compile s |"
+        "| case | direction | dtype | ours | flax | taps | conv | pallas | memory | vector unit | ours / floor | "
+        "ours / flax | compile s |"
     )
-    return [head, "|---|---|---|" + "---:|" * 9, *rows, "", *_left_out(missing)] if rows else []
+    return [head, "|---|---|---|" + "---:|" * 10, *rows, "", *_left_out(missing)] if rows else []
 
 
 def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
@@ -449,19 +464,20 @@ def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
 def _block_rows(results: dict[str, Figures]) -> list[str]:
     rows: list[str] = []
     for block, what in itertools.product(BLOCKS, PROGRAMS):
-        own, flax_, recomputed, none = (
-            results.get(Entry("", block, what, "bfloat16", by).key) for by in ("ours", "flax", "recomputed", "none")
+        own, *others, none = (
+            results.get(Entry("", block, what, "bfloat16", by).key)
+            for by in ("ours", "flax", "recomputed", "pallas", "none")
         )
         if own is None or none is None:
             continue
-        cells = (str(block), what, _cell(own), _beside(flax_, own), _beside(recomputed, own), _cell(none))
-        ratios = (_ratio(own, none, 3), _ratio(flax_, none, 3), _ratio(recomputed, none, 3))
+        cells = (str(block), what, _cell(own), *(_beside(found, own) for found in others), _cell(none))
+        ratios = (_ratio(found, none, 3) for found in (own, *others))
         rows.append(f"| {' | '.join((*cells, *ratios, _cell(own, 'temporaries', 1e6), _cell(own, 'seconds', 1)))} |")
     head = (
-        "| block | program | ours | flax | recomputed | without convolution | ours / without | flax / without | "
-        "recomputed / without | ours, temporary MB | compile s |"
+        "| block | program | ours | flax | recomputed | pallas | without convolution | ours / without | "
+        "flax / without | recomputed / without | pallas / without | ours, temporary MB | compile s |"
     )
-    return [head, "|---|---|" + "---:|" * 9, *rows, ""] if rows else []
+    return [head, "|---|---|" + "---:|" * 11, *rows, ""] if rows else []
 
 
 def main() -> None:

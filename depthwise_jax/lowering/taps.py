@@ -41,9 +41,9 @@ _POSITIONS = 2**31 - 1
 _CONSTANT = 2**16
 # kernel_grad adds up this many parts of a product before each contraction.
 _PARTS = 8
-# XLA's TPU compiler computes both gradients of windows of up to 8 taps in one loop. That pays up to this many: at
-# (8, 2048, 2048) a window of 6 takes 472 thousand cycles in one loop and 492 in two, one of 7 takes 774 and 580, one of 8
-# 1,029 and 638.
+# XLA's TPU compiler computes both gradients of windows of up to 8 taps in one loop. That pays up to this many. By
+# benchmarks/tpu_floor.py, with this number at 8 and at 0, thousands of cycles for (8, 2048, 2048): a window of 6 takes
+# 472 in one loop and 492 in two, one of 7 takes 774 and 580, one of 8 takes 1,029 and 638.
 _JOINED = 6
 
 # An index along one axis: an int, or an array traced inside a loop over taps.
@@ -126,8 +126,8 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     def phase(phases: tuple[int, ...]) -> Array:
         taps = _phases_taps(convolution, phases)
         if _is_joined(call):
-            # From the lowest position up: at (16, 1024, 1024) the loop of both gradients takes 199 thousand cycles, in
-            # the taps' order 216.
+            # From the lowest position up: for a window of 4 at (16, 1024, 1024) the loop of both gradients takes 199
+            # thousand cycles, in the taps' order 216.
             taps = [(positions[::-1], starts[::-1]) for positions, starts in taps]
         read = _reader(g, spatial_axes, taps, counts, (1,) * window.rank, call)
 
