@@ -21,13 +21,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.tpu_schedule import V5E, Program, lower, measure  # isort: skip  # sets the environment of libtpu
+from benchmarks.tpu_schedule import V5E, V6E, Chip, Program, lower, measure  # isort: skip  # sets the environment of libtpu
 
 import flax
 import flax.linen
@@ -120,7 +120,7 @@ class Case:
         }
         return tasks[direction]
 
-    def floors(self, direction: str, dtype: str) -> tuple[float, float]:
+    def floors(self, direction: str, dtype: str, chip: Chip = V5E) -> tuple[float, float]:
         """The cycles that the memory and the vector unit need at least; taps in the padding need nothing."""
         x, _, g = self.shapes(dtype)
         size = jnp.dtype(dtype).itemsize
@@ -130,7 +130,7 @@ class Case:
             extent = (k - 1) * self.dilation + 1
             low = extent - 1 if self.padding == "causal" else max(0, (o - 1) * self.stride + extent - n) // 2
             products *= sum(0 <= i * self.stride + t * self.dilation - low < n for i in range(o) for t in range(k))
-        return moved / V5E.bytes_per_cycle, 2 * products / V5E.lanes
+        return moved / chip.bytes_per_cycle, 2 * products / chip.lanes
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,12 @@ CASES: dict[str, list[Case]] = {
         *_sequences((2, 3, 5, 8, 9, 16), (1, 2, 16, 32), (2048,), (2048,)),
     ],
     "volumes": [Case((b, 16, 56, 56, 64), (3, 3, 3)) for b in (1, 4)],
+    "v6e": [
+        *_sequences((4,), (8, 4, 1), (2048,), (2048,)),
+        Case((16, 1024, 1024), (4,)),
+        *_sequences((8, 9, 16), (8,), (2048,), (2048,)),
+        Case((4, 56, 56, 128), (3, 3)),
+    ],
 }
 BLOCKS = [
     mamba(8, 2048, 1024),
@@ -296,7 +302,7 @@ BLOCKS = [
 # This package's choice; plain Flax; this package's lowerings; its choice without keeping values for a backward pass; a
 # stand-in for other projects' Pallas kernels, for causal sequences.
 CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed", "pallas")
-GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes")
+GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes", "v6e")
 
 
 @dataclass(frozen=True)
@@ -310,17 +316,27 @@ class Entry:
     by: str
 
     @property
+    def chip(self) -> Chip:
+        """For which chip it is compiled."""
+        return V6E if self.group == "v6e" else V5E
+
+    @property
     def key(self) -> str:
         """Its key in the results."""
-        return f"{self.subject} | {self.what} | {self.dtype} | {self.by}"
+        chip = " | v6e" if self.chip is V6E else ""
+        return f"{self.subject} | {self.what} | {self.dtype} | {self.by}{chip}"
+
+    def beside(self, by: str) -> Entry:
+        """The same by another of those compared."""
+        return replace(self, by=by)
 
     def lower(self) -> Any:
         """The program, lowered for one chip."""
         function, shapes = self.subject.task(self.what, self.dtype, self.by)
         if self.by != "recomputed":
-            return lower(function, *shapes)
+            return lower(function, *shapes, chip=self.chip)
         with mock.patch.object(taps, "keeps_value", return_value=False):
-            return lower(function, *shapes)
+            return lower(function, *shapes, chip=self.chip)
 
 
 def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> Iterator[Entry]:
@@ -343,8 +359,8 @@ Figures = dict[str, Any]
 _MOVE = re.compile(r"^ *(%\w+) = stablehlo\.(reshape|transpose|slice) (%\w+).*?: \(tensor<(\S+)>\) -> tensor<(\S+)>")
 
 
-def digest(lowered: Any) -> str:
-    """What tells a lowered program from others that compute something else, or in another order.
+def digest(lowered: Any, chip: Chip = V5E) -> str:
+    """What tells a program lowered for a chip from others that compute something else, or in another order.
 
     What moves nothing is left out: reshapes, transposes and whole slices that add, drop or pass axes of one. So a
     convolution by this package's "conv" is the same program as by Flax where it adds no more to it.
@@ -354,7 +370,7 @@ def digest(lowered: Any) -> str:
         return [n for n in shape.split("x") if n != "1"]
 
     names: dict[str, str] = {}
-    lines: list[str] = []
+    lines: list[str] = [] if chip is V5E else [chip.topology]
 
     def renamed(found: re.Match[str]) -> str:
         return names.get(found[0], found[0])
@@ -432,15 +448,13 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries((group,), ("ours",), DTYPES):
         case = entry.subject
-        own, flax_, *others = (
-            results.get(entry.key.removesuffix("ours") + by) for by in ("ours", "flax", "taps", "conv", "pallas")
-        )
+        own, flax_, *others = (results.get(entry.beside(by).key) for by in ("ours", "flax", "taps", "conv", "pallas"))
         if not isinstance(case, Case):
             continue
         if own is None:
             missing.setdefault((entry.dtype, str(case)), []).append(entry.what)
             continue
-        memory, vector = case.floors(entry.what, entry.dtype)
+        memory, vector = case.floors(entry.what, entry.dtype, entry.chip)
         floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / max(memory, vector):.2f}")
         beside = (_beside(found, own) for found in (flax_, *others))
         cells = (str(case), entry.what, entry.dtype, _cell(own), *beside, *floors, _ratio(own, flax_))
@@ -498,11 +512,11 @@ def main() -> None:
         if not any(part in entry.key for part in arguments.only):
             continue
         lowered = entry.lower()
-        key = digest(lowered)
+        key = digest(lowered, entry.chip)
         known = next((known for known in results.values() if known["program"] == key), None)
         if arguments.known and known is None:
             continue
-        results[entry.key] = known or {**figures(measure(lowered)), "program": key}
+        results[entry.key] = known or {**figures(measure(lowered, entry.chip)), "program": key}
         print(entry.key, results[entry.key], flush=True)
         arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     arguments.output.write_text(report(results))
