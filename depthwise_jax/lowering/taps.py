@@ -83,7 +83,8 @@ def keeps_value(call: Call) -> bool:
     """Whether a value must be kept for the backward pass.
 
     XLA's TPU compiler would compute an elementwise sum once more there, within a matrix product that gains nothing from
-    it: a training step around a window of 4 takes 1.2 times as long.
+    it: a training step around a window of 4 takes 1.18 times as long (benchmarks/results/tpu_floor.md,
+    "Blocks").
     """
     return call.differentiated and call.platform == "tpu"
 
