@@ -411,18 +411,37 @@ def figures(program: Program) -> Figures:
     }
 
 
+_HEAD = """\
+# One TPU v5e chip: cycles by the compiler's schedules, beside plain flax.linen.Conv and the floors
+
+Written by `python -m benchmarks.tpu_floor` with jax {jax} and its libtpu; nothing was run on a TPU.
+benchmarks/tpu_schedule.py says how cycles are read, and what the model leaves out. Thousands of cycles.
+Sequences are padded as causal, images as same.
+
+* memory: the floor of x, y and their gradients crossing HBM once, at {hbm:.0f} bytes a cycle.
+* vector unit: the floor of two operations for each product, at {lanes} a cycle.
+* flax: plain flax.linen.Conv. taps, conv: this package's two formulations, where the choice hung on them.
+* recomputed: ours, but XLA may compute the convolution again in the backward pass instead of keeping it.
+* pallas: this repository's own benchmarks/pallas_causal.py, in place of other projects' Pallas kernels.
+* "=": the program of "ours", by its lowered text, so it was compiled once.
+* compile s: of a machine that others used too.
+* v6e: another chip, at {v6e:.0f} bytes a cycle if it runs at {clock} GHz. A v5p has no section: its programs run on
+  two cores, and the schedules do not say how the loops are shared.
+* Not compiled: left out for time, since a convolution compiles for minutes at small batches. Most of these rows
+  repeat others in float32 or at another batch.
+"""
+
+
 def report(results: dict[str, Figures]) -> str:
     """The tables in Markdown, of all programs by "ours" that the results have."""
     lines = [
-        "# One TPU v5e chip: cycles by the compiler's schedules, beside plain flax.linen.Conv and the floors",
-        "",
-        f"Written by `python -m benchmarks.tpu_floor` with jax {jax.__version__} and its libtpu; nothing was run on a",
-        "TPU. benchmarks/tpu_schedule.py says how cycles are read, and what the model leaves out. Thousands of cycles.",
-        "The memory's floor is that x, y and their gradients cross HBM once, at "
-        f"{V5E.bytes_per_cycle:.0f} bytes a cycle; the vector",
-        f"unit's is two operations for each product, at {V5E.lanes} a cycle. Sequences are padded as causal, images as",
-        "same. Compile seconds are of a shared machine.",
-        "",
+        _HEAD.format(
+            jax=jax.__version__,
+            hbm=V5E.bytes_per_cycle,
+            lanes=V5E.lanes,
+            v6e=V6E.bytes_per_cycle,
+            clock=V6E.clock / 1e9,
+        )
     ]
     for group in GROUPS:
         rows = _block_rows(results) if group == "blocks" else _case_rows(group, results)
