@@ -299,9 +299,10 @@ BLOCKS = [
     convnext(32, 14, 384),
     conformer(16, 1000, 512),
 ]
-# This package's choice; plain Flax; this package's lowerings; its choice without keeping values for a backward pass; a
-# stand-in for other projects' Pallas kernels, for causal sequences.
-CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed", "pallas")
+# This package's choice; plain Flax; this package's lowerings; its choice if no value is kept for a backward pass; its
+# choice with masked padding; a stand-in for other projects' Pallas kernels, for causal sequences.
+CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed", "masked", "pallas")
+_CHANGES = {"recomputed": ("keeps_value", False), "masked": ("masks_padding", True)}
 GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes", "v6e")
 
 
@@ -333,9 +334,10 @@ class Entry:
     def lower(self) -> Any:
         """The program, lowered for one chip."""
         function, shapes = self.subject.task(self.what, self.dtype, self.by)
-        if self.by != "recomputed":
+        if self.by not in _CHANGES:
             return lower(function, *shapes, chip=self.chip)
-        with mock.patch.object(taps, "keeps_value", return_value=False):
+        name, value = _CHANGES[self.by]
+        with mock.patch.object(taps, name, return_value=value):
             return lower(function, *shapes, chip=self.chip)
 
 
@@ -422,6 +424,7 @@ Sequences are padded as causal, images as same.
 * vector unit: the floor of two operations for each product, at {lanes} a cycle.
 * flax: plain flax.linen.Conv. taps, conv: this package's two formulations, where the choice hung on them.
 * recomputed: ours, but XLA may compute the convolution again in the backward pass instead of keeping it.
+* masked: ours, but products with the padding are masked.
 * pallas: this repository's own benchmarks/pallas_causal.py, in place of other projects' Pallas kernels.
 * "=": the program of "ours", by its lowered text, so it was compiled once.
 * compile s: of a machine that others used too.
@@ -499,7 +502,7 @@ def _block_rows(results: dict[str, Figures]) -> list[str]:
     for block, what in itertools.product(BLOCKS, PROGRAMS):
         own, *others, none = (
             results.get(Entry("", block, what, "bfloat16", by).key)
-            for by in ("ours", "flax", "recomputed", "pallas", "none")
+            for by in ("ours", "flax", "recomputed", "masked", "pallas", "none")
         )
         if own is None or none is None:
             continue
@@ -507,10 +510,10 @@ def _block_rows(results: dict[str, Figures]) -> list[str]:
         ratios = (_ratio(found, none, 3) for found in (own, *others))
         rows.append(f"| {' | '.join((*cells, *ratios, _cell(own, 'temporaries', 1e6), _cell(own, 'seconds', 1)))} |")
     head = (
-        "| block | program | ours | flax | recomputed | pallas | without convolution | ours / without | "
-        "flax / without | recomputed / without | pallas / without | ours, temporary MB | compile s |"
+        "| block | program | ours | flax | recomputed | masked | pallas | without convolution | ours / without | "
+        "flax / without | recomputed / without | masked / without | pallas / without | ours, temporary MB | compile s |"
     )
-    return [head, "|---|---|" + "---:|" * 11, *rows, ""] if rows else []
+    return [head, "|---|---|" + "---:|" * 13, *rows, ""] if rows else []
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The three maps as shifted multiply-adds in plain XLA: no convolution; portable, and partitioned without help.
 
 Taps that fall outside the input contribute nothing, whatever they hold: a NaN in the kernel does not spread through the
-padding. (On TPU it does, see _reader.) Windows of many taps run in a loop of unrolled rows: a program's size does not
-grow with the window.
+padding. (On TPU it does, see masks_padding.) Windows of many taps run in a loop of unrolled rows: a program's size does
+not grow with the window.
 
 One operand is padded once, as it is, and each tap reads a slice of it. Narrow floats are widened after that: then XLA
 fuses padding, slices and sum into one loop that reads the operands once, and nothing wide is ever in memory.
@@ -87,6 +87,15 @@ def keeps_value(call: Call) -> bool:
     "Blocks").
     """
     return call.differentiated and call.platform == "tpu"
+
+
+def masks_padding(call: Call) -> bool:
+    """Whether products with the padding are masked, so that a kernel that is not finite gives no NaN there.
+
+    On TPU the padding's zeros are multiplied like any. With masks a training step of a block around a window of 4 takes
+    MASKED times as long (benchmarks/results/tpu_floor.md, "Blocks").
+    """
+    return call.platform != "tpu"
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
@@ -373,10 +382,7 @@ def _reader(
     ]
     if _blocks(taps)[0] > 1:
         return _read_in_loop(array, axes)
-    # Masks cost the TPU's vector unit half as much again. Of a window of 4 both gradients in a loop take 1.25 times the
-    # memory's time with them and 1.00 without, and a block around the convolution 1.06 and 1.03 times what it takes
-    # without one. So there the padding's zeros are multiplied like any: with what is not finite to NaN.
-    masked = call.platform != "tpu"
+    masked = masks_padding(call)
     return _read_shards(array, axes, masked) if call.partitioning.sharded_rows else _read_slices(array, axes, masked)
 
 
