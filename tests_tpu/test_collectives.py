@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv
-from tests_tpu.compiler import compile_for_tpu, make_mesh, sharded
+from workloads.tpu.compiler import compile_for_tpu, make_mesh, sharded
 
 WINDOW, CHANNELS = 4, 512
 # Mesh axes over four chips, the shape of x and how it is sharded, and over how many chips dw is summed.
