@@ -470,7 +470,9 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries((group,), ("ours",), DTYPES):
         case = entry.subject
-        own, flax_, *others = (results.get(entry.beside(by).key) for by in ("ours", "flax", "taps", "conv", "pallas"))
+        own, flax_, *others = (
+            results.get(entry.beside(by).key) for by in ("ours", "flax", "taps", "conv", "masked", "pallas")
+        )
         if not isinstance(case, Case):
             continue
         if own is None:
@@ -482,10 +484,10 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
         cells = (str(case), entry.what, entry.dtype, _cell(own), *beside, *floors, _ratio(own, flax_))
         rows.append(f"| {' | '.join((*cells, _cell(own, 'seconds', 1)))} |")
     head = (
-        "| case | direction | dtype | ours | flax | taps | conv | pallas | memory | vector unit | ours / floor | "
-        "ours / flax | compile s |"
+        "| case | direction | dtype | ours | flax | taps | conv | masked | pallas | memory | vector unit | "
+        "ours / floor | ours / flax | compile s |"
     )
-    return [head, "|---|---|---|" + "---:|" * 10, *rows, "", *_left_out(missing)] if rows else []
+    return [head, "|---|---|---|" + "---:|" * 11, *rows, "", *_left_out(missing)] if rows else []
 
 
 def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
