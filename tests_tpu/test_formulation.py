@@ -10,7 +10,7 @@ from benchmarks.tpu_schedule import lower
 from depthwise_jax.lowering import DIRECTIONS
 
 SUM, CONVOLUTION = "sum", "convolution"
-# A case, and what its forward pass, dx and dw are.
+# A case, and what its forward pass, dx and dw are in bfloat16.
 CASES = [
     (Case((8, 256, 256), (4,)), (SUM, SUM, SUM)),
     (Case((32, 256, 256), (8,)), (SUM, SUM, SUM)),
@@ -35,6 +35,8 @@ CASES = [
     (Case((1, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
     (Case((4, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
 ]
+# The cases that are something else in float32, where a convolution of sequences moves more bytes.
+WIDE = {case: (SUM, SUM, SUM) for case, _ in CASES if len(case.window) == case.stride == 1 and case.window[0] <= 16}
 
 
 def text_of(case: Case, direction: str, dtype: str = "bfloat16") -> str:
@@ -45,6 +47,7 @@ def text_of(case: Case, direction: str, dtype: str = "bfloat16") -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=str)
 def test_formulation(case: Case, expected: tuple[str, str, str], dtype: str) -> None:
+    expected = WIDE.get(case, expected) if dtype == "float32" else expected
     for direction, formulation in zip(DIRECTIONS, expected, strict=True):
         convolutions = text_of(case, direction, dtype).count("stablehlo.convolution")
         assert (convolutions == 0) == (formulation == SUM), direction

@@ -104,7 +104,9 @@ class Rule:
 # kernel's gradient alone takes 921 by convolution and 924 as a sum, both gradients 1,612 by convolution and 1,113 where
 # only the kernel's is a sum.
 _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
-_SUMMED_TAPS_OF_FEW = 16
+# Of fewer sequences, and of four bytes a value: there the convolution moves each byte twice, and a sum of up to 9 taps
+# once.
+_SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
 # Channels that lie side by side in a register.
 _LANES = 128
@@ -117,7 +119,8 @@ def is_summed_on_tpu(call: Call) -> bool:
     if call.multiplier > 1 or max(window.strides) > 1 or convolution.layout.channels != -1:
         return False
     if window.rank == 1:
-        return window.size[0] <= (_SUMMED_TAPS_OF_FEW if few else _SUMMED_TAPS[call.direction])
+        most = few or jnp.dtype(call.dtype).itemsize > 2
+        return window.size[0] <= (_SUMMED_TAPS_AT_MOST if most else _SUMMED_TAPS[call.direction])
     few_channels = call.direction != "kernel_grad" or call.channels <= _LANES
     return window.size == (3, 3) and few and few_channels
 
