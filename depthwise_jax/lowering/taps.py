@@ -92,8 +92,8 @@ def keeps_value(call: Call) -> bool:
 def masks_padding(call: Call) -> bool:
     """Whether products with the padding are masked, so that a kernel that is not finite gives no NaN there.
 
-    On TPU the padding's zeros are multiplied like any. With masks each map of a window of 4 takes as long alone, but both
-    gradients in one loop 1.23 times as long (benchmarks/results/tpu_floor.md, "Training").
+    On TPU the padding's zeros are multiplied like any. With masks each map of a window of 4 takes as long alone, but
+    both gradients in one loop 1.23 times as long (benchmarks/results/tpu_floor.md, "Training").
     """
     return call.platform != "tpu"
 
