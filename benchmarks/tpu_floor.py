@@ -21,13 +21,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.tpu_schedule import V5E, Program, lower, measure  # isort: skip  # sets the environment of libtpu
+from benchmarks.tpu_schedule import V5E, V6E, Chip, Program, lower, measure  # isort: skip  # sets the environment of libtpu
 
 import flax
 import flax.linen
@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from benchmarks import pallas_causal
 from depthwise_jax import depthwise_conv
 from depthwise_jax.lowering import taps
 from depthwise_jax.lowering.choice import LOWERINGS
@@ -64,6 +65,11 @@ class Case:
         return f"{len(self.window)}D k{self.window[0]}{suffix} {'x'.join(map(str, self.x))}"
 
     @property
+    def is_plain_sequence(self) -> bool:
+        """Whether it is a sequence at stride and dilation one, with one kernel per channel."""
+        return len(self.window) == self.stride == self.dilation == self.multiplier == 1
+
+    @property
     def padding(self) -> str:
         """Sequences are padded as in a causal model, images as in a convolutional network."""
         return "causal" if len(self.window) == 1 else "same"
@@ -77,6 +83,8 @@ class Case:
 
     def convolve(self, by: str, x: Array, kernel: Array) -> Array:
         """The convolution by one of CONTESTANTS."""
+        if by == "pallas":
+            return pallas_causal.causal(x, kernel[..., 0])
         if by != "flax":
             return depthwise_conv(
                 x,
@@ -112,7 +120,7 @@ class Case:
         }
         return tasks[direction]
 
-    def floors(self, direction: str, dtype: str) -> tuple[float, float]:
+    def floors(self, direction: str, dtype: str, chip: Chip = V5E) -> tuple[float, float]:
         """The cycles that the memory and the vector unit need at least; taps in the padding need nothing."""
         x, _, g = self.shapes(dtype)
         size = jnp.dtype(dtype).itemsize
@@ -122,7 +130,7 @@ class Case:
             extent = (k - 1) * self.dilation + 1
             low = extent - 1 if self.padding == "causal" else max(0, (o - 1) * self.stride + extent - n) // 2
             products *= sum(0 <= i * self.stride + t * self.dilation - low < n for i in range(o) for t in range(k))
-        return moved / V5E.bytes_per_cycle, 2 * products / V5E.lanes
+        return moved / chip.bytes_per_cycle, 2 * products / chip.lanes
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,7 @@ CASES: dict[str, list[Case]] = {
         Case((4, 16, 56, 56, 64), (3, 3, 3)),
         Case((8, 28, 28, 256), (31, 31)),
     ],
-    "windows": _sequences((5, 8, 9, 16, 2, 3), (8, 4), (2048,), (2048,)),
+    "windows": _sequences((5, 8, 9, 16, 2, 3, 6, 7), (8, 4), (2048,), (2048,)),
     "dilation": [case for d in (2, 4) for case in _sequences((4, 8), (8, 4, 1), (2048,), (2048,), dilation=d)],
     "multiplier": [
         Case((32, n, n, c), (3, 3), multiplier=m)
@@ -275,6 +283,12 @@ CASES: dict[str, list[Case]] = {
         *_sequences((2, 3, 5, 8, 9, 16), (1, 2, 16, 32), (2048,), (2048,)),
     ],
     "volumes": [Case((b, 16, 56, 56, 64), (3, 3, 3)) for b in (1, 4)],
+    "v6e": [
+        *_sequences((4,), (8, 4, 1), (2048,), (2048,)),
+        Case((16, 1024, 1024), (4,)),
+        *_sequences((8, 9), (8,), (2048,), (2048,)),
+        Case((4, 56, 56, 128), (3, 3)),
+    ],
 }
 BLOCKS = [
     mamba(8, 2048, 1024),
@@ -285,9 +299,11 @@ BLOCKS = [
     convnext(32, 14, 384),
     conformer(16, 1000, 512),
 ]
-# This package's choice, plain Flax, this package's lowerings, and its choice without keeping values for a backward pass.
-CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed")
-GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes")
+# This package's choice; plain Flax; this package's lowerings; its choice if no value is kept for a backward pass; its
+# choice with masked padding; a stand-in for other projects' Pallas kernels, for causal sequences.
+CONTESTANTS = ("ours", "flax", "taps", "conv", "recomputed", "masked", "pallas")
+_CHANGES = {"recomputed": ("keeps_value", False), "masked": ("masks_padding", True)}
+GROUPS = ("training", "blocks", "windows", "dilation", "multiplier", "images", "sequences", "volumes", "v6e")
 
 
 @dataclass(frozen=True)
@@ -301,17 +317,28 @@ class Entry:
     by: str
 
     @property
+    def chip(self) -> Chip:
+        """For which chip it is compiled."""
+        return V6E if self.group == "v6e" else V5E
+
+    @property
     def key(self) -> str:
         """Its key in the results."""
-        return f"{self.subject} | {self.what} | {self.dtype} | {self.by}"
+        chip = " | v6e" if self.chip is V6E else ""
+        return f"{self.subject} | {self.what} | {self.dtype} | {self.by}{chip}"
+
+    def beside(self, by: str) -> Entry:
+        """The same by another of those compared."""
+        return replace(self, by=by)
 
     def lower(self) -> Any:
         """The program, lowered for one chip."""
         function, shapes = self.subject.task(self.what, self.dtype, self.by)
-        if self.by != "recomputed":
-            return lower(function, *shapes)
-        with mock.patch.object(taps, "keeps_value", lambda call: False):
-            return lower(function, *shapes)
+        if self.by not in _CHANGES:
+            return lower(function, *shapes, chip=self.chip)
+        name, value = _CHANGES[self.by]
+        with mock.patch.object(taps, name, return_value=value):
+            return lower(function, *shapes, chip=self.chip)
 
 
 def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> Iterator[Entry]:
@@ -322,7 +349,9 @@ def entries(groups: Sequence[str], by: Sequence[str], dtypes: Sequence[str]) -> 
                 yield Entry(group, block, what, "bfloat16", b)
             continue
         for dtype, case, what, b in itertools.product(dtypes, CASES[group], DIRECTIONS, by):
-            yield Entry(group, case, what, dtype, b)
+            # Its two gradients are one kernel.
+            if b != "pallas" or (case.is_plain_sequence and what in ("forward", "dx+dw")):
+                yield Entry(group, case, what, dtype, b)
 
 
 # Figures of a program, and the digest of its lowered text.
@@ -332,8 +361,8 @@ Figures = dict[str, Any]
 _MOVE = re.compile(r"^ *(%\w+) = stablehlo\.(reshape|transpose|slice) (%\w+).*?: \(tensor<(\S+)>\) -> tensor<(\S+)>")
 
 
-def digest(lowered: Any) -> str:
-    """What tells a lowered program from others that compute something else, or in another order.
+def digest(lowered: Any, chip: Chip = V5E) -> str:
+    """What tells a program lowered for a chip from others that compute something else, or in another order.
 
     What moves nothing is left out: reshapes, transposes and whole slices that add, drop or pass axes of one. So a
     convolution by this package's "conv" is the same program as by Flax where it adds no more to it.
@@ -343,7 +372,11 @@ def digest(lowered: Any) -> str:
         return [n for n in shape.split("x") if n != "1"]
 
     names: dict[str, str] = {}
-    lines: list[str] = []
+    lines: list[str] = [] if chip is V5E else [chip.topology]
+
+    def renamed(found: re.Match[str]) -> str:
+        return names.get(found[0], found[0])
+
     for line in re.sub(r"@jit_\w+", "", lowered.as_text()).splitlines():
         move = _MOVE.match(line)
         if move and lengths(move[4]) == lengths(move[5]) and _keeps_order(move):
@@ -351,8 +384,8 @@ def digest(lowered: Any) -> str:
             continue
         name = re.match(r"^ *(%\w+)(?::\d+)? = ", line)
         if "func.func" in line:
-            names = {}
-        line = re.sub(r"%\w+", lambda found: names.get(found[0], found[0]), line)
+            names.clear()
+        line = re.sub(r"%\w+", renamed, line)
         if name:
             names[name[1]] = f"%{len(lines)}"
         lines.append(line.split(" = ")[-1] if name else line)
@@ -380,18 +413,38 @@ def figures(program: Program) -> Figures:
     }
 
 
+_HEAD = """\
+# One TPU v5e chip: cycles by the compiler's schedules, beside plain flax.linen.Conv and the floors
+
+Written by `python -m benchmarks.tpu_floor` with jax {jax} and its libtpu; nothing was run on a TPU.
+benchmarks/tpu_schedule.py says how cycles are read, and what the model leaves out. Thousands of cycles.
+Sequences are padded as causal, images as same.
+
+* memory: the floor of x, y and their gradients crossing HBM once, at {hbm:.0f} bytes a cycle.
+* vector unit: the floor of two operations for each product, at {lanes} a cycle.
+* flax: plain flax.linen.Conv. taps, conv: this package's two formulations, where the choice hung on them.
+* recomputed: ours, but XLA may compute the convolution again in the backward pass instead of keeping it.
+* masked: ours, but products with the padding are masked.
+* pallas: this repository's own benchmarks/pallas_causal.py, in place of other projects' Pallas kernels.
+* "=": the program of "ours", by its lowered text, so it was compiled once.
+* compile s: of a machine that others used too.
+* v6e: another chip, at {v6e:.0f} bytes a cycle if it runs at {clock} GHz. A v5p has no section: its programs run on
+  two cores, and the schedules do not say how the loops are shared.
+* Not compiled: left out for time, since a convolution compiles for minutes at small batches. Most of these rows
+  repeat others in float32 or at another batch.
+"""
+
+
 def report(results: dict[str, Figures]) -> str:
     """The tables in Markdown, of all programs by "ours" that the results have."""
     lines = [
-        "# One TPU v5e chip: cycles by the compiler's schedules, beside plain flax.linen.Conv and the floors",
-        "",
-        f"Written by `python -m benchmarks.tpu_floor` with jax {jax.__version__} and its libtpu; nothing was run on a",
-        "TPU. benchmarks/tpu_schedule.py says how cycles are read, and what the model leaves out. Thousands of cycles.",
-        "The memory's floor is that x, y and their gradients cross HBM once, at "
-        f"{V5E.bytes_per_cycle:.0f} bytes a cycle; the vector",
-        f"unit's is two operations for each product, at {V5E.lanes} a cycle. Sequences are padded as causal, images as",
-        "same. Compile seconds are of a shared machine.",
-        "",
+        _HEAD.format(
+            jax=jax.__version__,
+            hbm=V5E.bytes_per_cycle,
+            lanes=V5E.lanes,
+            v6e=V6E.bytes_per_cycle,
+            clock=V6E.clock / 1e9,
+        )
     ]
     for group in GROUPS:
         rows = _block_rows(results) if group == "blocks" else _case_rows(group, results)
@@ -417,24 +470,24 @@ def _case_rows(group: str, results: dict[str, Figures]) -> list[str]:
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries((group,), ("ours",), DTYPES):
         case = entry.subject
-        own, flax_, taps_, conv = (
-            results.get(entry.key.removesuffix("ours") + by) for by in ("ours", "flax", "taps", "conv")
+        own, flax_, *others = (
+            results.get(entry.beside(by).key) for by in ("ours", "flax", "taps", "conv", "masked", "pallas")
         )
         if not isinstance(case, Case):
             continue
         if own is None:
             missing.setdefault((entry.dtype, str(case)), []).append(entry.what)
             continue
-        memory, vector = case.floors(entry.what, entry.dtype)
-        others = (_beside(found, own) for found in (flax_, taps_, conv))
+        memory, vector = case.floors(entry.what, entry.dtype, entry.chip)
         floors = (f"{memory / 1e3:,.1f}", f"{vector / 1e3:,.1f}", f"{own['cycles'] / max(memory, vector):.2f}")
-        cells = (str(case), entry.what, entry.dtype, _cell(own), *others, *floors, _ratio(own, flax_))
+        beside = (_beside(found, own) for found in (flax_, *others))
+        cells = (str(case), entry.what, entry.dtype, _cell(own), *beside, *floors, _ratio(own, flax_))
         rows.append(f"| {' | '.join((*cells, _cell(own, 'seconds', 1)))} |")
     head = (
-        "| case | direction | dtype | ours | flax | taps | conv | memory | vector unit | ours / floor | ours / flax | "
-        "compile s |"
+        "| case | direction | dtype | ours | flax | taps | conv | masked | pallas | memory | vector unit | "
+        "ours / floor | ours / flax | compile s |"
     )
-    return [head, "|---|---|---|" + "---:|" * 9, *rows, "", *_left_out(missing)] if rows else []
+    return [head, "|---|---|---|" + "---:|" * 11, *rows, "", *_left_out(missing)] if rows else []
 
 
 def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
@@ -449,19 +502,20 @@ def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
 def _block_rows(results: dict[str, Figures]) -> list[str]:
     rows: list[str] = []
     for block, what in itertools.product(BLOCKS, PROGRAMS):
-        own, flax_, recomputed, none = (
-            results.get(Entry("", block, what, "bfloat16", by).key) for by in ("ours", "flax", "recomputed", "none")
+        own, *others, none = (
+            results.get(Entry("", block, what, "bfloat16", by).key)
+            for by in ("ours", "flax", "recomputed", "masked", "pallas", "none")
         )
         if own is None or none is None:
             continue
-        cells = (str(block), what, _cell(own), _beside(flax_, own), _beside(recomputed, own), _cell(none))
-        ratios = (_ratio(own, none, 3), _ratio(flax_, none, 3), _ratio(recomputed, none, 3))
+        cells = (str(block), what, _cell(own), *(_beside(found, own) for found in others), _cell(none))
+        ratios = (_ratio(found, none, 3) for found in (own, *others))
         rows.append(f"| {' | '.join((*cells, *ratios, _cell(own, 'temporaries', 1e6), _cell(own, 'seconds', 1)))} |")
     head = (
-        "| block | program | ours | flax | recomputed | without convolution | ours / without | flax / without | "
-        "recomputed / without | ours, temporary MB | compile s |"
+        "| block | program | ours | flax | recomputed | masked | pallas | without convolution | ours / without | "
+        "flax / without | recomputed / without | masked / without | pallas / without | ours, temporary MB | compile s |"
     )
-    return [head, "|---|---|" + "---:|" * 9, *rows, ""] if rows else []
+    return [head, "|---|---|" + "---:|" * 13, *rows, ""] if rows else []
 
 
 def main() -> None:
@@ -482,11 +536,11 @@ def main() -> None:
         if not any(part in entry.key for part in arguments.only):
             continue
         lowered = entry.lower()
-        key = digest(lowered)
+        key = digest(lowered, entry.chip)
         known = next((known for known in results.values() if known["program"] == key), None)
         if arguments.known and known is None:
             continue
-        results[entry.key] = known or {**figures(measure(lowered)), "program": key}
+        results[entry.key] = known or {**figures(measure(lowered, entry.chip)), "program": key}
         print(entry.key, results[entry.key], flush=True)
         arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     arguments.output.write_text(report(results))

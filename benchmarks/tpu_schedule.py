@@ -66,6 +66,11 @@ class Chip:
 # 819 GB/s and 197 TFLOP/s (four 128 x 128 matrix units) are the data sheet's, and 1.5 GHz follows from the latter. The
 # vector unit has four slots for 8 x 128 lanes, as the compiler's own table of capacities says.
 V5E = Chip("v5e:2x2", 1.5e9, 819e9, 4 * 8 * 128)
+# 1,640 GB/s and 918 TFLOP/s (four 256 x 256 matrix units) are the data sheet's, and 1.75 GHz follows
+# from the latter. The vector unit is taken to be as wide as the v5e's.
+#
+# A v5p is not here: its programs run on two cores, and the schedules do not say how the loops are shared.
+V6E = Chip("v6e:2x2", 1.75e9, 1640e9, 4 * 8 * 128)
 
 
 @dataclass(frozen=True)

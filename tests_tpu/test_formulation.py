@@ -5,17 +5,19 @@ from __future__ import annotations
 import jax
 import pytest
 
-from benchmarks.tpu_floor import Case
+from benchmarks.tpu_floor import DTYPES, Case
 from benchmarks.tpu_schedule import lower
 from depthwise_jax.lowering import DIRECTIONS
 
 SUM, CONVOLUTION = "sum", "convolution"
-# A case, and what its forward pass, dx and dw are.
+# A case, and what its forward pass, dx and dw are in bfloat16.
 CASES = [
     (Case((8, 256, 256), (4,)), (SUM, SUM, SUM)),
     (Case((32, 256, 256), (8,)), (SUM, SUM, SUM)),
     (Case((8, 256, 256), (9,)), (CONVOLUTION, SUM, SUM)),
-    (Case((8, 256, 256), (16,)), (CONVOLUTION,) * 3),
+    (Case((8, 256, 256), (10,)), (CONVOLUTION, CONVOLUTION, SUM)),
+    (Case((8, 256, 256), (16,)), (CONVOLUTION, CONVOLUTION, SUM)),
+    (Case((8, 256, 256), (17,)), (CONVOLUTION,) * 3),
     (Case((4, 256, 256), (16,)), (SUM, SUM, SUM)),
     (Case((4, 256, 256), (17,)), (CONVOLUTION,) * 3),
     (Case((8, 256, 256), (4,), dilation=2), (SUM, SUM, SUM)),
@@ -26,19 +28,28 @@ CASES = [
     (Case((2, 28, 28, 128), (3, 3)), (SUM, SUM, SUM)),
     (Case((4, 28, 28, 128), (5, 5)), (CONVOLUTION,) * 3),
     (Case((4, 28, 28, 128), (3, 3), multiplier=2), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 64), (3, 3), multiplier=4), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 128), (7, 7)), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 128), (3, 3), stride=2), (CONVOLUTION,) * 3),
+    (Case((4, 28, 28, 64), (3, 3)), (SUM, SUM, SUM)),
+    (Case((1, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
     (Case((4, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
 ]
+# The cases that are something else in float32, where a convolution of sequences moves more bytes.
+WIDE = {case: (SUM, SUM, SUM) for case, _ in CASES if len(case.window) == case.stride == 1 and case.window[0] <= 16}
 
 
-def text_of(case: Case, direction: str) -> str:
-    function, shapes = case.task(direction, "bfloat16", "ours")
+def text_of(case: Case, direction: str, dtype: str = "bfloat16") -> str:
+    function, shapes = case.task(direction, dtype, "ours")
     return lower(function, *shapes).as_text()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=str)
-def test_formulation(case: Case, expected: tuple[str, str, str]) -> None:
+def test_formulation(case: Case, expected: tuple[str, str, str], dtype: str) -> None:
+    expected = WIDE.get(case, expected) if dtype == "float32" else expected
     for direction, formulation in zip(DIRECTIONS, expected, strict=True):
-        convolutions = text_of(case, direction).count("stablehlo.convolution")
+        convolutions = text_of(case, direction, dtype).count("stablehlo.convolution")
         assert (convolutions == 0) == (formulation == SUM), direction
 
 
@@ -65,3 +76,8 @@ def test_an_output_is_kept_only_where_it_is_differentiated() -> None:
         lambda x, kernel, g: jax.vjp(lambda *a: image.convolve("ours", *a), x, kernel)[1](g), x, kernel, g
     )
     assert "optimization_barrier" not in gradients.as_text()
+
+
+@pytest.mark.parametrize(("window", "barriers"), [(6, 0), (7, 1)])
+def test_both_gradients_are_kept_apart_above_six_taps(window: int, barriers: int) -> None:
+    assert text_of(Case((8, 256, 256), (window,)), "dx+dw").count("optimization_barrier") == barriers

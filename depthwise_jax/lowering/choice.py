@@ -116,10 +116,14 @@ class Rule:
 # Up to these windows over sequences an elementwise sum takes fewer cycles on a TPU v5e than XLA's convolution, by the
 # compiler's schedules (benchmarks/results/tpu_floor.md, "Windows", "Dilation" and "Images"): at any batch, and at fewer
 # than 8 sequences or images a device, where the convolution copies its operands to bring the batch into sublanes.
-# Of a window of 9 the gradient of x alone would be faster by convolution, 407 against 413 thousand cycles at (8, 2048,
-# 2048), but a training step has both gradients: 697 as sums, 1,107 as one of each.
+# At (8, 2048, 2048), thousands of cycles: of a window of 9 the gradient of x alone would be faster by convolution, 407
+# against 413, but a training step has both gradients, 697 as sums and 1,131 by convolution. Of a window of 16 the
+# kernel's gradient alone takes 921 by convolution and 924 as a sum, both gradients 1,612 by convolution and 1,113 where
+# only the kernel's is a sum.
 _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
-_SUMMED_TAPS_OF_FEW = 16
+# Of fewer sequences, and of four bytes a value: there the convolution moves each byte twice, and a sum of up to 9 taps
+# once.
+_SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
 # Channels that lie side by side in a register.
 _LANES = 128
@@ -139,7 +143,8 @@ def is_summed_on_tpu(call: Call) -> bool:
     if call.multiplier > 1 or max(window.strides) > 1 or convolution.layout.channels != -1:
         return False
     if window.rank == 1:
-        return window.size[0] <= (_SUMMED_TAPS_OF_FEW if few else _SUMMED_TAPS[call.direction])
+        most = few or jnp.dtype(call.dtype).itemsize > 2
+        return window.size[0] <= (_SUMMED_TAPS_AT_MOST if most else _SUMMED_TAPS[call.direction])
     few_channels = call.direction != "kernel_grad" or call.channels <= _LANES
     return window.size == (3, 3) and few and few_channels
 
@@ -185,8 +190,17 @@ TABLE = [
     Rule(("cpu",), "native", "the compiled kernels are the fastest on CPU"),
     Rule(("cpu",), "taps", "XLA's grouped convolution is many times slower on CPU"),
     Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
-    Rule(("tpu",), "taps", "a sum of few taps is at the memory's limit, by the compiler's schedule", is_summed_on_tpu),
-    Rule(("tpu",), "conv", "XLA's grouped convolution takes no more cycles than taps, by the compiler's schedule"),
+    Rule(
+        ("tpu",),
+        "taps",
+        "a sum of few taps takes the fewest cycles, by the compiler's schedules, not on a chip",
+        is_summed_on_tpu,
+    ),
+    Rule(
+        ("tpu",),
+        "conv",
+        "XLA's grouped convolution takes the fewest cycles, by the compiler's schedules, not on a chip",
+    ),
     Rule(("cuda", "rocm"), "taps", "a packed sum is one loop; by convolutions it is one for each tap", is_packed),
     Rule(("cuda",), "taps", f"a sum of few taps moves each byte once, {_COMPILED}", is_summed_on_gpu),
     Rule(("cuda",), "conv", f"XLA's grouped convolution runs no more than flax.linen.Conv does, {_COMPILED}"),

@@ -1,8 +1,8 @@
 """The three maps as shifted multiply-adds in plain XLA: no convolution; portable, and partitioned without help.
 
 Taps that fall outside the input contribute nothing, whatever they hold: a NaN in the kernel does not spread through the
-padding. (On TPU it does, see _reader.) Windows of many taps run in a loop of unrolled rows: a program's size does not
-grow with the window.
+padding. (On TPU it does, see masks_padding.) Windows of many taps run in a loop of unrolled rows: a program's size does
+not grow with the window.
 
 One operand is padded once, as it is, and each tap reads a slice of it. Narrow floats are widened after that: then XLA
 fuses padding, slices and sum into one loop that reads the operands once, and nothing wide is ever in memory.
@@ -41,9 +41,9 @@ _POSITIONS = 2**31 - 1
 _CONSTANT = 2**16
 # kernel_grad adds up this many parts of a product before each contraction.
 _PARTS = 8
-# XLA's TPU compiler computes both gradients of windows of up to 8 taps in one loop. That pays up to this many: at
-# (8, 2048, 2048) a window of 6 takes 472 thousand cycles in one loop and 492 in two, one of 7 takes 774 and 580, one of 8
-# 1,029 and 638.
+# XLA's TPU compiler computes both gradients of windows of up to 8 taps in one loop. That pays up to this many. By
+# benchmarks/tpu_floor.py, with this number at 8 and at 0, thousands of cycles for (8, 2048, 2048): a window of 6 takes
+# 472 in one loop and 492 in two, one of 7 takes 774 and 580, one of 8 takes 1,029 and 638.
 _JOINED = 6
 
 # An index along one axis: an int, or an array traced inside a loop over taps.
@@ -83,9 +83,19 @@ def keeps_value(call: Call) -> bool:
     """Whether a value must be kept for the backward pass.
 
     XLA's TPU compiler would compute an elementwise sum once more there, within a matrix product that gains nothing from
-    it: a training step around a window of 4 takes 1.2 times as long.
+    it: a training step around a window of 4 takes 1.18 times as long (benchmarks/results/tpu_floor.md,
+    "Blocks").
     """
     return call.differentiated and call.platform == "tpu"
+
+
+def masks_padding(call: Call) -> bool:
+    """Whether products with the padding are masked, so that a kernel that is not finite gives no NaN there.
+
+    On TPU the padding's zeros are multiplied like any. With masks each map of a window of 4 takes as long alone, but
+    both gradients in one loop 1.23 times as long (benchmarks/results/tpu_floor.md, "Training").
+    """
+    return call.platform != "tpu"
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
@@ -126,8 +136,8 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     def phase(phases: tuple[int, ...]) -> Array:
         taps = _phases_taps(convolution, phases)
         if _is_joined(call):
-            # From the lowest position up: at (16, 1024, 1024) the loop of both gradients takes 199 thousand cycles, in
-            # the taps' order 216.
+            # From the lowest position up: for a window of 4 at (16, 1024, 1024) the loop of both gradients takes 199
+            # thousand cycles, in the taps' order 216.
             taps = [(positions[::-1], starts[::-1]) for positions, starts in taps]
         read = _reader(g, spatial_axes, taps, counts, (1,) * window.rank, call)
 
@@ -372,10 +382,7 @@ def _reader(
     ]
     if _blocks(taps)[0] > 1:
         return _read_in_loop(array, axes)
-    # Masks cost the TPU's vector unit half as much again. Of a window of 4 both gradients in a loop take 1.25 times the
-    # memory's time with them and 1.00 without, and a block around the convolution 1.06 and 1.03 times what it takes
-    # without one. So there the padding's zeros are multiplied like any: with what is not finite to NaN.
-    masked = call.platform != "tpu"
+    masked = masks_padding(call)
     return _read_shards(array, axes, masked) if call.partitioning.sharded_rows else _read_slices(array, axes, masked)
 
 
