@@ -63,7 +63,7 @@ def training() -> dict[str, Callable[[], Any]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from benchmarks.training import optional_torch
+    from benchmarks.optional import library
     from depthwise_jax import causal_conv1d
 
     random = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def training() -> dict[str, Callable[[], Any]]:
         "packed, plain XLA": compiled(lambda x, kernel: ours(x, kernel, segment_pos=positions, implementation="taps")),
         "masked shifts": compiled(shifts),
     }
-    torch = optional_torch()
+    torch = library("torch")
     if torch is not None:
         x_first, weight = torch.tensor(x.swapaxes(1, 2).copy()), torch.tensor(kernel[..., 0].T[:, None].copy())
         x_first.requires_grad_()
@@ -119,7 +119,7 @@ def decoding() -> dict[str, Callable[[], Any]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from benchmarks.training import optional_torch
+    from benchmarks.optional import library
     from depthwise_jax import causal_conv1d, depthwise_conv
 
     random = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def decoding() -> dict[str, Callable[[], Any]]:
         "causal_conv1d": compiled(ours),
         "by hand": compiled(by_hand),
     }
-    torch = optional_torch()
+    torch = library("torch")
     if torch is not None:
         token_, state_ = (torch.tensor(np.asarray(a).swapaxes(1, 2).copy()) for a in (token, state))
         weight = torch.tensor(np.asarray(kernel)[..., 0].T[:, None].copy())

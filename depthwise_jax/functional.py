@@ -539,6 +539,11 @@ def _finish(y: Array, bias: Array | None, request: Request) -> Array:
 
 
 def array(name: str, value: Any) -> Array:
+    """An argument as an array.
+
+    Raises:
+        TypeError: nothing, or a name, where an array is expected.
+    """
     if value is None or isinstance(value, str):
         raise TypeError(f"{name} must be an array; got {value!r}")
     return jnp.asarray(value)

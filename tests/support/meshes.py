@@ -14,7 +14,7 @@ from workloads.workload import Workload
 SHARDED = ("batch", "channels", "batch+channels", "rows")
 
 
-def make_mesh(axis_type: AxisType = AxisType.Auto, **axes: int) -> Mesh:
+def make_mesh(axis_type: AxisType = AxisType.Auto, /, **axes: int) -> Mesh:
     """A mesh of the first devices, with axes of these sizes."""
     devices = jax.devices()[: math.prod(axes.values())]
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes), devices=devices)
