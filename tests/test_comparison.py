@@ -68,7 +68,7 @@ LAYERS: dict[str, Layer] = {"here": here, "Keras": keras_layer, "Flax": flax_lay
 
 def table() -> dict[str, dict[str, str]]:
     """The table's cells by row and library."""
-    text = README.read_text().split("## Beside others\n")[1].split("\n(1)")[0]
+    text = README.read_text().split("## Comparison\n")[1].split("\n(1)")[0]
     rows = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in text.splitlines() if line.strip()]
     assert [heading.split()[0] for heading in rows[0][-4:]] == list(LIBRARIES)
     return {row[0]: dict(zip(LIBRARIES, row[1:], strict=True)) for row in rows[2:]}
