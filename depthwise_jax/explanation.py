@@ -94,6 +94,8 @@ def explain(
     types = [_type(x), _type(kernel)]
     *size, channels, multiplier = kernel.shape
     if transposed:
+        if packed:
+            raise ValueError("packed must be False with transposed=True; got True")
         convolution, _ = request.transposed_geometry(x.shape, kernel.shape)
         channels, multiplier = channels * multiplier, 1
         types[1] = types[1].update(shape=(*size, channels, 1))

@@ -92,8 +92,11 @@ def test_causal_spellings(padding, framework):
     conv: Any = nn.Conv(**arguments, padding=padding)
     given: Any = (conv, params) if framework == "linen" else (as_nnx({**arguments, "padding": padding}, params),)
     layer, ours = from_flax(*given, causal=True)
-    assert layer.padding == "causal"
-    y = layer.apply({"params": ours}, x) if framework == "linen" else layer(x)
+    assert type(layer).__name__ == "CausalDepthwiseConv1D"
+    y, _ = layer.apply({"params": ours}, x) if framework == "linen" else layer(x)
+    np.testing.assert_allclose(y, causal.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
+    back, theirs = to_flax(layer, ours if framework == "linen" else None)
+    y = back.apply({"params": theirs}, x) if framework == "linen" else back(x)
     np.testing.assert_allclose(y, causal.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
     plain, ours = from_flax(*given)  # as it stands
     y = plain.apply({"params": ours}, x) if framework == "linen" else plain(x)
@@ -103,8 +106,9 @@ def test_causal_spellings(padding, framework):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": (3,), "padding": "SAME"}, r"with causal=True the padding must be 2 .*'same'"),
+        ({"kernel_size": (3,), "padding": "SAME"}, r"with causal=True the padding must be 2 .*'SAME'"),
         ({"kernel_size": (3,), "padding": 1}, r"with causal=True the padding must be 2 .*got 1"),
+        ({"kernel_size": (3,), "padding": "CAUSAL", "strides": 2}, r"causal=True is for strides of 1; got 2"),
         ({"kernel_size": (3, 3), "padding": 2}, r"causal=True is for one spatial axis, time; got 2"),
     ],
 )

@@ -1,5 +1,6 @@
 """PyTorch's depthwise convolutions and our layers: by arrays and state dict against lax, by module against PyTorch."""
 
+import functools
 import importlib
 import re
 import subprocess
@@ -192,6 +193,10 @@ WEIGHT = np.ones((4, 1, 3, 3), np.float32)
             {"weight": WEIGHT[..., 0], "causal": True, "padding": 1},
             r"dw: with causal=True .* must be 2 = .*got \(\(1, 1",
         ),
+        (
+            {"weight": WEIGHT[..., 0], "causal": True, "stride": (2,)},
+            r"dw: causal=True is for strides of 1; got \(2,\)",
+        ),
         ({"weight": WEIGHT[..., 0], "causal": True, "padding": "same"}, r"dw: with causal=True .*got 'same'"),
         (
             {"weight": WEIGHT[..., 0], "causal": True, "padding": "same", "padding_mode": "circular"},
@@ -382,26 +387,31 @@ def test_paddings_of_a_transposed_layer_in_pytorch(torch, arguments, theirs):
     np.testing.assert_allclose(layer.apply({"params": params}, x), np.moveaxis(y, 1, -1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 4])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_causal_spellings(torch, kernel_size, dilation, stride):
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (4, 1), (4, 2)])
+def test_causal_spellings(torch, kernel_size, dilation, framework):
     span = (kernel_size - 1) * dilation
     x = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
-    options = {"groups": 3, "dilation": dilation, "stride": stride}
-    cut = torch.nn.Conv1d(3, 6, kernel_size, padding=span, **options)
-    before = torch.nn.Conv1d(3, 6, kernel_size, **options)
+    cut = torch.nn.Conv1d(3, 6, kernel_size, padding=span, groups=3, dilation=dilation)
+    before = torch.nn.Conv1d(3, 6, kernel_size, groups=3, dilation=dilation)
     before.load_state_dict(cut.state_dict())
     with torch.no_grad():
         expected = before(torch.nn.functional.pad(x, (span, 0))).numpy()
-        np.testing.assert_allclose(cut(x)[..., : expected.shape[-1]], expected, rtol=1e-6, atol=1e-6)
-    for conv in (cut, before):
-        layer, params = from_torch(conv, causal=True)
-        assert layer.padding == "causal"
-        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(cut(x)[..., :9], expected, rtol=1e-6, atol=1e-6)
     state = {f"mixer.conv1d.{name}": value for name, value in cut.state_dict().items()}
-    layer, params = from_state_dict(state, "mixer.conv1d", padding=span, causal=True, **options)
-    np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), expected, rtol=1e-5, atol=1e-5)
+    options = {"groups": 3, "dilation": dilation, "padding": span, "framework": framework}
+    made = [from_torch(conv, causal=True, framework=framework) for conv in (cut, before)]
+    for layer, params in [*made, from_state_dict(state, "mixer.conv1d", causal=True, **options)]:
+        assert type(layer).__name__ == "CausalDepthwiseConv1D"
+        call = layer if framework == "nnx" else functools.partial(layer.apply, {"params": params})
+        y, after = call(x.numpy()[..., :5])
+        z, _ = call(x.numpy()[..., 5:], after)
+        np.testing.assert_allclose(np.concatenate([y, z], -1), expected, rtol=1e-5, atol=1e-5)
+        plain: Any = linen.DepthwiseConv1D(
+            kernel_size, padding="causal", depth_multiplier=2, data_format="channels_first", dilation_rate=dilation
+        )
+        y = plain.apply({"params": params}, x.numpy())  # the same parameters
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     # Faithful unless it is asked for: a symmetric padding may be meant.
     layer, params = from_torch(cut)
     with torch.no_grad():
@@ -419,7 +429,7 @@ def test_a_causal_subclass_is_told_of_the_argument(torch):
     layer, params = from_state_dict(conv.state_dict(), "", groups=4, causal=True)
     x = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy()), conv(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(layer.apply({"params": params}, x.numpy())[0], conv(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -513,9 +513,11 @@ def test_a_program_is_lowered_as_explained(case: Spread, platform: str) -> None:
         assert found == getattr(told, name).lowering, name
 
 
-def test_explain_refuses_an_output_padding_of_another_call() -> None:
+def test_explain_refuses_arguments_of_another_call() -> None:
     with pytest.raises(ValueError, match="output_padding must be None without transposed=True; got 1"):
         explain(np.ones((1, 4, 2)), np.ones((2, 2, 1)), output_padding=1)
+    with pytest.raises(ValueError, match="packed must be False with transposed=True; got True"):
+        explain(np.ones((1, 4, 2)), np.ones((2, 2, 1)), transposed=True, packed=True)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from jax import lax
 
 from depthwise_jax._core import introspect
 from depthwise_jax.drop_in import conv_general_dilated
-from depthwise_jax.interop.modules import causal_padding, make, overridden, parts
+from depthwise_jax.interop.modules import causal_arguments, make, overridden, parts
 
 Path = tuple[str, ...]
 
@@ -28,8 +28,10 @@ def from_flax(
         conv: a flax.linen.Conv, or an nnx.Conv, whose feature_group_count is the number of input channels.
         params: the Linen Conv's parameters, kernel `(*window, 1, C*M)` and bias `(C*M,)`; an nnx.Conv has its own.
         causal: True for a Conv over one spatial axis that the code around it makes causal, by padding it with
-            `(kernel_size - 1)*kernel_dilation` and cutting off the last outputs, or by padding its input before. The
-            layer is then `DepthwiseConv1D(padding="causal")`, which a Conv with the padding "CAUSAL" gives in any case.
+            `(kernel_size - 1)*kernel_dilation` and cutting off the last outputs, by padding its input before, or by the
+            padding "CAUSAL". The layer is then a `CausalDepthwiseConv1D`, which also returns the state for the tokens
+            that follow. A Conv with the padding "CAUSAL" gives `DepthwiseConv1D(padding="causal")` otherwise, which has
+            the same parameters and returns the output alone.
         framework: "linen" or "nnx", the kind of layer to make; that of `conv` by default.
 
     Returns:
@@ -80,17 +82,13 @@ def from_flax(
     if rank > 3:
         raise ValueError(f"{what} has {rank} spatial axes; a layer of depthwise_jax has one to three")
     _check_plain(conv, what)
-    padding, dilation = _padding(conv.padding), 1 if conv.kernel_dilation is None else conv.kernel_dilation
-    if causal:
-        dilations = (dilation,) * rank if isinstance(dilation, int) else tuple(dilation)
-        padding = causal_padding(padding.lower() if isinstance(padding, str) else padding, size, dilations, what)
     arguments = {
         "kernel_size": size,
         "strides": 1 if conv.strides is None else conv.strides,
-        "padding": padding,
+        "padding": _padding(conv.padding),
         "depth_multiplier": features // groups,
         "data_format": "channels_last",
-        "dilation_rate": dilation,
+        "dilation_rate": 1 if conv.kernel_dilation is None else conv.kernel_dilation,
         "use_bias": conv.use_bias,
         "dtype": conv.dtype,
         "param_dtype": jnp.result_type(values["kernel"]),
@@ -98,7 +96,10 @@ def from_flax(
         "name": getattr(conv, "name", None),
     }
     values["kernel"] = kernel_from_flax(values["kernel"], groups)
-    return make(f"DepthwiseConv{rank}D", arguments, values, framework or ("linen" if is_linen else "nnx"), what)
+    layer = f"DepthwiseConv{rank}D"
+    if causal:
+        arguments, layer = causal_arguments(arguments, what), "CausalDepthwiseConv1D"
+    return make(layer, arguments, values, framework or ("linen" if is_linen else "nnx"), what)
 
 
 def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: str | None = None) -> tuple[Any, Any]:

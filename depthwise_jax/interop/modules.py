@@ -1,6 +1,6 @@
 """One of our layers with its parameters, for Linen or for NNX: made of its parts and taken apart."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -119,30 +119,31 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
     return module, params
 
 
-def causal_padding(padding: Any, kernel_size: Sequence[int], dilation: Sequence[int], what: str) -> str:
-    """The padding of the causal layer in the place of a convolution that what stands around it makes causal.
+def causal_arguments(arguments: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The arguments of CausalDepthwiseConv1D for a convolution that the code around it makes causal.
 
     Args:
-        padding: the convolution's own padding, as our layers have it.
-        kernel_size, dilation: the convolution's, one entry for each spatial axis.
+        arguments: those of the DepthwiseConv1D that computes the convolution as it stands.
         what: how the messages call the convolution.
 
-    Returns:
-        "causal".
-
     Raises:
-        ValueError: several spatial axes, or a padding that no usual spelling of a causal convolution has.
+        ValueError: several spatial axes, strides, or a padding that no usual spelling of a causal convolution has.
     """
-    if len(kernel_size) != 1:
-        raise ValueError(f"{what}: causal=True is for one spatial axis, time; got {len(kernel_size)} spatial axes")
-    span = (kernel_size[0] - 1) * dilation[0]
-    spellings = ("causal", "valid", 0, span, ((0, 0),), ((span, 0),), ((span, span),))
-    if padding not in spellings:
+    rest = dict(arguments)
+    padding, strides, dilation = rest.pop("padding"), rest.pop("strides"), rest["dilation_rate"]
+    rank = len(rest["kernel_size"])
+    if rank != 1:
+        raise ValueError(f"{what}: causal=True is for one spatial axis, time; got {rank} spatial axes")
+    if strides not in (1, (1,), [1]):
+        raise ValueError(f"{what}: causal=True is for strides of 1; got {strides!r}")
+    span = (rest["kernel_size"][0] - 1) * (dilation if isinstance(dilation, int) else dilation[0])
+    kind = padding.lower() if isinstance(padding, str) else padding
+    if kind not in ("causal", "valid", 0, span, ((0, 0),), ((span, 0),), ((span, span),)):
         raise ValueError(
             f"{what}: with causal=True the padding must be {span} = (kernel_size - 1)*dilation, where the last outputs "
             f"are cut off, or 0, where the input is padded before; got {padding!r}"
         )
-    return "causal"
+    return rest
 
 
 def parts(module: Any, params: Mapping[str, Any] | None) -> tuple[Spec, dict[str, jax.Array]]:

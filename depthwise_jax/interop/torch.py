@@ -15,7 +15,7 @@ from jax import Array
 
 from depthwise_jax._contract.spec import Spec
 from depthwise_jax._core.window import resolve_transposed
-from depthwise_jax.interop.modules import Converted, causal_padding, make, overridden, parts, real_array
+from depthwise_jax.interop.modules import Converted, causal_arguments, make, overridden, parts, real_array
 
 # PyTorch's padding modes, with our paddings of half the window's span.
 _PADDING_MODES = {"zeros": "same", "reflect": "reflect", "replicate": "edge", "circular": "circular"}
@@ -44,8 +44,10 @@ def from_torch(
     Args:
         conv: the torch module; a subclass may add what it likes if it leaves the computation alone.
         causal: True for a Conv1d that the code around it makes causal, by padding it with `(kernel_size - 1)*dilation`
-            and cutting off the last outputs, or by padding its input before. The layer is then
-            `DepthwiseConv1D(padding="causal")`, which needs neither. False converts the module as it stands.
+            and cutting off the last outputs, or by padding its input before. The layer is then a
+            `CausalDepthwiseConv1D`, which needs neither and also returns the state for the tokens that follow; its
+            parameters are those of `DepthwiseConv1D(padding="causal")`, which returns the output alone. False converts
+            the module as it stands.
         data_format: that of the layer; "channels_first" takes PyTorch's own inputs.
         framework: "linen" or "nnx", the kind of layer to make.
 
@@ -254,14 +256,15 @@ def from_arrays(
         arguments |= _transposed_arguments(padding, padding_mode, output_padding, rank, name)
     elif any(_per_axis(output_padding, rank)):
         raise ValueError(f"{name}: output_padding must be 0 without transposed=True; got {output_padding!r}")
+    layer = f"DepthwiseConv{rank}D" + "Transpose" * transposed
     if causal:
         if transposed or padding_mode != "zeros":
             what = "a transposed convolution" if transposed else f"padding_mode={padding_mode!r}"
             raise ValueError(f"{name}: causal=True is for a convolution padded with zeros; got {what}")
-        arguments["padding"] = causal_padding(arguments["padding"], window, _per_axis(dilation, rank), name)
+        arguments, layer = causal_arguments(arguments, name), "CausalDepthwiseConv1D"
     kernel = weight.reshape(groups, multiplier, *window).transpose(*range(2, rank + 2), 0, 1)
     values = {"kernel": kernel} | ({} if bias is None else {"bias": bias})
-    return make(f"DepthwiseConv{rank}D" + "Transpose" * transposed, arguments, values, framework, name)
+    return make(layer, arguments, values, framework, name)
 
 
 def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
