@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
+from depthwise_jax import explain
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, Case
@@ -43,11 +44,15 @@ def test_values_of_a_sharded_program(geometry: dict[str, Any], sharded: str) -> 
     multiplier = 1 if geometry else 2
     case = Case("sharded", (8, 8, 9, 4), (3, 3, 4, multiplier), {"padding": "same", **geometry})
     axes = {"batch": {"b": 4}, "channels": {"c": 4}, "batch+channels": {"b": 2, "c": 2}, "rows": {"b": 4}}
-    mesh = make_mesh(**axes[sharded])
+    mesh = make_mesh(AxisType.Auto, **axes[sharded])
     images, kernel, _ = (NamedSharding(mesh, spec) for spec in specs(case, sharded))
     shardings = images, kernel, images
     x, w, g = (jax.device_put(a, s) for a, s in zip(case.operands(), shardings, strict=True))
-    dx, dw = on_cuda(lambda x, w, g: jax.vjp(case.conv(), x, w)[1](g), x, w, g, in_shardings=shardings)
+    with jax.set_mesh(mesh):
+        # Over several axes, and over axes that no type names, dw is a sum.
+        lowering = explain(x, w, **case.geometry, platform="cuda").kernel_grad.lowering
+        assert lowering == ("conv" if len(axes[sharded]) == 1 else "taps")
+        dx, dw = on_cuda(lambda x, w, g: jax.vjp(case.conv(), x, w)[1](g), x, w, g, in_shardings=shardings)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
 
