@@ -2,9 +2,9 @@
 # # Sequences
 #
 # Language models of today have a short causal convolution over time in each block. Here a small gated recurrent model
-# learns Python's own reference manual, byte by byte, with many documents in a row. The notebook shows what leaks between
-# documents when nothing resets the model at their borders; how one token at a time gives what the whole text gives; and
-# how speculative decoding takes tokens back.
+# learns Python's own reference manual, byte by byte, with many documents in a row. The notebook shows what leaks
+# between documents when nothing resets the model at their borders; how one token at a time gives what the whole text
+# gives; and how speculative decoding takes tokens back.
 #
 # It needs `pip install '.[notebooks]'` from a clone. The text ships with Python.
 
@@ -58,7 +58,10 @@ WIDTH, VOCABULARY = 128, 128
 def recurrence(decay: Any, new: Any, before: Any) -> Any:
     """h[t] = decay[t]*h[t-1] + new[t] along time, from h[-1] = before, in a logarithmic number of steps."""
     new = new.at[:, 0].add(decay[:, 0] * before)
-    combine = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
+
+    def combine(a: Any, b: Any) -> Any:
+        return (a[0] * b[0], a[1] * b[0] + b[1])
+
     return jax.lax.associative_scan(combine, (decay, new), axis=1)[1]
 
 
@@ -116,8 +119,8 @@ print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 # ## What leaks without resets
 #
 # How much does the output at one byte depend on the input at another? Below, the size of that derivative around one
-# border, for the convolution of an untrained block: without `segment_pos` the first three outputs of a document read the
-# end of the one before. With it the derivatives across the border are exactly 0.
+# border, for the convolution of an untrained block: without `segment_pos` the first three outputs of a document read
+# the end of the one before. With it the derivatives across the border are exactly 0.
 
 # %%
 border = int(np.flatnonzero(segment_pos[0] == 0)[1])
@@ -129,7 +132,10 @@ variables = convolution.init(jax.random.key(2), signal[None])
 
 def dependence(pos: Any) -> np.ndarray:
     """Norms of d y[t] / d x[s], an array (t, s)."""
-    y = lambda x: convolution.apply(variables, x[None], segment_pos=pos)[0][0]
+
+    def y(x: Any) -> Any:
+        return convolution.apply(variables, x[None], segment_pos=pos)[0][0]
+
     return np.asarray(jnp.sqrt(jnp.square(jax.jacobian(y)(signal)).sum((1, 3))))
 
 
