@@ -27,8 +27,8 @@ def texts(notebook: Any) -> list[str]:
     return found
 
 
-def test_there_are_five() -> None:
-    names = ["quickstart", "keras_parity", "constraints", "performance", "transformations"]
+def test_there_are_six() -> None:
+    names = ["quickstart", "keras_parity", "constraints", "performance", "transformations", "sequences"]
     assert [script.stem for script in SCRIPTS] == [f"{i:02}_{name}" for i, name in enumerate(names, 1)]
 
 
