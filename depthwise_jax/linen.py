@@ -304,8 +304,12 @@ class CausalDepthwiseConv1D(CausalFields, _Layer):
     after it; with a state it goes on from there. Keras has no such layer. The parameters are `kernel`,
     `(kernel_size, C, depth_multiplier)`, and `bias`, `(C*depth_multiplier,)`.
 
-    The arguments are those of `DepthwiseConv1D`, without strides and padding. The default depthwise_initializer is
-    PyTorch's for such a convolution, uniform with the variance 1 / (3*kernel_size).
+    Args:
+        kernel_size: the number of tokens that an output sees, its own included.
+        depthwise_initializer: as for `DepthwiseConv1D`; by default PyTorch's for such a convolution, uniform with the
+            variance `1 / (3*kernel_size)`.
+
+    The other arguments are those of `DepthwiseConv1D`, without strides and padding.
 
     Raises:
         ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.

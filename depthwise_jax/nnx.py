@@ -351,9 +351,8 @@ class SeparableConv3D(_SeparableConv):
 class CausalDepthwiseConv1D(_CausalDepthwiseConv):
     """A causal depthwise convolution over time, as state-space and linear-attention models have it in each block.
 
-    Called with an input, it returns the output and the state after it; with a state it goes on from there. The
-    arguments, their defaults and the shapes are those of `depthwise_jax.linen.CausalDepthwiseConv1D`; every argument is
-    an attribute too.
+    Called with an input, it returns the output and the state after it; with a state it goes on from there. Every
+    argument is an attribute too.
 
     Attributes:
         kernel: an nnx.Param of shape `(kernel_size, in_features, depth_multiplier)`.
@@ -362,6 +361,8 @@ class CausalDepthwiseConv1D(_CausalDepthwiseConv):
     Args:
         in_features: the input's channels, C.
         rngs: the random numbers for the parameters, by name only.
+
+    The other arguments, their defaults and the shapes are those of `depthwise_jax.linen.CausalDepthwiseConv1D`.
 
     Raises:
         ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
