@@ -144,13 +144,15 @@ across = (slice(8, None), slice(None, 8))
 print(f"across the border: {leaking[across].sum():.2f} without segment_pos, {packed[across].sum()} with it")
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+images = []
 for axis, values, title in zip(axes, (leaking, packed), ("without segment_pos", "with segment_pos"), strict=True):
-    image = axis.imshow(values, cmap="magma", vmin=0, vmax=float(leaking.max()))
+    images.append(axis.imshow(values, cmap="magma", vmin=0, vmax=float(leaking.max())))
+    axis.grid(visible=False)
     axis.axhline(7.5, color="white", linewidth=1, linestyle="--")
     axis.axvline(7.5, color="white", linewidth=1, linestyle="--")
     axis.set(title=title, xlabel="input byte s")
 axes[0].set_ylabel("output byte t")
-figure.colorbar(image, ax=axes, label="norm of dy[t] / dx[s]")
+figure.colorbar(images[0], ax=axes, label="norm of dy[t] / dx[s]")
 plt.show()
 
 # %% [markdown]
@@ -177,7 +179,7 @@ def leak(pos: Any) -> float:
     return float(jnp.abs(gradient[:border]).max())
 
 
-print(f"largest gradient in the first document: {leak(None):.1e} without resets, {leak(pos)} with them")
+print(f"largest gradient in the first document: {leak(None):.2g} without resets, {leak(pos)} with them")
 
 # %% [markdown]
 # ## Training, packed
