@@ -185,7 +185,7 @@ print(f"largest gradient in the first document: {leak(None):.2g} without resets,
 # ## Training, packed
 
 # %%
-BATCH, STEPS = 16, 200
+BATCH, STEPS = 16, 150
 optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=0.01)
 
 
