@@ -540,8 +540,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_number(value: Any, what: str) -> None:
-    """Raises TypeError unless a bound is a real number or an array of one, traced or not."""
-    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) != 0:
+    """Raises TypeError unless a bound is a real number or an array, traced or not."""
+    if not isinstance(value, numbers.Real) and not hasattr(value, "ndim"):
         raise TypeError(f"{what} must be a number; got {shown(value)}")
 
 

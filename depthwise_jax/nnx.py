@@ -56,7 +56,8 @@ class _Layer(nnx.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_spelling(cls.__name__, ["rngs", *fields.names(cls)], kwargs)
         try:
-            inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+            if args or kwargs:  # copies are made without
+                inspect.signature(cls.__init__).bind(None, *args, **kwargs)
         except TypeError as error:
             first = ", ".join(f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING)
             raise TypeError(f"{cls.__name__}({first}, ..., rngs=nnx.Rngs(0)): {error}") from None

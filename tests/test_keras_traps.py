@@ -240,7 +240,7 @@ def test_18_the_activity_loss_is_computed_in_float32():
 
 @pytest.mark.parametrize("argument", ["depthwise_regularizer", "bias_regularizer", "activity_regularizer"])
 def test_19_the_orthogonal_regularizer_is_refused_at_construction(argument):
-    with pytest.raises(ValueError, match=f"{argument}: OrthogonalRegularizer is for matrices"):
+    with pytest.raises(ValueError, match=f"{argument}: OrthogonalRegularizer needs a matrix"):
         DepthwiseConv2D(3, **{argument: "orthogonal_regularizer"})
 
 

@@ -35,7 +35,8 @@ def closest(name: str, valid: Iterable[str]) -> str:
     """The valid names most like `name`, for the end of an error message; all of them where none is like it."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
     likely = [candidate for candidate in by_lower if len(name) > 1 and candidate.startswith(name.lower())]
-    likely = likely[:_LIKELY] or difflib.get_close_matches(name.lower(), by_lower, n=_LIKELY, cutoff=0.5)
+    likely += difflib.get_close_matches(name.lower(), by_lower, n=_LIKELY, cutoff=0.5)
+    likely = list(dict.fromkeys(likely))[:_LIKELY]
     if likely:
         return f"closest valid names: {', '.join(repr(by_lower[name]) for name in likely)}"
     return f"valid names: {', '.join(repr(candidate) for candidate in sorted(by_lower.values()))}"

@@ -101,7 +101,9 @@ def reproducible() -> None:
 def threads(seconds: str) -> None:
     """Eight Python threads, each with convolutions of its own, for some seconds; prints how many calls they made."""
     faulthandler.dump_traceback_later(float(seconds) + 120, exit=True)  # a deadlock
-    cases = [*LARGER, Case("batch", (16, 14, 14, 96), (3, 3, 96, 1), {"padding": 1}), NETWORKS[2], CORE[3], CORE[6]]
+    layer = NETWORKS[2]
+    network = Case(layer.name, layer.x, layer.kernel, layer.geometry)
+    cases = [*LARGER, Case("batch", (16, 14, 14, 96), (3, 3, 96, 1), {"padding": 1}), network, CORE[3], CORE[6]]
     failures: list[BaseException] = []
     calls = [0] * 8
     start = threading.Barrier(8)
