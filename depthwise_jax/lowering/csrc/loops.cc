@@ -575,18 +575,29 @@ void row_sum(const RowSum& t) {
   t.count == 4 ? row_sum_of<E, 4>(t) : row_sum_of<E, 0>(t);
 }
 
-template <class E>
-void row_products(const RowProducts& t) {
+template <class E, int Positions>
+void row_products_of(const RowProducts& t) {
   using A = typename E::Sum;
   for_each_vector<E>(t.channels, [&](Index c, int lanes) __attribute__((always_inline)) {
     const Index offset = c * E::stored_bytes;
-    const auto v = load_lanes<E>(t.g + offset, lanes);
+    typename E::V g[Positions];
+    UNROLL
+    for (int p = 0; p < Positions; ++p) g[p] = load_lanes<E>(t.g + p * t.pitch + offset, lanes);
     for (Index i = 0; i < t.count; ++i) {
       char* const sums = t.targets[i].sums + c * sizeof(A);
-      store_lanes<Full<A>>(sums, load_lanes<Full<A>>(sums, lanes) + load_lanes<E>(t.targets[i].row + offset, lanes) * v,
-                           lanes);
+      auto sum = load_lanes<Full<A>>(sums, lanes);
+      UNROLL
+      for (int p = 0; p < Positions; ++p) {
+        sum += load_lanes<E>(t.targets[i].row + p * t.pitch + offset, lanes) * g[p];
+      }
+      store_lanes<Full<A>>(sums, sum, lanes);
     }
   });
+}
+
+template <class E>
+void row_products(const RowProducts& t) {
+  t.positions == 1 ? row_products_of<E, 1>(t) : row_products_of<E, kPackedPositions>(t);
 }
 
 // The registers (32, or 16) hold a tile's sums, a row of taps and one vector of input. Windows of few taps multiply

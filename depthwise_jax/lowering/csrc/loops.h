@@ -94,6 +94,8 @@ struct RowProducts {
   const RowTarget* targets;
   Index count;  // of `targets`
   Index channels;
+  // Rows of g side by side, 1 or kPackedPositions, and the bytes from one to the next; each target's rows lie likewise.
+  Index positions, pitch;
 };
 
 // A tile's size, in outputs of x or in positions of the cotangent, and the loop that computes it.

@@ -7,6 +7,7 @@
 // each position: what is not reached is never read. Rows are read once for each tap, from the caches.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -37,6 +38,13 @@ struct Packed {
   // Where output `o` reads through a tap; whether that is inside x.
   Index position(Index o, Index tap) const { return o + tap * g.dilation[2] - g.low[2]; }
   bool inside(Index position) const { return position >= 0 && position < in; }
+  // The taps through which output `o` of an image reads: from the first to before the second.
+  std::pair<Index, Index> taps_of(Index image, Index o) const {
+    Index first = first_tap(image, o), end = taps;
+    while (first < end && position(o, first) < 0) ++first;
+    while (first < end && position(o, end - 1) >= in) --end;
+    return {first, end};
+  }
 
   // Calls f(image, first row, last row) for each piece of `images` images of `rows` rows.
   template <class F>
@@ -144,14 +152,21 @@ bool packed_kernel_grad(Dtype dtype, const Geometry& g, const void* x, const voi
       char* const to = sums + block * kernel_bytes;
       std::memset(to, 0, kernel_bytes);
       std::vector<RowTarget> targets(p.taps);
-      RowProducts products{nullptr, targets.data(), 0, g.channels};
-      for (Index i = chunk * positions / chunks; i < (chunk + 1) * positions / chunks; ++i) {
+      RowProducts products{nullptr, targets.data(), 0, g.channels, 1, p.row_bytes};
+      const Index end = (chunk + 1) * positions / chunks;
+      for (Index i = chunk * positions / chunks; i < end; i += products.positions) {
         const Index image = stack * g.batch + i / p.out, o = i % p.out;
+        const auto reads = p.taps_of(image, o);
+        // Positions side by side that read through the same taps are added before the sums are stored.
+        Index alike = 1;
+        while (alike < kPackedPositions && i + alike < end && o + alike < p.out &&
+               p.taps_of(image, o + alike) == reads) {
+          ++alike;
+        }
+        products.positions = alike == kPackedPositions ? alike : 1;
         products.count = 0;
-        for (Index t = p.first_tap(image, o); t < p.taps; ++t) {
-          const Index from = p.position(o, t);
-          if (!p.inside(from)) continue;
-          targets[products.count++] = {static_cast<const char*>(x) + (image * p.in + from) * p.row_bytes,
+        for (Index t = reads.first; t < reads.second; ++t) {
+          targets[products.count++] = {static_cast<const char*>(x) + (image * p.in + p.position(o, t)) * p.row_bytes,
                                        to + t * tap_bytes};
         }
         products.g = static_cast<const char*>(cotangent) + (kernel * positions + i) * p.row_bytes;

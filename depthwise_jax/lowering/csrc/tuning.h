@@ -106,6 +106,9 @@ constexpr Index kGeneralGradUnits = 8;
 // Pieces of all rows that a packed map is cut into at most: enough for threads that finish early to steal. No
 // measurement recorded.
 constexpr Index kMostPackedBlocks = 256;
+// Positions whose products a packed kernel gradient adds before it stores a sum. Of (2, 2048, 1024), a window of 4 and
+// documents of 100 in float32 it takes 0.9 to 1.0 ms with 4 and 1.7 with 1, on two threads of an AMD Zen 4.
+constexpr int kPackedPositions = 4;
 // Elements of the gradient whose partial sums a thread adds up at a time. No measurement recorded.
 constexpr Index kFinishElements = 16384;
 
