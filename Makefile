@@ -27,7 +27,8 @@ test: $(VENV)/test.installed  ## the test suite
 # The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
 test-torch: $(VENV)/test.installed $(VENV)/torch.installed  ## the conversion of PyTorch's modules
 	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
-	$(BIN)/python -m pytest -q tests/test_interop_torch.py tests/test_comparison.py
+	$(BIN)/python -m pytest -q tests/test_interop_torch.py tests/test_comparison.py \
+		tests/test_transposed.py tests/test_causal_layers.py -k "torch or comparison"
 
 # Whole models of Keras, torchvision and efficientnet-lite-pytorch, and 2,000 damaged files. torchvision and
 # efficientnet-lite-pytorch come without what they depend on, PyTorch for CUDA: the model classes need none of it.

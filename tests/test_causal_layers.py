@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
 from jax import export, lax
 
@@ -101,6 +100,7 @@ def test_the_arguments_are_those_of_depthwise_conv_1d_without_strides_and_paddin
 
 
 def test_initial_values_are_pytorchs() -> None:
+    torch: Any = pytest.importorskip("torch")
     channels = 1024
     x = jnp.ones((1, 4, channels))
     theirs = torch.nn.Conv1d(channels, channels, 4, groups=channels).weight.detach().numpy()
