@@ -134,7 +134,9 @@ def explain(
 def _type(operand: Any) -> Any:
     """The type of an operand, with its sharding where it has one."""
     known = isinstance(operand, jax.Array | jax.ShapeDtypeStruct)
-    return jax.typeof(operand if known else jax.ShapeDtypeStruct(operand.shape, operand.dtype))
+    if not known:  # an array of NumPy's, which JAX would narrow without a word
+        operand = jax.ShapeDtypeStruct(operand.shape, jax.dtypes.canonicalize_dtype(operand.dtype))
+    return jax.typeof(operand)
 
 
 def _platform(platform: str | None) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from workloads import results
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
@@ -90,3 +92,19 @@ def test_the_figures_of_the_page_on_gpu() -> None:
     assert figures
     for figure in filter(None, (figure for group in figures for figure in group)):
         assert any(abs(value - int(figure)) <= 0.5 for value in table), figure
+
+
+def test_the_figures_of_the_page_on_sequences() -> None:
+    rows = {(row["what"], row["by"]): row["milliseconds"] for row in results.read(RESULTS / "sequences.json")["rows"]}
+    page = (ROOT / "docs" / "sequences.md").read_text()
+    section = page[page.index("## What packing costs") : page.index("## Initial values")]
+    found = [float(value) for value in re.findall(r"(\d+\.\d+)\s+times", section)]
+    measured = [
+        results.ratio(rows[what, by], rows[what, beside])
+        for what, by, beside in (
+            ("training", "packed", "unpacked"),
+            ("training", "masked shifts", "unpacked"),
+            ("decoding", "causal_conv1d", "valid"),
+        )
+    ]
+    assert found == pytest.approx(measured, abs=0.0051)
