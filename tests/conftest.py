@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import jax
@@ -38,3 +39,9 @@ def x64() -> Iterator[None]:
     """64-bit types while the test runs."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """PyTorch. `make test` goes without it, and `make test-torch`, which CI runs, fails where it is missing."""
+    return pytest.importorskip("torch", reason="PyTorch is not installed: the extra `torch` brings it")

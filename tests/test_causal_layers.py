@@ -99,18 +99,27 @@ def test_the_arguments_are_those_of_depthwise_conv_1d_without_strides_and_paddin
             NnxLayer(6, **arguments, rngs=nnx.Rngs(0))
 
 
-def test_initial_values_are_pytorchs() -> None:
-    torch: Any = pytest.importorskip("torch")
+def test_initial_values_beside_torch(torch: Any) -> None:
     channels = 1024
-    x = jnp.ones((1, 4, channels))
     theirs = torch.nn.Conv1d(channels, channels, 4, groups=channels).weight.detach().numpy()
+    variables = Layer().init(jax.random.key(0), jnp.ones((1, 4, channels)))
+    ours = np.asarray(variables["params"]["kernel"])
+    assert ours.std() == pytest.approx(theirs.std(), rel=0.05)
+    assert abs(ours).max() == pytest.approx(abs(theirs).max(), rel=0.01)
+
+
+def test_initial_values_are_pytorchs() -> None:
+    # torch.nn.Conv1d draws uniformly within 1/sqrt(fan in), and its fan in is the window.
+    window, channels = 4, 1024
+    x = jnp.ones((1, window, channels))
 
     def kernel(**arguments: Any) -> np.ndarray:
         return np.asarray(Layer(**arguments).init(jax.random.key(0), x)["params"]["kernel"])
 
     for ours in (kernel(), kernel(depthwise_initializer=None), np.asarray(NnxLayer(channels, rngs=nnx.Rngs(0)).kernel)):
-        assert ours.std() == pytest.approx(theirs.std(), rel=0.05)
-        assert abs(ours).max() == pytest.approx(0.5, rel=0.01) == pytest.approx(abs(theirs).max(), rel=0.01)
+        assert ours.std() == pytest.approx((3 * window) ** -0.5, rel=0.05)
+        assert np.abs(ours).max() == pytest.approx(window**-0.5, rel=0.01)
+        assert np.abs(ours).max() <= window**-0.5
     # docs/sequences.md has these figures.
     lecun = depthwise_jax.initializers.LecunNormal
     flax_layer = nn.Conv(channels, (4,), feature_group_count=channels)

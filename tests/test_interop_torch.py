@@ -305,11 +305,6 @@ def test_another_object_is_no_torch_module():
 # --- with PyTorch ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch", reason="PyTorch is not installed: the extra `torch` brings it")
-
-
 def random_transposed(seed: int) -> tuple[dict[str, Any], np.ndarray]:
     """Arguments of torch.nn.ConvTransposeNd for a depthwise convolution, and an input."""
     rng = np.random.default_rng(seed)

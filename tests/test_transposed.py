@@ -269,8 +269,7 @@ def by_pairs(case: Spread) -> bool:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if by_pairs(c)], ids=str)
-def test_pytorch_agrees(case: Spread) -> None:
-    torch: Any = pytest.importorskip("torch")
+def test_pytorch_agrees(case: Spread, torch: Any) -> None:
     x, w, _ = case.operands()
     rank, geometry = case.rank, case.geometry
     padding = geometry["padding"]
@@ -294,8 +293,7 @@ def test_pytorch_agrees(case: Spread) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_pytorch_agrees_over_all_its_geometries(rank: int) -> None:
-    torch: Any = pytest.importorskip("torch")
+def test_pytorch_agrees_over_all_its_geometries(rank: int, torch: Any) -> None:
     random, checked = np.random.default_rng(rank), 0
     every = [*itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 4), (0, 1, 2), (0, 1, 2, 3), (1, 2))]
     for index in random.choice(len(every), 60, replace=False):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax import lax
@@ -163,19 +163,16 @@ def resolve(
         TypeError, ValueError: an argument outside these values, or an output that would be empty.
     """
     rank = len(spatial)
-    size = per_axis(kernel_size, rank, "kernel_size")
-    steps = per_axis(strides, rank, "strides")
-    dilation = per_axis(dilation_rate, rank, "dilation_rate")
+    window = _unpadded(rank, kernel_size, strides, dilation_rate)
     kind = canonical_padding(padding, rank)
-    window = Window(size, steps, ((0, 0),) * rank, dilation)
     input_padding = None
     if kind == "same":
-        pairs = tuple(_same(n, e, s) for n, e, s in zip(spatial, window.extent, steps, strict=True))
-        window = Window(size, steps, pairs, dilation)
+        pairs = tuple(_same(n, e, s) for n, e, s in zip(spatial, window.extent, window.strides, strict=True))
+        window = replace(window, padding=pairs)
     elif kind == "causal":
-        window = Window(size, steps, ((window.extent[0] - 1, 0),), dilation)
+        window = replace(window, padding=((window.extent[0] - 1, 0),))
     elif isinstance(kind, tuple):
-        window = Window(size, steps, kind, dilation)
+        window = replace(window, padding=kind)
     elif kind in _PAD_MODES:
         input_padding = InputPadding(_PAD_MODES[kind], tuple(((e - 1) // 2, e // 2) for e in window.extent))
         if any(isinstance(n, int) and n == 0 for n in spatial):
@@ -184,6 +181,13 @@ def resolve(
             )
         spatial = [n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True)]
     return _tightened(window, spatial, window.output_shape(spatial)), input_padding
+
+
+def _unpadded(rank: int, kernel_size: Any, strides: Any, dilation_rate: Any) -> Window:
+    """The window of these arguments without padding."""
+    size = per_axis(kernel_size, rank, "kernel_size")
+    steps = per_axis(strides, rank, "strides")
+    return Window(size, steps, ((0, 0),) * rank, per_axis(dilation_rate, rank, "dilation_rate"))
 
 
 def canonical_output_padding(
@@ -240,15 +244,11 @@ def resolve_transposed(
         TypeError, ValueError: an argument outside these values, or an output that would be empty.
     """
     rank = len(spatial)
-    size = per_axis(kernel_size, rank, "kernel_size")
-    steps = per_axis(strides, rank, "strides")
-    dilation = per_axis(dilation_rate, rank, "dilation_rate")
+    window = _unpadded(rank, kernel_size, strides, dilation_rate)
     kind = canonical_padding(padding, rank, TRANSPOSED_PADDINGS)
-    extra = canonical_output_padding(output_padding, steps, dilation)
+    extra = canonical_output_padding(output_padding, window.strides, window.dilation)
     pairs, outputs, beyond = [], [], []
-    for axis, (n, e, s) in enumerate(
-        zip(spatial, Window(size, steps, ((0, 0),) * rank, dilation).extent, steps, strict=True)
-    ):
+    for axis, (n, e, s) in enumerate(zip(spatial, window.extent, window.strides, strict=True)):
         p = None if extra is None else extra[axis]
         if kind == "valid":
             low, rest = 0, max(e, s) if p is None else e + p
@@ -267,11 +267,11 @@ def resolve_transposed(
         beyond.append(zeros)
     if any(isinstance(n, int) and (n < 1 or o < 1) for n, o in zip(spatial, outputs, strict=True)):
         raise ValueError(
-            f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={size}, "
-            f"strides={steps}, dilation_rate={dilation}, padding={padding!r}, output_padding={output_padding!r}; "
+            f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={window.size}, "
+            f"strides={window.strides}, dilation_rate={window.dilation}, padding={padding!r}, output_padding={output_padding!r}; "
             "expected an input that is not empty, and a padding that does not cut all outputs"
         )
-    window = Window(size, steps, tuple(pairs), dilation)
+    window = replace(window, padding=tuple(pairs))
     return Transposed(_tightened(window, outputs, spatial), tuple(outputs), tuple(beyond))
 
 
