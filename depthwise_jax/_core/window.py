@@ -268,7 +268,8 @@ def resolve_transposed(
     if any(isinstance(n, int) and (n < 1 or o < 1) for n, o in zip(spatial, outputs, strict=True)):
         raise ValueError(
             f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={window.size}, "
-            f"strides={window.strides}, dilation_rate={window.dilation}, padding={padding!r}, output_padding={output_padding!r}; "
+            f"strides={window.strides}, dilation_rate={window.dilation}, padding={padding!r}, "
+            f"output_padding={output_padding!r}; "
             "expected an input that is not empty, and a padding that does not cut all outputs"
         )
     window = replace(window, padding=tuple(pairs))
