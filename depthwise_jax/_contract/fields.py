@@ -20,12 +20,25 @@ CAUSAL_INITIALIZER = initializers.VarianceScaling(1 / 3, "fan_in", "uniform", fa
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class DepthwiseFields:
-    """The arguments of a depthwise layer; `linen.DepthwiseConv2D` documents each."""
+class _Window:
+    """The arguments that come first in a depthwise layer."""
 
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
     padding: Padding = "valid"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _CausalWindow:
+    """The argument that comes first in a causal layer, which has neither strides nor padding."""
+
+    kernel_size: int | Sequence[int] = 4
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Depthwise:
+    """The arguments that follow in both."""
+
     depth_multiplier: int = 1
     data_format: str | None = None
     dilation_rate: int | Sequence[int] = 1
@@ -45,6 +58,12 @@ class DepthwiseFields:
     in_sharding: PartitionSpec | None = None
 
 
+# A dataclass takes the fields of its last base first.
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseFields(_Depthwise, _Window):
+    """The arguments of a depthwise layer; `linen.DepthwiseConv2D` documents each."""
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class TransposedFields(DepthwiseFields):
     """The arguments of a transposed depthwise layer; `linen.DepthwiseConv2DTranspose` documents each."""
@@ -53,27 +72,10 @@ class TransposedFields(DepthwiseFields):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class CausalFields:
+class CausalFields(_Depthwise, _CausalWindow):
     """The arguments of a causal depthwise layer; `linen.CausalDepthwiseConv1D` documents them."""
 
-    kernel_size: int | Sequence[int] = 4
-    depth_multiplier: int = 1
-    data_format: str | None = None
-    dilation_rate: int | Sequence[int] = 1
-    activation: Any = None
-    use_bias: bool = True
     depthwise_initializer: Any = CAUSAL_INITIALIZER
-    bias_initializer: Any = "zeros"
-    depthwise_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    depthwise_constraint: Any = None
-    bias_constraint: Any = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: lax.PrecisionLike = None
-    implementation: str | None = None
-    in_sharding: PartitionSpec | None = None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
