@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from depthwise_jax._core.dtypes import at_least_float32
@@ -174,7 +175,8 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         for argument, value in (("lower", self.lower), ("upper", self.upper)):
             _check_number(value, f"Box: {argument}")
-        if _is_number(self.lower) and _is_number(self.upper) and not self.lower <= self.upper:
+        lower, upper = _known(self.lower), _known(self.upper)
+        if lower is not None and upper is not None and not lower <= upper:
             raise ValueError(f"Box: lower must not exceed upper; got lower={self.lower!r}, upper={self.upper!r}")
 
     @property
@@ -235,11 +237,13 @@ class _Norm(Constraint):
         for argument, value in (("min_value", least), ("max_value", greatest), ("rate", self.rate)):
             _check_number(value, f"{name}: {argument}")
         for argument, value in (("min_value", least), ("max_value", greatest)):
-            if _is_number(value) and not 0 <= value < math.inf:
+            known = _known(value)
+            if known is not None and not 0 <= known < math.inf:
                 raise ValueError(f"{name}: {argument} must be finite and not negative; got {value!r}")
-        if _is_number(least) and _is_number(greatest) and least > greatest:
+        low, high, rate = map(_known, (least, greatest, self.rate))
+        if low is not None and high is not None and low > high:
             raise ValueError(f"{name}: min_value must not exceed max_value; got {least!r} and {greatest!r}")
-        if _is_number(self.rate) and not 0 <= self.rate <= 1:
+        if rate is not None and not 0 <= rate <= 1:
             raise ValueError(f"{name}: rate must lie in [0, 1]; got {self.rate!r}")
         if self.exact and not self._at_once:
             raise ValueError(f"{name}: exact=True needs rate=1, since any other is not idempotent; got {self.rate!r}")
@@ -282,7 +286,7 @@ class _Norm(Constraint):
 
     def project_with_margin(self, w: jax.Array) -> jax.Array:
         least, greatest = self._norm_bounds()
-        if w.dtype != at_least_float32(w.dtype) or not (_is_number(least) and least == 0 and self._at_once):
+        if w.dtype != at_least_float32(w.dtype) or _known(least) != 0 or not self._at_once:
             return self(w)
         axes = axes_of(self.axis, w.ndim, type(self).__name__)
         # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; the norm
@@ -297,7 +301,7 @@ class _Norm(Constraint):
     @property
     def _at_once(self) -> bool:
         """Whether one projection reaches the bounds."""
-        return _is_number(self.rate) and self.rate == 1
+        return _known(self.rate) == 1
 
     def excess(self, w: jax.Array) -> jax.Array:
         least, greatest = self._norm_bounds()
@@ -488,8 +492,8 @@ class _Composition(Constraint):
         return " & ".join(map(repr, self.parts))
 
     def __post_init__(self) -> None:
-        lower, upper = self.interval
-        if _is_number(lower) and _is_number(upper) and lower > upper:
+        lower, upper = map(_known, self.interval)
+        if lower is not None and upper is not None and lower > upper:
             raise ValueError(f"the constraints have no number in common: {', '.join(map(repr, self.parts))}")
 
     @property
@@ -534,9 +538,14 @@ get = REGISTRY.get
 serialize = REGISTRY.serialize
 
 
-def _is_number(value: Any) -> bool:
-    """A value known now; a traced bound is not."""
-    return not isinstance(value, Tracer)
+def _known(value: Any) -> Any:
+    """A bound as Python or NumPy compare it; None for a traced one, which is not known yet.
+
+    JAX compares an array while it traces a function to a traced result, even where the array itself is known.
+    """
+    if isinstance(value, Tracer):
+        return None
+    return np.asarray(value)[()] if isinstance(value, jax.Array) else value
 
 
 def _check_number(value: Any, what: str) -> None:
@@ -546,11 +555,13 @@ def _check_number(value: Any, what: str) -> None:
 
 
 def _greater(a: Any, b: Any) -> Any:
-    return max(a, b) if _is_number(a) and _is_number(b) else jnp.maximum(a, b)
+    known = _known(a), _known(b)
+    return jnp.maximum(a, b) if None in known else max(known)
 
 
 def _lesser(a: Any, b: Any) -> Any:
-    return min(a, b) if _is_number(a) and _is_number(b) else jnp.minimum(a, b)
+    known = _known(a), _known(b)
+    return jnp.minimum(a, b) if None in known else min(known)
 
 
 def _largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

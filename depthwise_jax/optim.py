@@ -54,7 +54,7 @@ from jax.tree_util import GetAttrKey, keystr
 
 from depthwise_jax._core import introspect
 from depthwise_jax._core.dtypes import at_least_float32, promoted
-from depthwise_jax._core.registry import shown
+from depthwise_jax._core.registry import named, shown
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
 
 __all__ = ["apply_updates_projected", "constraints_of", "feasibility", "project", "project_params"]
@@ -333,7 +333,7 @@ def _apply(path: Path, projection: Callable[[Any], Any], w: Any) -> jax.Array:
 
 
 def _reraise(path: Path, error: Exception) -> NoReturn:
-    raise type(error)(f"constraint of {_show(path)}: {error}") from error
+    raise named(error, f"constraint of {_show(path)}") from error
 
 
 def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint) -> jax.Array:

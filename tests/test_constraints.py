@@ -21,7 +21,9 @@ from depthwise_jax import constraints, initializers
 from depthwise_jax._core.layout import Layout
 from depthwise_jax._core.window import Window
 from depthwise_jax.constraints import Box, Constraint, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm, compose
+from depthwise_jax.optim import project
 from depthwise_jax.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer
+from tests.support.assertions import assert_close
 from workloads.keras_reference import keras
 
 NARROW = (jnp.bfloat16, jnp.float16)
@@ -413,3 +415,48 @@ def test_pickled_objects_are_equal(thing: Any) -> None:
     assert again == thing
     assert hash(again) == hash(thing)
     assert again != object()
+
+
+# --- Bounds that are arrays ---------------------------------------------------------------------------------------------
+
+BOUNDED = {
+    "MaxNorm": lambda number: MaxNorm(number(0.7), axis="window"),
+    "MaxNorm, exact": lambda number: MaxNorm(number(0.7), axis="window", exact=True),
+    "MinMaxNorm": lambda number: MinMaxNorm(number(0.5), number(0.9), axis="window"),
+    "MinMaxNorm, from zero": lambda number: MinMaxNorm(number(0.0), number(0.9), axis="window"),
+    "MinMaxNorm, exact": lambda number: MinMaxNorm(
+        number(0.5), number(0.9), rate=number(1.0), axis="window", exact=True
+    ),
+    "Box": lambda number: Box(number(-0.3), number(0.4)),
+    "Box & Box": lambda number: Box(number(-0.3), number(0.4)) & Box(number(-0.2), number(0.5)),
+    "NonNeg & MaxNorm": lambda number: NonNeg() & MaxNorm(number(0.7), axis="window"),
+}
+
+
+@pytest.mark.parametrize("made", ["outside", "inside"])
+@pytest.mark.parametrize("number", [jnp.float32, np.float32, np.float64], ids=lambda number: number.__name__)
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_bound_may_be_an_array_wherever_the_constraint_is_made(name: str, number: Any, made: str) -> None:
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 2)), jnp.float32)
+    arrays = {value: number(value) for value in (-0.3, -0.2, 0.0, 0.4, 0.5, 0.7, 0.9, 1.0)}
+    outside = BOUNDED[name](arrays.get)
+
+    def step(w: jax.Array) -> tuple[jax.Array, ...]:
+        constraint = outside if made == "outside" else BOUNDED[name](arrays.get)
+        tx = project({"kernel": constraint})
+        updates, _ = tx.update({"kernel": w}, tx.init({"kernel": w}), {"kernel": w})
+        return constraint(w), constraint.project_with_margin(w), w + updates["kernel"]
+
+    with jax.numpy_dtype_promotion("standard"):
+        actual, expected = jax.jit(step)(w), BOUNDED[name](float)
+    assert_close(actual[0], expected(w), 1e-6)
+    for projected in actual:
+        assert_close(projected, expected(projected), 1e-6)
+
+
+def test_a_box_of_arrays_out_of_order_is_refused_inside_jit() -> None:
+    zero, one, two = map(jnp.float32, range(3))
+    with pytest.raises(ValueError, match="lower must not exceed upper"):
+        jax.jit(lambda w: Box(one, zero)(w))(jnp.ones(3))
+    with pytest.raises(ValueError, match="no number in common"):
+        jax.jit(lambda w: (Box(zero, one) & Box(two, 3.0))(w))(jnp.ones(3))

@@ -487,3 +487,18 @@ def test_masked_at_a_subtree_above_the_constraints() -> None:
     updates, _ = step.update(jax.tree.map(jnp.zeros_like, params), step.init(params), params)
     new = optax.apply_updates(params, updates)
     chex.assert_trees_all_equal(new, {**params, "c": jnp.array([0.0])})
+
+
+def test_an_error_that_a_constraint_meets_names_its_parameter() -> None:
+    # JAX's own errors are made of a tracer, Python's of a decoder of five parts: neither takes a message.
+    def branches(w: jax.Array) -> jax.Array:
+        return w if w.sum() > 0 else -w
+
+    def decodes(w: jax.Array) -> jax.Array:
+        b"\xff".decode()
+        return w
+
+    params = {"kernel": jnp.ones((3, 3, 4, 1))}
+    for constraint, kind, words in ((branches, TypeError, "boolean conversion"), (decodes, ValueError, "can't decode")):
+        with pytest.raises(kind, match=f"constraint of 'kernel': .*{words}"):
+            project({"kernel": constraint}).init(params)

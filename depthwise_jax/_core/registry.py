@@ -64,6 +64,14 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def named(error: Exception, what: str) -> Exception:
+    """An error that says first where it came up: a TypeError as that, any other as a ValueError.
+
+    Not of the error's own class, which may be made of something else than a message, as JAX's errors of tracers are.
+    """
+    return (TypeError if isinstance(error, TypeError) else ValueError)(f"{what}: {error}")
+
+
 class Registry:
     """The built-in callables of one kind, under Keras' names.
 

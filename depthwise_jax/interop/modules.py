@@ -11,6 +11,7 @@ from flax.core import meta
 
 from depthwise_jax import linen
 from depthwise_jax._contract.spec import Spec
+from depthwise_jax._core.registry import named
 
 FRAMEWORKS = ("linen", "nnx")
 
@@ -100,7 +101,7 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
     try:
         module = getattr(linen, layer)(**arguments)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise named(error, what) from error
     params = {name: jnp.asarray(real_array(value, f"{what}: the parameter {name!r}")) for name, value in values.items()}
     contract: Spec = module.spec
     channels = channels_of(contract, params, what)

@@ -11,6 +11,7 @@ import numpy as np
 
 from depthwise_jax import activations, constraints, initializers, linen, regularizers
 from depthwise_jax._contract import fields, spec
+from depthwise_jax._core import registry
 from depthwise_jax.interop.keras.config import CONVS, LAYERS, Names, named
 from depthwise_jax.interop.modules import Converted, channels_of, make, overridden, parts, real_array
 
@@ -88,7 +89,7 @@ def from_keras(
     try:
         found = spec.arguments_from_config(ours, fields.names(getattr(linen, ours)), config)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise registry.named(error, name) from error
     if class_name in CONVS:
         found = _for_grouped_kernel(found, int(ours[-2]))
     return make(ours, found | arguments, values, framework, name)
