@@ -1,11 +1,16 @@
-"""What all tests share: eight CPU devices, the lowerings, x64."""
+"""What all tests share: eight CPU devices, quick compilation, the lowerings, x64."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
-# Before jax is imported anywhere: the sharding tests need several devices.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+from tests.support.compiling import compile_quickly
+
+# Before jax is imported anywhere. The first process of a run makes the folder; xdist's workers find it in the variable.
+_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="depthwise_jax-programs-")
+compile_quickly(devices=8, cache=_CACHE)
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from collections.abc import Iterator
@@ -20,6 +25,12 @@ from tests.support.cases import LOWERINGS, PLAIN
 # Compiling takes the time, so no deadline; the same examples at every run, so that others see the same failures.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("repository")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the compiled programs that this process made the folder for."""
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", params=LOWERINGS)

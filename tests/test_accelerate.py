@@ -16,7 +16,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 import depthwise_jax
 from depthwise_jax.interop import accelerate
-from tests.support.compiling import QUICKLY
 from workloads.models import MODELS, Equinoctial
 
 KEY = jax.random.key(0)
@@ -43,8 +42,8 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
 
 
 def run(function: Any, *args: Any) -> Any:
-    """The results of a compiled function, compiled quickly."""
-    return jax.jit(function).lower(*args).compile(compiler_options=QUICKLY)(*args)
+    """The results of a compiled function."""
+    return jax.jit(function)(*args)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compiling import QUICK_FLAGS
 from workloads import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,7 @@ def run(module: str, *arguments: object, fails: bool = False) -> str:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": QUICK_FLAGS},
         capture_output=True,
         text=True,
         timeout=300,

@@ -47,8 +47,6 @@ ALL_REDUCES = {
 # For sharded rows also messages between neighbours, by stride, for a window of three: the halo takes one each way, and
 # one in all at stride 2. In dx and dw conv sends as many for each kernel of a channel.
 PERMUTES = {1: {"forward": 2, "dx": 2, "dw": 2}, 2: {"forward": 1, "dx": 1, "dw": 1}}
-# What LLVM makes of a program says nothing about its collectives.
-COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 
@@ -64,7 +62,7 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
     with jax.set_mesh(mesh):
         arrays = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in operands]
         out_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out)
-        program = jax.jit(f, out_shardings=out_shardings).lower(*arrays).compile(COMPILER_OPTIONS)
+        program = jax.jit(f, out_shardings=out_shardings).lower(*arrays).compile()
         return program(*arrays), collectives(str(program.as_text()))
 
 
@@ -72,7 +70,8 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
 @pytest.mark.parametrize("sharded", ALL_REDUCES)
 @pytest.mark.parametrize(
     ("case", "lowering"),
-    [*itertools.product([*CASES, FIRST], PLAIN), (CASES[5], None)],
+    # All of two axes; of one and three those whose multiplier and stride differ from 1 together.
+    [*itertools.product([*CASES[:4:3], *CASES[4:8], *CASES[8::3], FIRST], PLAIN), (CASES[5], None)],
     ids=str,
 )
 def test_depthwise(case: Case, lowering: str | None, sharded: str, axis_type: AxisType) -> None:

@@ -22,6 +22,7 @@ from depthwise_jax.optim import constraints_of, project
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
+from tests.support.compiling import QUICK_FLAGS
 from tests.support.oracle import Oracle, widest
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -189,7 +190,7 @@ def test_a_trained_model_in_a_process_without_this_package(tmp_path: Path) -> No
     )
     (tmp_path / "model").write_bytes(exported.serialize())
     np.save(tmp_path / "images.npy", images)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_FLAGS}
     # -I: neither this directory nor PYTHONPATH is searched.
     command = [sys.executable, "-I", "-c", SERVER, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -232,7 +233,7 @@ pickle.dump(s.serialize(jax.jit(f).lower(x, w).compile()), open("program", "wb")
 y, dx, dw = s.deserialize_and_load(*pickle.load(open("program", "rb")))(jnp.ones((1, 6, 3)), jnp.ones((2, 3, 1)))
 assert (y == 2).all() and (dw == 10).all() and (dx[:, 1:-1] == 4).all()
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "XLA_FLAGS": QUICK_FLAGS}
     for code in (save, load):
         done = subprocess.run(
             [sys.executable, "-c", start + code],

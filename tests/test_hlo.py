@@ -14,13 +14,14 @@ from jax.sharding import PartitionSpec as P
 from depthwise_jax import explain, separable_conv
 from tests.support import maps
 from tests.support.cases import CORE, SMALL_NETWORKS, Case
+from tests.support.compiling import AS_BY_DEFAULT
 from tests.support.meshes import make_mesh
 
 CONVOLUTION = re.compile(r"\bconvolution\b")
 
 
 def compiled_text(f: Callable[..., Any], *operands: Any) -> str:
-    return jax.jit(f).lower(*operands).compile().as_text() or ""
+    return jax.jit(f).lower(*operands).compile(AS_BY_DEFAULT).as_text() or ""
 
 
 def test_the_search_finds_a_convolution() -> None:

@@ -42,11 +42,11 @@ def test_values_and_shardings(case: Case, lowering: str, sharded: str, axis_type
     image, _, _ = specs(case, sharded)
     operands, expected = case.operands(), maps.truth(case, *case.operands())
     with jax.set_mesh(mesh):
-        for name, f in maps.maps(case.conv(lowering, in_sharding=image)).items():
-            result = jax.jit(f)(*operands)
+        functions = maps.maps(case.conv(lowering, in_sharding=image))
+        results = jax.jit(lambda *operands: {name: f(*operands) for name, f in functions.items()})(*operands)
+        for name, result in results.items():
             assert_close(result, expected[name], 1e-5, name)
-            if name == "forward":
-                assert result.sharding.is_equivalent_to(NamedSharding(mesh, image), 4)
+        assert results["forward"].sharding.is_equivalent_to(NamedSharding(mesh, image), 4)
         if axis_type == AxisType.Auto:
             y = case.conv(lowering, in_sharding=image)(*operands[:2])
             assert y.sharding.is_equivalent_to(NamedSharding(mesh, image), 4)

@@ -18,6 +18,7 @@ import pytest
 
 import depthwise_jax
 from depthwise_jax.lowering import library
+from tests.support.compiling import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = library.find()
@@ -71,10 +72,10 @@ class Environment:
 
 
 def _run(command: list[object], cwd: Path, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command],
-        env={**inherited, "DEPTHWISE_JAX_ISA": "", **environment},
+        env={**inherited, "XLA_FLAGS": QUICK_FLAGS, "DEPTHWISE_JAX_ISA": "", **environment},
         cwd=cwd,
         capture_output=True,
         text=True,
