@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 
-from tests.support.compiling import compile_quickly
+from tests.support.compiling import environment
 
 # Before jax is imported anywhere. The first process of a run makes the folder; xdist's workers find it in the variable.
-_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="depthwise_jax-programs-")
-compile_quickly(devices=8, cache=_CACHE)
+_PROGRAMS = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="depthwise_jax-programs-")
+os.environ.update(environment(_PROGRAMS or os.environ["JAX_COMPILATION_CACHE_DIR"]))
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from collections.abc import Iterator
@@ -27,10 +29,15 @@ hypothesis.settings.register_profile("repository", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repository")
 
 
+def pytest_collection_finish() -> None:
+    """Keeps Python's collector away from what is there by now: modules, which are most objects, and the tests."""
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     """Removes the compiled programs that this process made the folder for."""
-    if _CACHE is not None:
-        shutil.rmtree(_CACHE, ignore_errors=True)
+    if _PROGRAMS is not None:
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", params=LOWERINGS)

@@ -417,7 +417,7 @@ def test_pickled_objects_are_equal(thing: Any) -> None:
     assert again != object()
 
 
-# --- Bounds that are arrays ---------------------------------------------------------------------------------------------
+# --- Bounds that are arrays -------------------------------------------------------------------------------------------
 
 BOUNDED = {
     "MaxNorm": lambda number: MaxNorm(number(0.7), axis="window"),

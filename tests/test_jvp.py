@@ -14,7 +14,6 @@ from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, SLOPES, SMALL_NETWORKS, Case, label
 from tests.support.oracle import widest
 
-
 # A tangent is two values, which test_value.py checks on every case: here those that pad before they convolve, too.
 COPYING = tuple(case for case in CASES if case.oracle.again)
 

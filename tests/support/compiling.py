@@ -27,17 +27,16 @@ AS_BY_DEFAULT = {
 }
 
 
-def compile_quickly(devices: int, cache: str | None) -> None:
-    """Sets the environment of this process, before it imports jax, and of those that it starts.
+def environment(programs: str) -> dict[str, str]:
+    """Variables for this process, before it imports jax, and for those that it starts.
 
     Args:
-        devices: how many CPU devices there are.
-        cache: a folder for compiled programs, which all processes of a run share; None if the environment names one.
-            Three programs in five are another test's too.
+        programs: a folder for compiled programs, which all processes of a run share: three programs in five are
+            another test's, too.
     """
-    flags = os.environ.get("XLA_FLAGS", ""), QUICK_FLAGS, f"--xla_force_host_platform_device_count={devices}"
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
-    if cache is not None:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    return {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip(),
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
