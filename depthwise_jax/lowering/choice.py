@@ -125,8 +125,18 @@ _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
 # once.
 _SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
-# Channels that lie side by side in a register.
-_LANES = 128
+# Of one image the convolution takes as long for the kernel's gradient as of 8. At 28 x 28 and 256 channels, thousands of
+# cycles by convolution and as a sum: 3x3 11.3 and 3.5, 5x5 28.1 and 7.9, 7x7 49.4 and 14.0; of two images of 56 x 56
+# and 128 channels 5x5 80.9 and 29.3; of one volume of 16 x 56 x 56 and 64 channels 3x3x3 1,091 and 358. More images have
+# this for 3x3 alone. Of the other maps only 3x3 is faster as a sum: forward, 7x7 of one image of 28 x 28 takes 12.2 by
+# convolution and 23.1 as a sum, 3x3x3 of that volume 180 and 382.
+_SUMMED_IMAGE_TAPS = 49
+_FEWEST = 2
+# The rows of a TPU's registers. XLA lays images there along their width, or, where that is no multiple of the rows, an
+# even number of images side by side; then a sum uses as few rows as there are images. 3x3, by convolution and as a sum:
+# at 28 x 28 and 256 channels the forward pass of two images takes 9.9 and 14.6, of four 25.1 and 14.6, the kernel's
+# gradient of two 11.2 and 18.5; at 56 x 56 and 128 channels 13.4 and 12.1, 31.3 and 23.4, 30.3 and 13.3.
+_ROWS = 8
 
 
 def is_packed(call: Call) -> bool:
@@ -139,14 +149,20 @@ def is_summed_on_tpu(call: Call) -> bool:
     if call.packed:
         return True
     convolution, batch = call.convolution, call.partitioning.batch
-    window, few = convolution.window, batch is not None and batch < _FEW
+    window = convolution.window
     if call.multiplier > 1 or max(window.strides) > 1 or convolution.layout.channels != -1:
         return False
     if window.rank == 1:
-        most = few or jnp.dtype(call.dtype).itemsize > 2
+        most = (batch is not None and batch < _FEW) or jnp.dtype(call.dtype).itemsize > 2
         return window.size[0] <= (_SUMMED_TAPS_AT_MOST if most else _SUMMED_TAPS[call.direction])
-    few_channels = call.direction != "kernel_grad" or call.channels <= _LANES
-    return window.size == (3, 3) and few and few_channels
+    if batch is None or batch >= _FEW or call.symbolic:
+        return False
+    side_by_side = batch % 2 == 0 and convolution.spatial[-1] % _ROWS != 0
+    if call.direction != "kernel_grad":
+        return window.size == (3, 3) and not (side_by_side and batch == 2)
+    # Of a window of many taps the halos of sharded images would be sent for each of its rows.
+    larger = batch <= _FEWEST and window.taps <= _SUMMED_IMAGE_TAPS and call.partitioning.whole_images
+    return (window.size == (3, 3) or larger) and not side_by_side
 
 
 def is_product(call: Call) -> bool:

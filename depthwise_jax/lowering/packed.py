@@ -66,13 +66,18 @@ def kernel_grad(lowering: _Maps, x: Array, g: Array, reach: Array, call: Call) -
         met, reaching = _met(g, reach, by, call)
         return lowering.kernel_grad(_where(reaching, back, x, call), met, _one_tap(call, call.convolution.spatial))
 
-    return jnp.concatenate([gradient(back, by) for _, back, by in _taps(call.convolution)])
+    gradients = [gradient(back, by) for _, back, by in _taps(call.convolution)]
+    return jnp.concatenate(gradients[::-1])
 
 
 def _taps(convolution: Convolution) -> Iterator[tuple[int, int, int]]:
-    """Each tap, how many taps before the last it is, and where output 0 reads through it."""
+    """Each tap, how many taps before the last it is, and where output 0 reads through it.
+
+    From the last to the first: by benchmarks/tpu_packed.py both gradients of (8, 2048, 2048) take 466 thousand cycles
+    in this order, and 476 in the other.
+    """
     (size,), (dilation,), ((low, _),) = convolution.window.size, convolution.window.dilation, convolution.window.padding
-    for t in range(size):
+    for t in reversed(range(size)):
         yield t, size - 1 - t, t * dilation - low
 
 
