@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from depthwise_jax import explain, separable_conv
+from depthwise_jax import depthwise_conv, depthwise_conv_transpose, explain, separable_conv
+from depthwise_jax.drop_in import conv_general_dilated
 from tests.support import maps
 from tests.support.cases import CORE, SMALL_NETWORKS, Case
 from tests.support.compiling import AS_BY_DEFAULT
@@ -140,3 +141,27 @@ def test_the_precision_arrives_in_the_pointwise_half() -> None:
     text = jax.jit(lambda *z: jax.value_and_grad(lambda *z: f(*z).sum(), (0, 1, 2))(*z)).lower(x, w, p).as_text()
     dots = re.findall(r"stablehlo\.dot_general.*", text)
     assert len([dot for dot in dots if "HIGHEST" in dot]) == len(dots) >= 3
+
+
+IMAGES = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 3, "precision": "highest"}
+PRECISE: dict[str, Callable[..., Any]] = {
+    "depthwise": lambda x, w: depthwise_conv(x, w, dilation_rate=2, precision="highest", implementation="conv"),
+    "transposed": lambda x, w: depthwise_conv_transpose(x, w, strides=2, precision="highest", implementation="conv"),
+    "drop-in": lambda x, w: conv_general_dilated(x, w.reshape(3, 3, 1, 6), (1, 1), "SAME", **IMAGES),
+    "drop-in, transposed": lambda x, w: conv_general_dilated(
+        x, w.reshape(3, 3, 1, 6), (1, 1), [(1, 2)] * 2, lhs_dilation=(2, 2), **IMAGES
+    ),
+}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("call", PRECISE)
+def test_the_precision_arrives_in_every_product_of_a_platform(call: str, platform: str) -> None:
+    # Copies of channels are products too, and exact at the highest precision alone.
+    x, w = jax.ShapeDtypeStruct((8, 12, 11, 3), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 2), "float32")
+    program = jax.jit(jax.value_and_grad(lambda x, w: PRECISE[call](x, w).sum(), (0, 1)))
+    text = program.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text)
+    assert len(products) >= 3
+    for product in products:
+        assert product.count("HIGHEST") == 2, product
