@@ -171,7 +171,7 @@ def test_separable(implementation: str, x64: None) -> None:
     check_grads(f, (x, w, p), order=2, eps=1e-5, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize("activation", [None, "relu6"])
 def test_taylor_mode(implementation: str, activation: str | None, x64: None) -> None:
     # jet's terms are the derivatives along the path x + t*u + t^2/2*v, here by nested forward mode.
     case = CORE[1]
