@@ -25,6 +25,7 @@ from benchmarks.optional import library
 from benchmarks.timing import finished
 from benchmarks.work import Array, Operands, pads
 from depthwise_jax import depthwise_conv, explain
+from depthwise_jax.lowering import Implementation
 from workloads.workload import Workload
 
 
@@ -54,7 +55,7 @@ Contestant = Callable[[Workload, Operands, str, str, bool], Task]
 Forward = Callable[[Any, Any, Any, bool], Any]
 
 
-def _ours(implementation: str | None) -> Callable[[Workload], Forward]:
+def _ours(implementation: Implementation | None) -> Callable[[Workload], Forward]:
     def make(case: Workload) -> Forward:
         conv = case.conv(implementation)
         return lambda x, w, b, relu: conv(x, w, b, activation="relu" if relu else None)
@@ -149,7 +150,7 @@ def map_in_jax(conv: Forward, case: Workload, direction: str, dtype: str) -> tup
     return maps[direction]
 
 
-def _in_jax(name: str, implementation: str | None = "conv") -> Contestant:
+def _in_jax(name: str, implementation: Implementation | None = "conv") -> Contestant:
     """A contestant out of CONVOLUTIONS; its `implementation` as explain() takes it."""
 
     def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
@@ -165,7 +166,7 @@ def _in_jax(name: str, implementation: str | None = "conv") -> Contestant:
     return contestant
 
 
-def latency(implementation: str | None) -> dict[str, Callable[[], Any]]:
+def latency(implementation: Implementation | None) -> dict[str, Callable[[], Any]]:
     """The smallest useful call, forward on (1, 7, 7, 64) with a window of 3, in chains of CHAIN and of 8 * CHAIN."""
     x, w = jnp.ones((1, 7, 7, 64)), jnp.ones((3, 3, 64, 1))
 

@@ -14,15 +14,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from depthwise_jax import __version__, depthwise_conv, explain, lowering
-from depthwise_jax.lowering import DIRECTIONS, native
+from depthwise_jax import __version__, depthwise_conv, explain
+from depthwise_jax.lowering import DIRECTIONS, Implementation, native
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 ROUNDS = 5
@@ -122,10 +122,10 @@ def compiled_kernels() -> str:
     return status.instruction_set or f"none ({status.reason})"
 
 
-def available() -> list[str]:
+def available() -> list[Implementation]:
     """The lowerings that can run on the default device."""
     compiled = jax.devices()[0].platform == "cpu" and native.status().instruction_set is not None
-    return [name for name in lowering.LOWERINGS if name != "native" or compiled]
+    return [name for name in get_args(Implementation) if name != "native" or compiled]
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def check(implementation: str) -> Outcome:
+def check(implementation: Implementation) -> Outcome:
     """Compares a lowering with the truth on each call of CHECKED that it serves."""
     outcome = Outcome()
     for call in CHECKED:
@@ -281,7 +281,7 @@ def benchmark(call: Example) -> tuple[list[tuple[float, float]], list[str]]:
     return cells, wrong
 
 
-def _explain(call: Example, implementation: str | None = None) -> Any:
+def _explain(call: Example, implementation: Implementation | None = None) -> Any:
     x, kernel = (jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel))
     return explain(x, kernel, **call.geometry, implementation=implementation)
 

@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec
 
 from depthwise_jax import lowering
 from depthwise_jax._core import dtypes, sharding
+from depthwise_jax._core.layout import DataFormat
 from depthwise_jax._core.sharding import Partitioning
 from depthwise_jax._core.window import Padding
 from depthwise_jax.functional import Request, kernel_layout
-from depthwise_jax.lowering import primitives
+from depthwise_jax.lowering import Implementation, primitives
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def explain(
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
     packed: bool = False,
     platform: str | None = None,

@@ -17,9 +17,17 @@ from jax.typing import ArrayLike, DTypeLike
 from depthwise_jax import activations, lowering
 from depthwise_jax._core import dtypes, fused, hints, sharding
 from depthwise_jax._core.convolution import Convolution, hashable_precision
-from depthwise_jax._core.layout import Layout
-from depthwise_jax._core.window import InputPadding, Padding, Transposed, Window, resolve, resolve_transposed
-from depthwise_jax.lowering import primitives
+from depthwise_jax._core.layout import DataFormat, Layout
+from depthwise_jax._core.window import (
+    InputPadding,
+    Padding,
+    Transposed,
+    TransposedPadding,
+    Window,
+    resolve,
+    resolve_transposed,
+)
+from depthwise_jax.lowering import Implementation, primitives
 
 
 def depthwise_conv(
@@ -29,12 +37,12 @@ def depthwise_conv(
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
     activation: Any = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
 ) -> Array:
     """Convolves each input channel with its own kernels; no channels are mixed.
@@ -105,12 +113,12 @@ def separable_conv(
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
     activation: Any = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
@@ -163,14 +171,14 @@ def depthwise_conv_transpose(
     bias: ArrayLike | None = None,
     *,
     strides: int | Sequence[int] = 1,
-    padding: Padding = "valid",
+    padding: TransposedPadding = "valid",
     output_padding: int | Sequence[int] | None = None,
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
     activation: Any = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
 ) -> Array:
     """Spreads each input channel with its own kernels: the transposed depthwise convolution, which makes x larger.
@@ -241,7 +249,7 @@ class Request:
     dilation_rate: int | Sequence[int]
     activation: activations.Activation | None
     precision: lax.PrecisionLike
-    implementation: str | None
+    implementation: Implementation | None
     in_sharding: PartitionSpec | None
     output_padding: int | Sequence[int] | None
 
@@ -255,7 +263,7 @@ class Request:
         dilation_rate: int | Sequence[int],
         activation: Any,
         precision: lax.PrecisionLike,
-        implementation: str | None,
+        implementation: Implementation | None,
         in_sharding: PartitionSpec | None,
         output_padding: int | Sequence[int] | None = None,
     ) -> Request:
@@ -324,7 +332,7 @@ class Request:
         return layout.spatial_shape(x)
 
 
-def kernel_layout(kernel: Sequence[int], data_format: str, name: str) -> Layout:
+def kernel_layout(kernel: Sequence[int], data_format: DataFormat, name: str) -> Layout:
     """The layout that a kernel of this shape asks for, (*window, C, M), an argument of this name.
 
     Raises:

@@ -45,19 +45,29 @@ class _Memo:
         return _Memo, ()
 
 
+class _Signature:
+    """Shows `inspect` the arguments of a class, which NNX's metaclass hides from it."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError  # a layer's signature is that of its __call__
+        _itself, *arguments = inspect.signature(owner.__init__).parameters.values()
+        return inspect.Signature(arguments)
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class _Layer(nnx.Module):
     rank: ClassVar[int]
 
     in_features: int
-    _: dataclasses.KW_ONLY
-    rngs: dataclasses.InitVar[nnx.Rngs]
+    rngs: dataclasses.InitVar[nnx.Rngs] = dataclasses.field(kw_only=True)
+    __signature__ = _Signature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_spelling(cls.__name__, ["rngs", *fields.names(cls)], kwargs)
         try:
             if args or kwargs:  # copies are made without
-                inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+                inspect.signature(cls).bind(*args, **kwargs)
         except TypeError as error:
             first = ", ".join(f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING)
             raise TypeError(f"{cls.__name__}({first}, ..., rngs=nnx.Rngs(0)): {error}") from None
@@ -157,32 +167,25 @@ class _Layer(nnx.Module):
         return cls(in_features, **arguments, rngs=rngs)  # pyright: ignore[reportCallIssue]
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _DepthwiseConv(DepthwiseFields, _Layer):
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+# Attributes and no arguments, so these are no dataclasses.
+
+
+class _Kernel:
+    kernel: nnx.Param[Array]
+    bias: nnx.Param[Array] | None
+
+
+class _Kernels:
+    depthwise_kernel: nnx.Param[Array]
+    pointwise_kernel: nnx.Param[Array]
+    bias: nnx.Param[Array] | None
+
+
+# Each layer is a dataclass itself, since jedi looks no further for the arguments that it inherits.
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class _DepthwiseConvTranspose(TransposedFields, _Layer):
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _SeparableConv(SeparableFields, _Layer):
-    depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _CausalDepthwiseConv(CausalFields, _Layer):
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-
-
-class DepthwiseConv1D(_DepthwiseConv):
+class DepthwiseConv1D(DepthwiseFields, _Kernel, _Layer):
     """A depthwise convolution over one spatial axis.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
@@ -195,7 +198,8 @@ class DepthwiseConv1D(_DepthwiseConv):
     rank = 1
 
 
-class DepthwiseConv2D(_DepthwiseConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv2D(DepthwiseFields, _Kernel, _Layer):
     """A depthwise convolution over two spatial axes: each channel has `depth_multiplier` kernels of its own.
 
     Every argument is an attribute too.
@@ -225,7 +229,8 @@ class DepthwiseConv2D(_DepthwiseConv):
     rank = 2
 
 
-class DepthwiseConv3D(_DepthwiseConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv3D(DepthwiseFields, _Kernel, _Layer):
     """A depthwise convolution over three spatial axes; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
@@ -238,7 +243,8 @@ class DepthwiseConv3D(_DepthwiseConv):
     rank = 3
 
 
-class DepthwiseConv1DTranspose(_DepthwiseConvTranspose):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv1DTranspose(TransposedFields, _Kernel, _Layer):
     """A transposed depthwise convolution over one spatial axis; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2DTranspose`; every argument is an attribute
@@ -252,7 +258,8 @@ class DepthwiseConv1DTranspose(_DepthwiseConvTranspose):
     rank = 1
 
 
-class DepthwiseConv2DTranspose(_DepthwiseConvTranspose):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv2DTranspose(TransposedFields, _Kernel, _Layer):
     """A transposed depthwise convolution over two spatial axes, which makes images larger; Keras has no such layer.
 
     Every argument is an attribute too.
@@ -282,7 +289,8 @@ class DepthwiseConv2DTranspose(_DepthwiseConvTranspose):
     rank = 2
 
 
-class DepthwiseConv3DTranspose(_DepthwiseConvTranspose):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv3DTranspose(TransposedFields, _Kernel, _Layer):
     """A transposed depthwise convolution over three spatial axes; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2DTranspose`; every argument is an attribute
@@ -296,7 +304,8 @@ class DepthwiseConv3DTranspose(_DepthwiseConvTranspose):
     rank = 3
 
 
-class SeparableConv1D(_SeparableConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableConv1D(SeparableFields, _Kernels, _Layer):
     """A depthwise convolution over one spatial axis, then a pointwise one.
 
     The arguments, the errors and the penalties are those of `SeparableConv2D`; every argument is an attribute too.
@@ -310,7 +319,8 @@ class SeparableConv1D(_SeparableConv):
     rank = 1
 
 
-class SeparableConv2D(_SeparableConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableConv2D(SeparableFields, _Kernels, _Layer):
     """A depthwise convolution over two spatial axes, then a pointwise one over the channels, then bias and activation.
 
     Every argument is an attribute too.
@@ -335,7 +345,8 @@ class SeparableConv2D(_SeparableConv):
     rank = 2
 
 
-class SeparableConv3D(_SeparableConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableConv3D(SeparableFields, _Kernels, _Layer):
     """A depthwise convolution over three spatial axes, then a pointwise one; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `SeparableConv2D`; every argument is an attribute too.
@@ -349,7 +360,8 @@ class SeparableConv3D(_SeparableConv):
     rank = 3
 
 
-class CausalDepthwiseConv1D(_CausalDepthwiseConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class CausalDepthwiseConv1D(CausalFields, _Kernel, _Layer):
     """A causal depthwise convolution over time, as state-space and linear-attention models have it in each block.
 
     Called with an input, it returns the output and the state after it; with a state it goes on from there. Every

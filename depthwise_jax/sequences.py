@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from depthwise_jax._core import hints
-from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.layout import DataFormat, Layout
 from depthwise_jax._core.window import per_axis
 from depthwise_jax.functional import Request, array, convolve, empty_output, kernel_layout
+from depthwise_jax.lowering import Implementation
 
 
 def causal_conv1d(
@@ -27,10 +28,10 @@ def causal_conv1d(
     lengths: ArrayLike | None = None,
     dilation_rate: int = 1,
     activation: Any = None,
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
 ) -> tuple[Array, Array]:
     """Convolves each channel over time with its own kernels; an output sees the inputs up to its own, and no later.
@@ -114,7 +115,7 @@ def causal_conv1d_state(
     kernel_size: int,
     dilation_rate: int = 1,
     lengths: ArrayLike | None = None,
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
 ) -> Array:
     """The state of `causal_conv1d` after x, without the convolution.
 

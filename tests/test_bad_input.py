@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, explain, separable_conv
-from depthwise_jax.lowering import MAPS
+from depthwise_jax.lowering import MAPS, Implementation
 from tests.support.cases import LOWERINGS
 
 X = jax.ShapeDtypeStruct((2, 8, 9, 3), jnp.float32)
@@ -218,7 +218,7 @@ def test_every_call_is_checked_not_only_the_first() -> None:
         depthwise_conv(np.ones((2, 1)), kernel)
 
 
-def test_an_empty_batch_is_fine(implementation: str) -> None:
+def test_an_empty_batch_is_fine(implementation: Implementation) -> None:
     y = depthwise_conv(
         np.ones((0, 5, 4, 3), np.float32), np.ones((3, 3, 3, 2), np.float32), implementation=implementation
     )
@@ -308,7 +308,7 @@ def test_what_serves_each_platform(platform: str, axes: int, geometry: dict[str,
         assert re.search(rf"{name}\W+{choice.lowering}: {re.escape(choice.reason)}", str(explained))
 
 
-def test_explain_repeats_what_was_asked_for(implementation: str) -> None:
+def test_explain_repeats_what_was_asked_for(implementation: Implementation) -> None:
     explained = explain(X, KERNEL, implementation=implementation, platform="cpu")
     assert {explained.forward.lowering, explained.input_grad.lowering, explained.kernel_grad.lowering} == {
         implementation

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, explain
-from depthwise_jax.lowering import DIRECTIONS, library, native
+from depthwise_jax.lowering import DIRECTIONS, Implementation, library, native
 from tests.support import maps
 from tests.support.assertions import assert_close, assert_within_roundings
 from tests.support.cases import Case, label
@@ -175,7 +175,7 @@ def test_what_the_kernels_cannot_count_is_refused_by_name(geometry: dict[str, An
     ],
     ids=str,
 )
-def test_strides_and_dilations_of_any_size(geometry: dict[str, Any], implementation: str) -> None:
+def test_strides_and_dilations_of_any_size(geometry: dict[str, Any], implementation: Implementation) -> None:
     case = Case("huge", (2, 12, 17), (3, 17, 1), geometry)
     x, w, g = case.operands()
     for actual, (name, expected) in zip(
@@ -350,7 +350,12 @@ def fused_case(channels: int, data_format: str = "channels_last", multiplier: in
     ],
 )
 def test_fused_values(
-    channels: int, multiplier: int, data_format: str, biased: bool, activation: str | None, implementation: str
+    channels: int,
+    multiplier: int,
+    data_format: str,
+    biased: bool,
+    activation: str | None,
+    implementation: Implementation,
 ) -> None:
     case = fused_case(channels, data_format, multiplier)
     x, w, _ = case.operands()
@@ -403,7 +408,7 @@ def test_fused_rounds_once(biased: bool, activation: str | None, dtype: Any) -> 
     assert np.mean(np.asarray(actual) == exact.astype(np.float32).astype(dtype)) > 0.995
 
 
-def test_the_mask_at_the_kinks(implementation: str) -> None:
+def test_the_mask_at_the_kinks(implementation: Implementation) -> None:
     # One tap of 1: y is x + b. At 0 and at 6 exactly the slope is 0, and what is no number passes none on.
     x = np.array([-1, 0, 1e-30, 3, 5.75, 6, 6.25, np.nan, np.inf, -np.inf], np.float32).reshape(-1, 1)
     w, b, g = np.ones((1, 1, 1), np.float32), np.zeros(1, np.float32), np.full((10, 1), 2, np.float32)
@@ -422,7 +427,7 @@ def test_the_mask_at_the_kinks(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-def test_fused_derivatives_to_second_order(implementation: str, activation: str | None, x64: None) -> None:
+def test_fused_derivatives_to_second_order(implementation: Implementation, activation: str | None, x64: None) -> None:
     # Against lax's convolution and jnp's maximum and minimum, in float64.
     case = fused_case(17)
     operands = [a.astype(np.float64) for a in (2 * case.draw(case.x), case.draw(case.kernel, 1), case.draw((17,), 9))]
@@ -456,7 +461,7 @@ def test_fused_derivatives_to_second_order(implementation: str, activation: str 
     "mapped", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)], ids=str
 )
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_fused_vmap_over_each_operand(implementation: str, activation: str, mapped: tuple[int, ...]) -> None:
+def test_fused_vmap_over_each_operand(implementation: Implementation, activation: str, mapped: tuple[int, ...]) -> None:
     case = fused_case(20, multiplier=2)
     shapes = case.x, case.kernel, (40,)
     operands = [

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, separable_conv
+from depthwise_jax._core.layout import DataFormat
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import PLAIN, SHARDED_CASES, Case
@@ -297,7 +299,7 @@ def test_explicit_conflict_names_both_shardings(explicit: Any) -> None:
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_explicit_separable(plain: str, explicit: Any, data_format: str) -> None:
+def test_explicit_separable(plain: Implementation, explicit: Any, data_format: DataFormat) -> None:
     first = data_format == "channels_first"
     case = Case(
         "explicit-separable", (4, 4, 6, 5) if first else (4, 6, 5, 4), (3, 3, 4, 2), {"data_format": data_format}

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from depthwise_jax import initializers
-from depthwise_jax._core.window import Padding
+from depthwise_jax._core.layout import DataFormat
+from depthwise_jax._core.window import Padding, TransposedPadding
+from depthwise_jax.lowering import Implementation
 
 # PyTorch's for a convolution with one group per channel.
 CAUSAL_INITIALIZER = initializers.VarianceScaling(1 / 3, "fan_in", "uniform", fan="window")
@@ -29,6 +31,15 @@ class _Window:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
+class _TransposedWindow:
+    """The same of a transposed layer, which takes fewer paddings."""
+
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: TransposedPadding = "valid"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class _CausalWindow:
     """The argument that comes first in a causal layer, which has neither strides nor padding."""
 
@@ -37,10 +48,10 @@ class _CausalWindow:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Depthwise:
-    """The arguments that follow in both."""
+    """The arguments that follow in each."""
 
     depth_multiplier: int = 1
-    data_format: str | None = None
+    data_format: DataFormat | None = None
     dilation_rate: int | Sequence[int] = 1
     activation: Any = None
     use_bias: bool = True
@@ -54,7 +65,7 @@ class _Depthwise:
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
     in_sharding: PartitionSpec | None = None
 
 
@@ -65,7 +76,7 @@ class DepthwiseFields(_Depthwise, _Window):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class TransposedFields(DepthwiseFields):
+class TransposedFields(_Depthwise, _TransposedWindow):
     """The arguments of a transposed depthwise layer; `linen.DepthwiseConv2DTranspose` documents each."""
 
     output_padding: int | Sequence[int] | None = None
@@ -86,7 +97,7 @@ class SeparableFields:
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
     padding: Padding = "valid"
-    data_format: str | None = None
+    data_format: DataFormat | None = None
     dilation_rate: int | Sequence[int] = 1
     depth_multiplier: int = 1
     activation: Any = None
@@ -104,7 +115,7 @@ class SeparableFields:
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
     in_sharding: PartitionSpec | None = None
 
 

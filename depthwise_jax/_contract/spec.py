@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from depthwise_jax import activations, constraints, initializers, regularizers
 from depthwise_jax._contract.fields import CAUSAL_INITIALIZER
 from depthwise_jax._core import hints
-from depthwise_jax._core.layout import DATA_FORMATS, Layout
+from depthwise_jax._core.layout import DATA_FORMATS, DataFormat, Layout
 from depthwise_jax._core.registry import check_depth, closest
 from depthwise_jax._core.window import (
     PADDINGS,
@@ -326,15 +326,15 @@ def check_spelling(layer: str, valid: Sequence[str], given: Iterable[str]) -> No
         raise TypeError(message)
 
 
-def data_format(value: Any) -> str:
+def data_format(value: Any) -> DataFormat:
     """A data_format argument in lower case.
 
     Raises:
         ValueError: neither "channels_last" nor "channels_first", in any case.
     """
-    if not isinstance(value, str) or value.lower() not in DATA_FORMATS:
+    if not isinstance(value, str) or (name := value.lower()) not in DATA_FORMATS:
         raise ValueError(f"data_format must be None or one of {DATA_FORMATS}; got {value!r}")
-    return value.lower()
+    return name
 
 
 def serialize(layer: Any) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from jax import Array
 
-DATA_FORMATS = ("channels_last", "channels_first")
+DataFormat = Literal["channels_last", "channels_first"]
+DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Layout:
     """
 
     rank: int
-    data_format: str
+    data_format: DataFormat
 
     def __post_init__(self) -> None:
         if self.data_format not in DATA_FORMATS:

@@ -14,19 +14,25 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jax import lax
 from jax.core import Tracer
 
 from depthwise_jax._core import hints
 
-PADDINGS = ("valid", "same", "causal", "reflect", "circular", "edge")
-TRANSPOSED_PADDINGS = ("valid", "same")
+# Names count in any case; type checkers know these.
+TransposedPaddingName = Literal["valid", "same", "VALID", "SAME"]
+PaddingName = Literal[
+    TransposedPaddingName, "causal", "reflect", "circular", "edge", "CAUSAL", "REFLECT", "CIRCULAR", "EDGE"
+]
+TransposedPadding = TransposedPaddingName | int | Sequence[tuple[int, int]]
+Padding = PaddingName | int | Sequence[tuple[int, int]]
+
+PADDINGS: tuple[PaddingName, ...] = tuple(name for name in get_args(PaddingName) if name.islower())
+TRANSPOSED_PADDINGS: tuple[PaddingName, ...] = tuple(name for name in get_args(TransposedPaddingName) if name.islower())
 # What jnp.pad calls the paddings that read the input again.
 _PAD_MODES = {"reflect": "reflect", "circular": "wrap", "edge": "edge"}
-
-Padding = str | int | Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,9 @@ def per_axis(value: Any, rank: int, argument: str, least: int = 1) -> tuple[int,
     return numbers
 
 
-def canonical_padding(padding: Any, rank: int, names: Sequence[str] = PADDINGS) -> str | tuple[tuple[int, int], ...]:
+def canonical_padding(
+    padding: Any, rank: int, names: tuple[PaddingName, ...] = PADDINGS
+) -> PaddingName | tuple[tuple[int, int], ...]:
     """A padding argument as a lower-case name or as (low, high) pairs, whatever the input's size.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -76,6 +76,7 @@ class PackedLowering(Protocol):
         ...
 
 
+Implementation = Literal["conv", "taps", "native"]  # the names in LOWERINGS, as the public functions take them
 LOWERINGS: dict[str, Lowering] = {"conv": conv, "taps": taps, "native": native}
 
 
@@ -209,7 +210,7 @@ TABLE = [
 ]
 
 
-def choose(call: Call, implementation: str | None) -> Choice:
+def choose(call: Call, implementation: Implementation | None) -> Choice:
     """The lowering for a call.
 
     Args:
@@ -235,7 +236,7 @@ def choose(call: Call, implementation: str | None) -> Choice:
     raise ValueError(f"no lowering can serve {where}: {'; '.join(refusals)}")
 
 
-def check_implementation(implementation: str | None) -> None:
+def check_implementation(implementation: Implementation | None) -> None:
     """Raises ValueError unless `implementation` is None or the name of a lowering."""
     if implementation is not None and not (isinstance(implementation, str) and implementation in LOWERINGS):
         raise ValueError(f"implementation must be None or one of {tuple(LOWERINGS)}; got {implementation!r}")

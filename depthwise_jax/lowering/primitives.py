@@ -65,7 +65,7 @@ def bind(
     *operands: Array,
     convolution: Convolution,
     dtype: Any,
-    implementation: str | None,
+    implementation: lowering.Implementation | None,
     stacked: int = 0,
     **params: Any,
 ) -> Array:
@@ -102,7 +102,7 @@ def _abstract_eval(
     *avals: Any,
     convolution: Convolution,
     dtype: Any,
-    implementation: str | None,
+    implementation: lowering.Implementation | None,
     stacked: int,
     differentiated: bool = False,
 ) -> Any:

@@ -12,10 +12,18 @@ from jax import Array, lax
 from depthwise_jax._core import fused
 from depthwise_jax.lowering import packed
 from depthwise_jax.lowering.call import Call
-from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, KeepingLowering, Lowering, PackedLowering, choose
+from depthwise_jax.lowering.choice import (
+    LOWERINGS,
+    FusedLowering,
+    Implementation,
+    KeepingLowering,
+    Lowering,
+    PackedLowering,
+    choose,
+)
 
 
-def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: str | None) -> Array:
+def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: Implementation | None) -> Array:
     """One map, on the chosen lowering.
 
     Args:
@@ -44,7 +52,7 @@ def run_fused(
     call: Call,
     stacked: int,
     dtype: Any,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> Array:
     """activation(y + bias), in one pass over memory where the chosen lowering can.
 
