@@ -481,5 +481,6 @@ def test_wrong_types_are_named():
         from_flax(nnx.Conv(2, 2, (3,), feature_group_count=2, rngs=nnx.Rngs(0)), {})
     with pytest.raises(TypeError, match="Conv"):
         to_flax(conv, PARAMS)
+    framework: Any = "haiku"
     with pytest.raises(ValueError, match=r"framework.*'haiku'"):
-        from_flax(conv, PARAMS, framework="haiku")
+        from_flax(conv, PARAMS, framework=framework)

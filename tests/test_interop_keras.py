@@ -89,8 +89,9 @@ def test_what_is_refused():
         from_keras(keras.layers.Dense(3))
     with pytest.raises(TypeError, match=r"got builtins\.dict"):
         from_keras({})
+    framework: Any = "torch"
     with pytest.raises(ValueError, match="framework"):
-        from_keras(made(), framework="torch")
+        from_keras(made(), framework=framework)
     with pytest.raises(ValueError, match="3D"):
         to_keras(linen.DepthwiseConv3D(3), {"kernel": np.ones((3, 3, 3, 2, 1)), "bias": np.ones(2)})
     with pytest.raises(ValueError, match="causal"):

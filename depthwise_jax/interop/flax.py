@@ -14,13 +14,13 @@ from jax import lax
 
 from depthwise_jax._core import introspect
 from depthwise_jax.drop_in import conv_general_dilated
-from depthwise_jax.interop.modules import causal_arguments, make, overridden, parts
+from depthwise_jax.interop.modules import Framework, causal_arguments, make, overridden, parts
 
 Path = tuple[str, ...]
 
 
 def from_flax(
-    conv: Any, params: Mapping[str, Any] | None = None, *, causal: bool = False, framework: str | None = None
+    conv: Any, params: Mapping[str, Any] | None = None, *, causal: bool = False, framework: Framework | None = None
 ) -> tuple[Any, Any]:
     """The layer of ours that computes what a flax Conv with one group per channel does.
 
@@ -102,7 +102,9 @@ def from_flax(
     return make(layer, arguments, values, framework or ("linen" if is_linen else "nnx"), what)
 
 
-def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: str | None = None) -> tuple[Any, Any]:
+def to_flax(
+    module: Any, params: Mapping[str, Any] | None = None, *, framework: Framework | None = None
+) -> tuple[Any, Any]:
     """The flax Conv that computes what a depthwise layer of ours does: the way back of `from_flax`.
 
     Args:

@@ -1,7 +1,7 @@
 """One of our layers with its parameters, for Linen or for NNX: made of its parts and taken apart."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,8 @@ from flax.core import meta
 from depthwise_jax import linen
 from depthwise_jax._contract.spec import Spec
 
-FRAMEWORKS = ("linen", "nnx")
+Framework = Literal["linen", "nnx"]
+FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 
 # What every class has of its own and computes nothing with.
 _BOOKKEEPING = frozenset(
@@ -79,7 +80,7 @@ def real_array(value: Any, what: str) -> Any:
     return value
 
 
-def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], framework: str, what: str) -> Any:
+def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], framework: Framework, what: str) -> Any:
     """Makes a layer and its parameters.
 
     Args:

@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array
 
 from depthwise_jax._contract.spec import Spec
+from depthwise_jax._core.layout import DataFormat
 from depthwise_jax._core.window import resolve_transposed
-from depthwise_jax.interop.modules import Converted, causal_arguments, make, overridden, parts, real_array
+from depthwise_jax.interop.modules import Converted, Framework, causal_arguments, make, overridden, parts, real_array
 
 # PyTorch's padding modes, with our paddings of half the window's span.
 _PADDING_MODES = {"zeros": "same", "reflect": "reflect", "replicate": "edge", "circular": "circular"}
@@ -32,7 +33,7 @@ _CALLS = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_wrapped_c
 
 
 def from_torch(
-    conv: Any, *, causal: bool = False, data_format: str = "channels_first", framework: str = "linen"
+    conv: Any, *, causal: bool = False, data_format: DataFormat = "channels_first", framework: Framework = "linen"
 ) -> tuple[Any, Any]:
     """The layer of ours that computes what a torch.nn.Conv1d, Conv2d or Conv3d with groups == in_channels does.
 
@@ -64,7 +65,9 @@ def from_torch(
     return _from_module(conv, type(conv).__name__, causal, data_format, framework)
 
 
-def layers_from_torch(module: Any, *, data_format: str = "channels_first", framework: str = "linen") -> Converted:
+def layers_from_torch(
+    module: Any, *, data_format: DataFormat = "channels_first", framework: Framework = "linen"
+) -> Converted:
     """Every depthwise convolution of a PyTorch module, transposed ones too, each as `from_torch` gives it, by its path.
 
     A Conv1d that the code around it makes causal comes as it stands; `from_torch(conv, causal=True)` makes the causal
@@ -193,8 +196,8 @@ def from_arrays(
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
     causal: bool = False,
-    data_format: str = "channels_first",
-    framework: str = "linen",
+    data_format: DataFormat = "channels_first",
+    framework: Framework = "linen",
     name: str = "the convolution",
 ) -> tuple[Any, Any]:
     """The layer of ours that computes what PyTorch's convolution with these arrays and arguments does.
@@ -335,7 +338,7 @@ def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     return conv
 
 
-def _from_module(conv: Any, name: str, causal: bool, data_format: str, framework: str) -> tuple[Any, Any]:
+def _from_module(conv: Any, name: str, causal: bool, data_format: DataFormat, framework: Framework) -> tuple[Any, Any]:
     """`from_torch` of a module that the messages call `name`."""
     if not _is_conv(conv):
         raise TypeError(f"conv must be a torch.nn.{_NAMES}; got {_class(conv)}")

@@ -12,7 +12,7 @@ import numpy as np
 from depthwise_jax import activations, constraints, initializers, linen, regularizers
 from depthwise_jax._contract import fields, spec
 from depthwise_jax.interop.keras.config import CONVS, LAYERS, Names, named
-from depthwise_jax.interop.modules import Converted, channels_of, make, overridden, parts, real_array
+from depthwise_jax.interop.modules import Converted, Framework, channels_of, make, overridden, parts, real_array
 
 OURS = tuple(f"{kind}Conv{rank}D" for kind in ("Depthwise", "Separable") for rank in (1, 2, 3))
 
@@ -40,7 +40,7 @@ class SavedLayer:
 
 
 def from_keras(
-    layer: Any, *, framework: str = "linen", as_class: str | None = None, **arguments: Any
+    layer: Any, *, framework: Framework = "linen", as_class: str | None = None, **arguments: Any
 ) -> tuple[Any, Any]:
     """The layer of ours that computes what a Keras layer does.
 
@@ -94,7 +94,9 @@ def from_keras(
     return make(ours, found | arguments, values, framework, name)
 
 
-def layers_from_keras(model: Any, *, framework: str = "linen", classes: Mapping[str, str] | None = None) -> Converted:
+def layers_from_keras(
+    model: Any, *, framework: Framework = "linen", classes: Mapping[str, str] | None = None
+) -> Converted:
     """Every depthwise and separable layer of a Keras model, each as `from_keras` gives it, by its name.
 
     Args:
