@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from workloads.workload import Workload
 
 # Depthwise layers of known networks, channels last, each shape once, for images of 224 x 224 or the named lengths. The
@@ -67,3 +69,30 @@ NETWORKS = (
         for network, x, k, stride in _NETWORKS_2D
     ),
 )
+
+_TITLES = {
+    "eegnet": "EEGNet",
+    "mamba": "Mamba",
+    "conformer": "Conformer",
+    "mobilenet-v1": "MobileNetV1",
+    "mobilenet-v2": "MobileNetV2",
+    "mobilenet-v3": "MobileNetV3",
+    "efficientnet-b0": "EfficientNet-B0",
+    "efficientnet-lite0": "EfficientNet-Lite0",
+    "convnext-t": "ConvNeXt-T",
+    "replknet-31b": "RepLKNet-31B",
+}
+
+
+def title(name: str) -> str:
+    """A layer's name as a reader has it: "MobileNetV1 8x112x112x64, 3x3, stride 2"."""
+    parts = re.fullmatch(r"(.*)-(\d+(?:x\d+)+)-k(\d+(?:x\d+)*)(?:-s(\d+))?(?:-m(\d+))?", name)
+    if parts is None:
+        raise ValueError(f"name must be that of a layer of NETWORKS; got {name!r}")
+    network, shape, window, stride, multiplier = parts.groups()
+    if "x" not in window:
+        axes = shape.count("x") - 1
+        window = "x".join([window] * axes) if axes > 1 else f"window {window}"
+    described = [f"{_TITLES[network]} {shape}", window]
+    described += [f"stride {stride}"] * bool(stride) + [f"multiplier {multiplier}"] * bool(multiplier)
+    return ", ".join(described)
