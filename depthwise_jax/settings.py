@@ -13,12 +13,12 @@ _image_data_format: DataFormat | None = None
 
 
 def image_data_format() -> DataFormat:
-    """The data_format of layers that are given none: "channels_last" or "channels_first".
+    """The data_format of layers without a data_format argument: "channels_last" or "channels_first".
 
-    Unless `set_image_data_format` was called, it is the `image_data_format` in Keras' configuration file, `keras.json`
-    in the folder that the environment variable KERAS_HOME names, else in `~/.keras`. The file is read once, when the
-    value is first needed, and never written. Without it, or the entry, the value is "channels_last"; so it is, with a
-    warning, where the file cannot be read.
+    Unless `set_image_data_format` was called, this is the `image_data_format` in Keras' configuration file,
+    `keras.json` in the folder that the environment variable KERAS_HOME names, else in `~/.keras`. The file is read
+    once, when the value is first needed, and never written. Without the file or the entry, the value is
+    "channels_last". If the file cannot be read, the value is "channels_last" too, with a warning.
 
     Raises:
         ValueError: the file holds another value.
@@ -45,7 +45,7 @@ def set_image_data_format(data_format: DataFormat) -> None:
 
 
 def _from_file() -> DataFormat:
-    # Unlike Path.expanduser, this leaves a home that does not exist as it is.
+    # Unlike Path.expanduser, this accepts a home directory that does not exist.
     path = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")), "keras.json")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -139,8 +139,9 @@ display(pd.DataFrame(summary).T)
 # %% [markdown]
 # ## What is chosen, and why
 #
-# `explain` tells which *lowering* (way to compute a map) this machine would use for each map of each layer. "Bound by" says which of the two
-# limits above is the larger, and the last columns which part of it the measurement reached: 100 % is the limit.
+# `explain` tells which *lowering* (way to compute a map) this machine would use for each map of each layer.
+# "Bound by" names the larger of the two limits above. The last columns say how much of it the measurement reached:
+# 100 % is the limit.
 
 # %%
 status = native.status()

@@ -82,6 +82,6 @@ def our_penalty(**arguments: Any) -> float:
 
 def our_activity_penalty(x: Any, **arguments: Any) -> float:
     """The activity penalty of our DepthwiseConv2D."""
-    layer = depthwise_jax.DepthwiseConv2D(3, **arguments)
+    layer: Any = depthwise_jax.DepthwiseConv2D(3, **arguments)
     _, sown = layer.apply(layer.init(jax.random.key(0), x), x, mutable="losses")
     return float(sown["losses"]["activity"])

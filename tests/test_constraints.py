@@ -270,7 +270,7 @@ def test_and_applies_the_first_then_the_second() -> None:
 
 
 def test_intervals_with_nothing_in_common_raise() -> None:
-    with pytest.raises(ValueError, match="no number in common"):
+    with pytest.raises(ValueError, match="no number satisfies"):
         compose(Box(upper=-1.0), NonNeg())
 
 

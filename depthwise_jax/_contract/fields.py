@@ -1,5 +1,6 @@
-"""The layers' arguments as dataclass fields, in Keras' order: those of Linen and of NNX. Defaults are Keras', but for
-the causal layer's, which Keras does not have.
+"""The layers' arguments as dataclass fields, which the Linen and the NNX layers inherit.
+
+Order and defaults are Keras', except for the causal layer, which Keras does not have.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from depthwise_jax._core.layout import DataFormat
 from depthwise_jax._core.window import Padding, TransposedPadding
 from depthwise_jax.lowering import Implementation
 
-# PyTorch's for a convolution with one group per channel.
+# PyTorch's initializer for a convolution with one group per channel.
 CAUSAL_INITIALIZER = initializers.VarianceScaling(1 / 3, "fan_in", "uniform", fan="window")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Window:
-    """The arguments that come first in a depthwise layer."""
+    """The first arguments of a depthwise layer."""
 
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
@@ -32,7 +33,7 @@ class _Window:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _TransposedWindow:
-    """The same of a transposed layer, which takes fewer paddings."""
+    """The first arguments of a transposed layer, which has fewer paddings."""
 
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
@@ -41,14 +42,14 @@ class _TransposedWindow:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _CausalWindow:
-    """The argument that comes first in a causal layer, which has neither strides nor padding."""
+    """The first argument of a causal layer, which has neither strides nor padding."""
 
     kernel_size: int | Sequence[int] = 4
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Depthwise:
-    """The arguments that follow in each."""
+    """The arguments after those of the window."""
 
     depth_multiplier: int = 1
     data_format: DataFormat | None = None
@@ -69,7 +70,7 @@ class _Depthwise:
     in_sharding: PartitionSpec | None = None
 
 
-# A dataclass takes the fields of its last base first.
+# The fields of a dataclass's last base come first.
 @dataclasses.dataclass(eq=False, repr=False)
 class DepthwiseFields(_Depthwise, _Window):
     """The arguments of a depthwise layer; `linen.DepthwiseConv2D` documents each."""
