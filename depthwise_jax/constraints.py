@@ -152,7 +152,7 @@ def as_constraint(constraint: Any) -> Constraint:
     if isinstance(constraint, Constraint):
         return constraint
     if not callable(constraint):
-        raise TypeError(f"a constraint must be a function from an array to one of the same shape; got {constraint!r}")
+        raise TypeError(f"a constraint must be callable, from an array to one of the same shape; got {constraint!r}")
     return _Function(constraint)
 
 

@@ -266,7 +266,7 @@ class _Prefixes:
             empty = {_names(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_empty)}
             for path in unknown:
                 if path not in empty:
-                    raise ValueError(f"constraints do not match the parameters, which have no entry {_show(path)}")
+                    raise ValueError(f"constraints do not match the parameters: params have no entry {_show(path)}")
 
     def __call__(self, path: Path, leaf: Any) -> Any:
         for length in range(len(path) + 1):

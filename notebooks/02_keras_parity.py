@@ -84,8 +84,8 @@ print(f"largest of all: {differences.max(axis=None) / EPSILON:.1f} epsilon = {di
 # %% [markdown]
 # ## Initial distributions
 #
-# Draws of each named initializer for a kernel (4, 4, 64, 64): quantiles of ours against those of Keras'. Points on the
-# diagonal mean the same distribution.
+# Each named initializer draws a kernel (4, 4, 64, 64); the plots compare the quantiles of ours with those of Keras'.
+# Points on the diagonal mean the same distribution.
 
 # %%
 NAMES = ["glorot_uniform", "glorot_normal", "he_normal", "he_uniform", "lecun_normal", "random_normal"]
@@ -111,7 +111,7 @@ display(pd.DataFrame(rows).T.round(4))
 #
 # The same network in both, with penalties and constraints, the same initial weights and the same batches of digits.
 # `from_keras` converts each Keras layer into ours, with its parameters. Training amplifies rounding, so the right plot
-# also has a second run of ours whose initial weights are larger by one epsilon.
+# also shows a second run of ours whose initial weights are larger by one epsilon.
 
 # %%
 STEPS, BATCH, RATE = 100, 32, 0.02
@@ -176,7 +176,7 @@ right.plot(np.abs(our_losses - their_losses) / their_losses, "o", markersize=3, 
 right.plot(
     np.abs(our_losses - perturbed_losses) / our_losses, "^", markersize=3, label="ours vs ours perturbed by 1 epsilon"
 )
-right.set(xlabel="training step", ylabel="relative difference of the losses", yscale="log")
+right.set(xlabel="training step", ylabel="relative difference of the losses", yscale="log", ylim=(None, 1e-4))
 right.legend()
 plt.show()
 
@@ -192,8 +192,8 @@ display(pd.DataFrame(changes).T.map("{:.1e}".format))
 # %% [markdown]
 # ## Where they differ
 #
-# Keras' documentation and its behaviour disagree in places. There the layers here do what is documented, or refuse.
-# Each cell shows what the call returned or raised.
+# In places Keras' behaviour contradicts its documentation. There our layers do what is documented, or refuse. Each
+# cell shows what the call returned or raised.
 
 # %%
 K = keras.layers
@@ -249,8 +249,8 @@ with pd.option_context("display.max_colwidth", None):
 # ## The same in both, and easily mistaken
 #
 # * A norm constraint's default axis is 0. For a kernel (3, 3, C, M) that bounds columns of three weights, not filters.
-# * The fans of a named initializer count all channels, though a filter reads one. The standard deviation is
-#   too small by a factor of sqrt(channels); `fan="window"` counts what a filter reads.
+# * The fans of a named initializer count all channels, though a filter reads only one. The standard deviation is too
+#   small by a factor of sqrt(channels); `fan="window"` counts what a filter reads.
 
 # %%
 kernel = 5 * jax.random.normal(jax.random.key(0), (3, 3, 256, 1))
@@ -275,11 +275,11 @@ for name, draw in draws.items():
 # ## Constraints under gradient accumulation and averaging
 #
 # Keras' optimizer applies constraints after every micro-step of gradient accumulation, and averages the weights before
-# they are projected. Here `project` stands inside `optax.MultiSteps` and runs once per real step, and an average is
+# they are projected. Here `project` is inside `optax.MultiSteps` and runs once per real step, and an average is
 # projected with `project_params` before it is used.
 #
 # The weight starts at 4 with `MinMaxNorm(0, 1, rate=0.5)`, which halves the distance to 1 each time it runs; the
-# gradients are zero, four micro-steps make a step.
+# gradients are zero, and four micro-steps make a step.
 
 # %%
 variable = keras.Variable([4.0])

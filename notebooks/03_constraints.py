@@ -288,6 +288,6 @@ for label, runs_of in results.items():
 display(pd.DataFrame(table).T)
 
 # %% [markdown]
-# The accuracies differ by less than their standard errors, so here the constraint does not make the network right more
-# often. It makes the network less sure of wrong answers: the bounded head gives smaller logits, and the test loss is
-# lower. Projecting only the initial weights has no such effect, since the weights leave the set in the first steps.
+# The accuracies differ by little more than their standard errors: here the constraint does not make the network right
+# more often. It makes the network less sure of wrong answers: the bounded head gives smaller logits, and the test loss
+# is clearly lower. Projecting only the initial weights hardly helps, since the head leaves its set in the first steps.

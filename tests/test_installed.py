@@ -154,7 +154,7 @@ def test_another_version_is_installed_than_is_imported(installed: Environment, c
         ("half", "could not be used, install depthwise_jax again: it has {half} bytes of {whole}$"),
         ("no library", "could not be used, install depthwise_jax again: "),
         ("empty", "could not be used, install depthwise_jax again: "),
-        ("gone", "was installed and is gone: install depthwise_jax again$"),
+        ("gone", "was installed but is gone: install depthwise_jax again$"),
     ],
 )
 def test_a_library_that_cannot_be_used(installed: Environment, clone: Path, what: str, reason: str) -> None:

@@ -108,8 +108,8 @@ def test_causal_spellings(padding, framework):
     [
         ({"kernel_size": (3,), "padding": "SAME"}, r"with causal=True the padding must be 2 .*'SAME'"),
         ({"kernel_size": (3,), "padding": 1}, r"with causal=True the padding must be 2 .*got 1"),
-        ({"kernel_size": (3,), "padding": "CAUSAL", "strides": 2}, r"causal=True is for strides of 1; got 2"),
-        ({"kernel_size": (3, 3), "padding": 2}, r"causal=True is for one spatial axis, time; got 2"),
+        ({"kernel_size": (3,), "padding": "CAUSAL", "strides": 2}, r"causal=True needs strides of 1; got 2"),
+        ({"kernel_size": (3, 3), "padding": 2}, r"causal=True needs one spatial axis, time; got 2"),
     ],
 )
 def test_what_is_not_causal(arguments, message):

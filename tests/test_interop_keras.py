@@ -577,7 +577,7 @@ def test_other_filters_are_refused(archive, kwargs):
     path, members = archive
     edit = chunked(np.ones((3, 3, 2, 1), np.float32), (3, 3, 2, 1), **kwargs)
     members["model.weights.h5"] = edited(members["model.weights.h5"], edit)
-    with pytest.raises(ValueError, match="other filters than shuffle and gzip"):
+    with pytest.raises(ValueError, match="has filters other than shuffle and gzip"):
         read_weights(pack(path, members))
 
 

@@ -74,7 +74,7 @@ X, W = np.ones((2, 5, 4, 3), np.float32), np.ones((3, 3, 3, 1), np.float32)
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.complex64, jnp.float8_e4m3fn], ids=str)
 def test_a_dtype_without_kernels_is_refused_by_name(dtype: Any) -> None:
     message = (
-        rf"implementation='native' cannot serve this forward on cpu: .*float32.*bfloat16.*not for {jnp.dtype(dtype)}"
+        rf"implementation='native' cannot compute this forward on cpu: .*float32.*bfloat16.*not for {jnp.dtype(dtype)}"
     )
     with pytest.raises(ValueError, match=message):
         depthwise_conv(jnp.asarray(X).astype(dtype), jnp.asarray(W).astype(dtype), implementation="native")
@@ -87,7 +87,7 @@ def test_a_partitioned_program_is_refused(axis_type: AxisType) -> None:
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("b")))
         w = jax.device_put(W, NamedSharding(mesh, P()))
-        with pytest.raises(ValueError, match=r"'native' cannot serve this forward on cpu: .*partition.*shard_map"):
+        with pytest.raises(ValueError, match=r"'native' cannot compute this forward on cpu: .*partition.*shard_map"):
             jax.jit(lambda x, w: depthwise_conv(x, w, implementation="native"))(x, w)
         y = jax.jit(depthwise_conv)(x, w)
     assert_close(y, Oracle(X.shape, W.shape).conv(X, W), 1e-5)
@@ -97,13 +97,13 @@ def test_a_partitioned_program_is_refused(axis_type: AxisType) -> None:
 @pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "tpu")], ids="-".join)
 def test_an_exported_program_is_refused(platforms: tuple[str, ...]) -> None:
     f = jax.jit(lambda x, w: depthwise_conv(x, w, implementation="native"))
-    with pytest.raises(ValueError, match=r"'native' cannot serve this forward on cpu: an exported program"):
+    with pytest.raises(ValueError, match=r"'native' cannot compute this forward on cpu: an exported program"):
         export.export(f, platforms=platforms)(X, W)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
 def test_other_platforms_are_refused(platform: str) -> None:
-    with pytest.raises(ValueError, match=f"'native' cannot serve this forward on {platform}: .*compiled for CPUs"):
+    with pytest.raises(ValueError, match=f"'native' cannot compute this forward on {platform}: .*compiled for CPUs"):
         explain(X, W, implementation="native", platform=platform)
 
 
@@ -120,7 +120,7 @@ def test_other_platforms_are_refused_at_lowering(direction: str, platform: str) 
         "kernel_grad": lambda x, w: jax.linear_transpose(lambda w: forward(x, w), w)(y),
     }
     traced = jax.jit(maps[direction]).trace(jnp.asarray(X), jnp.asarray(W))
-    reason = f"'native' cannot serve this {direction} on {platform}: .*compiled for CPUs"
+    reason = f"'native' cannot compute this {direction} on {platform}: .*compiled for CPUs"
     with pytest.raises(ValueError, match=reason):
         traced.lower(lowering_platforms=(platform,))
 
@@ -152,13 +152,13 @@ def test_explain_says_why() -> None:
 )
 def test_what_the_kernels_cannot_count_is_refused_by_name(geometry: dict[str, Any], words: str) -> None:
     x, w = jax.ShapeDtypeStruct((1, 12, 1), jnp.float32), jax.ShapeDtypeStruct((3, 1, 1), jnp.float32)
-    with pytest.raises(ValueError, match=f"'native' cannot serve this forward on cpu: the kernels take {words}"):
+    with pytest.raises(ValueError, match=f"'native' cannot compute this forward on cpu: the kernels take {words}"):
         explain(x, w, **geometry, implementation="native", platform="cpu")
-    with pytest.raises(ValueError, match=r"'taps' cannot serve this forward on cpu: .* in 32 bits, .* outputs over"):
+    with pytest.raises(ValueError, match=r"'taps' cannot compute this forward on cpu: .* in 32 bits, .* outputs over"):
         explain(x, w, **geometry, implementation="taps", platform="cpu")
     # What lax's convolution computes wrongly is refused too: no call is wrong in silence.
     if "dilation_rate" in geometry:
-        with pytest.raises(ValueError, match=r"no lowering can serve .*native.*taps.*XLA's convolution is wrong"):
+        with pytest.raises(ValueError, match=r"no lowering can compute .*native.*taps.*XLA's convolution is wrong"):
             explain(x, w, **geometry, platform="cpu")
     else:
         assert explain(x, w, **geometry, platform="cpu").forward.lowering == "conv"

@@ -490,7 +490,7 @@ def test_partitioning_metadata_of_an_initializer_is_kept():
     assert layer.kernel.get_metadata()["constraint"] == constraints.NonNeg()
     np.testing.assert_array_equal(layer.kernel[...], np.ones((3, 3, 3, 1)))
     boxed = nn.with_partitioning(nn.initializers.ones_init(), (None, None, None, None))
-    with pytest.raises(TypeError, match=r"depthwise_initializer must .*nnx\.with_partitioning.*got Linen's Partitioned"):
+    with pytest.raises(TypeError, match=r"_initializer must .*nnx\.with_partitioning.*got Linen's Partitioned"):
         depthwise_jax.nnx.DepthwiseConv2D(3, 3, depthwise_initializer=boxed, rngs=nnx.Rngs(0))
 
 

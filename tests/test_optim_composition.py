@@ -455,10 +455,10 @@ def test_a_changed_shape_is_an_error_when_the_step_is_traced(constraint: Any) ->
     ("constraints", "message"),
     [
         ({"dw": {"kernel": NonNeg()}}, "no entry for 'dw/bias'; if it has no constraint, give None"),
-        ({"dw": {"kernel": NonNeg(), "bias": None, "scale": None}}, "have no entry 'dw/scale'"),
-        ({"dw": {"kernel": {"value": NonNeg(), "box": None}, "bias": None}}, "have no entry 'dw/kernel/box'"),
-        ({"conv": NonNeg()}, "have no entry 'conv'"),
-        ([NonNeg()], "have no entry '0'"),
+        ({"dw": {"kernel": NonNeg(), "bias": None, "scale": None}}, "params have no entry 'dw/scale'"),
+        ({"dw": {"kernel": {"value": NonNeg(), "box": None}, "bias": None}}, "params have no entry 'dw/kernel/box'"),
+        ({"conv": NonNeg()}, "params have no entry 'conv'"),
+        ([NonNeg()], "params have no entry '0'"),
     ],
 )
 def test_constraints_that_do_not_match(constraints: Any, message: str) -> None:

@@ -218,5 +218,5 @@ def test_a_shard_that_the_compiler_partitions_further_is_no_single_device(mesh: 
 
     assert "depthwise_jax." in f(None, {"b", "c"}).lower(x, w).as_text()
     assert "depthwise_jax." not in f(None, {"b"}).lower(x, w).as_text()
-    with pytest.raises(ValueError, match=r"'native' cannot serve this forward on cpu: .*partition"):
+    with pytest.raises(ValueError, match=r"'native' cannot compute this forward on cpu: .*partition"):
         f("native", {"b"}).lower(x, w)

@@ -117,7 +117,7 @@ def test_conv_refuses_what_has_no_slabs_over_two_axes(explicit: Any) -> None:
     case = SHARDED_CASES[0]
     with jax.set_mesh(explicit):
         x, w, g = (typed(explicit, a, P(None, s)) for a, s in zip(case.operands(), ("b", None, "b"), strict=True))
-        with pytest.raises(ValueError, match="implementation='conv' cannot serve this kernel"):
+        with pytest.raises(ValueError, match="implementation='conv' cannot compute this kernel"):
             jax.jit(maps.dw(case.conv("conv"))).lower(x, w, g)
 
 

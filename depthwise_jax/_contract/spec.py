@@ -284,9 +284,7 @@ class Spec:
             )
         for argument in ("precision", "implementation", "in_sharding"):
             if self.arguments[argument] is not None:
-                raise ValueError(
-                    f"{argument} must be None for a Keras configuration; got {self.arguments[argument]!r}"
-                )
+                raise ValueError(f"{argument} must be None for a Keras configuration; got {self.arguments[argument]!r}")
         config = {
             "trainable": True,
             "dtype": {
@@ -452,7 +450,7 @@ def _policy(dtype: Any, param_dtype: Any) -> str:
         name = f"mixed_{dtype.name}" if param_dtype == jnp.float32 else ""
     if name not in _PLAIN and name not in _MIXED:
         raise ValueError(
-            f"dtype and param_dtype must both be one of {_PLAIN} for a Keras configuration, or float16 or bfloat16 with "
+            f"for a Keras configuration dtype and param_dtype must both be in {_PLAIN}, or float16 or bfloat16 with "
             f"param_dtype=float32; got dtype={dtype}, param_dtype={param_dtype}"
         )
     return name

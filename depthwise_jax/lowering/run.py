@@ -1,4 +1,4 @@
-"""The call of the chosen lowering: what the primitives are lowered to."""
+"""Calls the chosen lowering: the functions to which the primitives are lowered."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: 
     """One map, on the chosen lowering.
 
     Args:
-        *operands: the map's two operands, and the reach of a packed one.
+        *operands: the map's two operands, and for a packed map the reach.
         call: the call.
-        stacked: the number of leading axes that both operands share; each index is a convolution of its own.
+        stacked: the number of leading axes that both operands share; each index is a separate convolution.
         dtype: the result's dtype.
         implementation: as in choose.
     """
@@ -54,11 +54,11 @@ def run_fused(
     dtype: Any,
     implementation: Implementation | None,
 ) -> Array:
-    """activation(y + bias), in one pass over memory where the chosen lowering can.
+    """activation(y + bias), in one pass over memory if the chosen lowering supports it.
 
     Args:
         x, kernel: as in run.
-        *bias: (*stacked, C*M), or none.
+        *bias: (*stacked, C*M), or absent.
         activation: one of fused.ACTIVATIONS.
         call, stacked, dtype, implementation: as in run.
     """
@@ -80,7 +80,7 @@ def _mapped(
     stacked: int,
     dtype: Any,
 ) -> Array:
-    """A lowering's function of operands in its own dtype, over their leading axes, in the result's dtype."""
+    """Maps a lowering's function over the leading axes of operands in its dtype; the result has the result's dtype."""
     function = functools.partial(function, call=call)
     for _ in range(stacked):
         function = jax.vmap(function)
