@@ -1,4 +1,4 @@
-"""A chart of the results of benchmarks.peers, with the machine's limits.
+"""Draws the results of benchmarks.peers as a chart, with the machine's limits.
 
 A panel for each map, a line for each layer: milliseconds of one call by each contestant. The grey bars are the least
 time that the machine allows: that of a copy which moves the operands and the result, and that of a matrix product with
@@ -27,7 +27,7 @@ class Style:
     marker: str
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, each with a shape of its own.
+# Okabe and Ito's colours, which the colour-blind can tell apart, each with its own marker.
 STYLES = {
     "ours": Style("depthwise_jax", "#D55E00", "o"),
     "ours bfloat16": Style("depthwise_jax, bfloat16", "#E69F00", "o"),
@@ -54,17 +54,17 @@ def draw(data: dict[str, Any], mode: str) -> Any:
     """The figure of one mode's rows, "single" or "chain".
 
     Raises:
-        ValueError: there are none.
+        ValueError: the mode has no rows.
     """
     rows = [row for row in data["rows"] if row["mode"] == mode]
     if not rows:
-        raise ValueError(f"mode must be one that was measured; got {mode!r}, which has no rows")
+        raise ValueError(f"mode must be one that was measured; got {mode!r}")
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     directions = [name for name in TITLES if any(row["direction"] == name for row in rows)]
     names = [name for name in STYLES if any(name in row["ms"] for row in rows)]
     height = 1.8 + 0.21 * len(layers)
     width = 3.4 if len(layers) > 20 else 2.4
-    # The page is white in itself, so that it reads the same on a light and on a dark one.
+    # A white background reads the same on a light and on a dark page.
     figure, axes = plt.subplots(
         1,
         len(directions),
