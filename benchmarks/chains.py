@@ -54,8 +54,8 @@ def unrolled(function: Function, length: int = CHAIN) -> Function:
         operand, result = second, None
         for _ in range(length):
             result = function(first, operand, *rest)
-            # tanh is dear enough that XLA computes it once, apart from the sum. Fused with the element, the sum would
-            # be taken for a pass over the whole result, and XLA would wake its threads for it.
+            # tanh is expensive enough for XLA to compute it once, separately from the sum. If XLA fused the sum with the
+            # element, it would treat it as a pass over the whole result and wake its threads.
             operand = second + (TINY * jnp.tanh(_first(result))).astype(second.dtype)
         return result
 
