@@ -101,7 +101,7 @@ def main() -> int:
         for choice, directions in choices.items():
             print(f"    {', '.join(directions)}: {choice}")
 
-    print(f"\nself-check against loops in float64 ({', '.join(DIRECTIONS)}):")
+    print("\nself-check against loops in float64 (forward; dx and dw, the gradients of x and of the kernel):")
     failures = []
     for name in available():
         outcome = check(name)
@@ -114,7 +114,7 @@ def main() -> int:
         )
 
     if not failures:
-        print(f"\nself-benchmark: ms a call, times faster than jax.lax; medians of {ROUNDS} interleaved rounds")
+        print(f"\nself-benchmark, small layers: ms a call, times faster than jax.lax; medians of {ROUNDS} rounds")
         print("  " + " " * 28 + "".join(f"{name:>20}" for name in DIRECTIONS))
         for name, call in TIMED.items():
             cells, wrong = benchmark(call)
