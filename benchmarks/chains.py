@@ -1,4 +1,4 @@
-"""Programs to time: a call of a map, and a chain of CHAIN calls that depend on each other, as in a network.
+"""Makes the programs to time: a call of a map, and a chain of CHAIN calls that depend on each other, as in a network.
 
 Each call adds 1e-30 times an element of its result to the next call's second operand, which changes no digit. For dw,
 where that would cost a pass over memory, a chain is CHAIN calls on pairs of a few x and g.
@@ -54,8 +54,8 @@ def unrolled(function: Function, length: int = CHAIN) -> Function:
         operand, result = second, None
         for _ in range(length):
             result = function(first, operand, *rest)
-            # tanh is expensive enough for XLA to compute it once, separately from the sum. If XLA fused the sum with the
-            # element, it would treat it as a pass over the whole result and wake its threads.
+            # tanh is expensive enough for XLA to compute it once, separately from the sum. If XLA fused the sum with
+            # the element, it would treat it as a pass over the whole result and wake its threads.
             operand = second + (TINY * jnp.tanh(_first(result))).astype(second.dtype)
         return result
 

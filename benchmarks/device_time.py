@@ -1,4 +1,4 @@
-"""The time of a call on a GPU: that of its kernels, and that of a queue of calls.
+"""Measures the time of a call on a GPU: that of its kernels, and that of a queue of calls.
 
 Kernels are read from a JAX profile, in which CUPTI records all of a process's kernels, including PyTorch's. Their time
 excludes launches, which a network hides behind other kernels but a single short call cannot hide. It is the time during

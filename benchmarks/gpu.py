@@ -465,7 +465,7 @@ def disagreements(rows: Sequence[Row]) -> list[str]:
     for (network, dtype, by), loss in losses.items():
         plain = losses.get((network, dtype, "flax"), loss)
         if by == "ours" and abs(loss - plain) > (1e-5 if dtype == "float32" else 1e-2) * abs(plain):
-            found.append(f"the first loss of {network} in {dtype} is {loss}, with Flax' convolutions {plain}")
+            found.append(f"the first loss of {network} in {dtype} is {loss}, with Flax's convolutions {plain}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""lax.conv_general_dilated's signature and results: depthwise calls take the fast path, all others go to lax."""
+"""A drop-in for lax.conv_general_dilated: computes depthwise calls with this package, and passes all others to lax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""explain: which lowering computes a depthwise convolution or a transposed one and its gradients, and why."""
+"""Explains which lowering computes a depthwise convolution or a transposed one and its gradients, and why."""
 
 from __future__ import annotations
 

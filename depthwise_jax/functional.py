@@ -237,7 +237,7 @@ class Request:
         layout: the positions of channels and spatial axes.
         strides, padding, dilation_rate: as depthwise_conv takes them.
         activation: a function, or None.
-        precision: as Convolution has it.
+        precision: as in Convolution.
         implementation: the name of a lowering, or None.
         in_sharding: as depthwise_conv takes it.
         output_padding: as depthwise_conv_transpose takes it; None for all others.

@@ -1,4 +1,4 @@
-"""Where the axes are: the two data formats, and the positions of channels and spatial axes counted from the end.
+"""Axis positions: the two data formats, with the channels and the spatial axes counted from the end.
 
 Counted from the end, the positions hold for any number of leading batch axes:
 
@@ -60,7 +60,7 @@ class Layout:
             return (*leading, *spatial, *channels)
         return (*leading, *channels, *spatial)
 
-    # Beside a kernel (*window, C, M) channels stand as two axes: (*batch, *spatial, C, M), (*batch, C, M, *spatial).
+    # With a kernel (*window, C, M), channels are two axes: (*batch, *spatial, C, M), (*batch, C, M, *spatial).
 
     def split(self, array: Array, *channels: int) -> Array:
         """An array whose channel axis is replaced by axes of these sizes."""

@@ -1,4 +1,4 @@
-"""The window of a convolution: every rule of shape arithmetic, and every geometry error, once.
+"""The window of a convolution: all rules of shape arithmetic, and all geometry errors.
 
 Along one axis of n positions, a window of k taps with dilation d spans e = (k - 1)*d + 1 positions; padded by (low,
 high) and moved in steps of s it gives (n + low + high - e) // s + 1 outputs, and output o reads input o*s + t*d - low

@@ -1,4 +1,4 @@
-"""The lowerings of the three maps: what each computes, which serves which call, and the call of the chosen one."""
+"""The lowerings (ways to compute the three maps), the table that chooses one for a call, and the call to it."""
 
 from depthwise_jax.lowering.call import DIRECTIONS, MAPS, PLATFORMS, Call
 from depthwise_jax.lowering.choice import (

@@ -1,4 +1,4 @@
-"""Describes a call of one map: the basis for choosing a lowering, and the lowerings' argument besides the operands."""
+"""Describes a call of one map, on which the choice of a lowering and its computation depend."""
 
 from __future__ import annotations
 

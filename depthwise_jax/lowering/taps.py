@@ -1,4 +1,4 @@
-"""The three maps as shifted multiply-adds in plain XLA, without a convolution: portable, and partitioned by XLA alone.
+"""The three maps as shifted multiply-adds in plain XLA, without a convolution: portable, and partitioned by XLA itself.
 
 Taps that fall outside the input contribute nothing, whatever their value: a NaN in the kernel does not spread through
 the padding. (On TPU it does, see masks_padding.) Windows of many taps run in a loop of unrolled rows, so a program's

@@ -99,7 +99,7 @@ def _is_custom(node: dict[str, Any], class_name: str) -> bool | None:
     module = node.get("module")
     if isinstance(module, str):
         return module.split(".")[0] != "keras"
-    if "module" in node and "registered_name" in node:  # Keras 3, which names the modules of its own
+    if "module" in node and "registered_name" in node:  # Keras 3, which names its own modules
         return True
     return False if class_name in _BUILT_IN or class_name in LAYERS else None
 
