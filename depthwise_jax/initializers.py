@@ -513,7 +513,7 @@ def warn_of_fans(initializer: Any) -> None:
 def _warn_of_fans_once() -> None:
     warnings.warn(
         "an initializer of jax.nn.initializers counts all C channels of a depthwise kernel (*window, C, M) in its "
-        "fan_in, though each output reads one, so its values are too small by sqrt(C); use depthwise_jax.initializers, "
+        "fan_in, though each output reads one, so its values are sqrt(C) too small; use depthwise_jax.initializers, "
         "LecunNormal(fan='window') for lecun_normal and HeNormal(fan='window') for he_normal",
         stacklevel=2,
     )
