@@ -306,7 +306,7 @@ HOSTILE = {
     "a soft link": (link(h5py.SoftLink("/layers")), "SoftLink"),
     "external storage": (external_storage, "another file"),
     "a virtual dataset": (virtual, "another file"),
-    "numbers that are not stored": (made_up, "larger than what the file stores"),
+    "numbers that are not stored": (made_up, "more than the file stores"),
     "groups in a circle": (endless, "more than once"),
     "a missing array": (
         lambda file: file.__delitem__(f"{VARS}/1"),

@@ -260,7 +260,7 @@ class Array:
         if self._dtype == np.longdouble and np.longdouble != np.float64:
             raise ValueError(f"{where} is {self._dtype} (long double), which JAX does not have; store it as float64")
         if self._chunks is None and self._stored != self._size(self.shape):
-            raise ValueError(f"{where} of shape {self.shape} is larger than what the file stores of it")
+            raise ValueError(f"{where} of shape {self.shape} would take more than the file stores of it")
         self._budget.take(self._size(self.shape), f"the array {self.name!r} of shape {self.shape}")
 
     def read(self) -> np.ndarray:
@@ -291,7 +291,7 @@ class Array:
         if len(filters) > 2 or filters != [code for code in known if code in filters]:
             raise ValueError(f"{where} has filters other than shuffle and gzip; store it without them")
         if count != math.prod(-(-n // chunk) for n, chunk in zip(self.shape, chunks, strict=True)):
-            raise ValueError(f"{where} of shape {self.shape} is larger than what the file stores of it")
+            raise ValueError(f"{where} of shape {self.shape} would take more than the file stores of it")
         size = self._size(chunks)
         self._budget.take(size, f"a chunk of the array {self.name!r}")
         array = np.empty(self.shape, self._dtype)
