@@ -150,7 +150,7 @@ def test_another_version_is_installed_than_is_imported(installed: Environment, c
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("another ABI", "is of another version of depthwise_jax, install it again: .*depthwise_jax_input_grad_v"),
+        ("another ABI", "belongs to another version of depthwise_jax, install it again: .*depthwise_jax_input_grad_v"),
         ("half", "could not be used, install depthwise_jax again: it has {half} bytes of {whole}$"),
         ("no library", "could not be used, install depthwise_jax again: "),
         ("empty", "could not be used, install depthwise_jax again: "),

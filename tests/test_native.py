@@ -134,7 +134,7 @@ def test_explain_says_why() -> None:
         assert choice.lowering == "taps"
         assert re.search("not native: .*partition", choice.reason), choice
     integers = explain(X.astype(np.int32), W.astype(np.int32), platform="cpu")
-    assert re.search("not native: there are kernels for float32, .*, not for int", integers.forward.reason)
+    assert re.search("not native: there are kernels for float32, .*, but not for int", integers.forward.reason)
     (n,) = export.symbolic_shape("n", constraints=["n >= 3"])
     symbolic = explain(jax.ShapeDtypeStruct((2, n, 4, 3), jnp.float32), W, platform="cpu")
     assert re.search("not native: .*known spatial sizes", symbolic.forward.reason)
@@ -143,10 +143,10 @@ def test_explain_says_why() -> None:
 @pytest.mark.parametrize(
     ("geometry", "words"),
     [
-        ({"strides": 2**33, "dilation_rate": 2**33, "padding": 2**34}, r"strides up to 2\*\*31, not \(8589934592,\)"),
+        ({"strides": 2**33, "dilation_rate": 2**33, "padding": 2**34}, r"strides up to 2\*\*31, but not \(8589934592,\)"),
         ({"dilation_rate": 2**32, "strides": 2**31, "padding": 2**33}, r"dilation_rate up to 2\*\*31"),
         ({"strides": 2**31, "dilation_rate": 2**31, "padding": 2**32}, r"padding before the input up to 2\*\*31"),
-        ({"padding": ((0, 2**33),)}, r"output sizes up to 2\*\*31, not \(8589934602,\)"),
+        ({"padding": ((0, 2**33),)}, r"output sizes up to 2\*\*31, but not \(8589934602,\)"),
     ],
     ids=str,
 )
