@@ -359,8 +359,8 @@ UNFIT = {
     "window beyond the next row shard": (P(None, "b"), P(), None),
     "channels over other axes": (P(None, None, None, "b"), P(None, None, "c", None), "shard the channels differently"),
     "channels over more axes": (P(None, None, None, "c"), P(None, None, ("b", "c"), None), "shard the channels diff"),
-    "window sharded": (P("b"), P("c"), "expected a sharding of the channels alone"),
-    "multiplier sharded": (P("b"), P(None, None, None, "c"), "expected a sharding of the channels alone"),
+    "window sharded": (P("b"), P("c"), "must be sharded only along its channels"),
+    "multiplier sharded": (P("b"), P(None, None, None, "c"), "must be sharded only along its channels"),
 }
 
 

@@ -216,8 +216,8 @@ def _layers(
             raise ValueError(f"{path}: there are no weights for the layer {name!r}")
     if unknown:
         warnings.warn(
-            f"{path}: left out although they look depthwise, because the file does not record their class: "
-            f"{', '.join(tell(unknown))}. Pass it by their names or classes, "
+            f"{path}: left out because the file does not record their class, though they look depthwise: "
+            f"{', '.join(tell(unknown))}. Pass their classes by name, "
             "read_weights(path, classes={'the name': 'DepthwiseConv2D'})",
             stacklevel=4,
         )
