@@ -473,7 +473,7 @@ def test_a_lambda_elsewhere_in_the_model_refuses_nothing(archive):
 def test_other_files(tmp_path):
     text = tmp_path / "text.h5"
     text.write_text("hello")
-    with pytest.raises(ValueError, match="must be a .keras archive or an HDF5 file"):
+    with pytest.raises(ValueError, match=r"must be a \.keras archive or an HDF5 file"):
         read_weights(text)
     with pytest.raises(FileNotFoundError):
         read_weights(tmp_path / "absent.keras")

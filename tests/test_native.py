@@ -143,7 +143,7 @@ def test_explain_says_why() -> None:
 @pytest.mark.parametrize(
     ("geometry", "words"),
     [
-        ({"strides": 2**33, "dilation_rate": 2**33, "padding": 2**34}, r"strides up to 2\*\*31, but not \(8589934592,\)"),
+        ({"strides": 2**33, "dilation_rate": 2**33, "padding": 2**34}, r"strides up to .*but not \(8589934592,\)"),
         ({"dilation_rate": 2**32, "strides": 2**31, "padding": 2**33}, r"dilation_rate up to 2\*\*31"),
         ({"strides": 2**31, "dilation_rate": 2**31, "padding": 2**32}, r"padding before the input up to 2\*\*31"),
         ({"padding": ((0, 2**33),)}, r"output sizes up to 2\*\*31, but not \(8589934602,\)"),
