@@ -1,8 +1,8 @@
-"""Times whole models of Keras, Equinox and Flax as they are and under `accelerate`, on this machine's default backend.
+"""Times whole Keras, Equinox and Flax models, unchanged and under `accelerate`, on this machine's default backend.
 
 Run as `python -m benchmarks.accelerate` from the repository's root, with the extra `test`. Each figure is the median
-milliseconds of one call, and the ratio is the median over rounds of the pairwise ratio, taken interleaved in one
-process. Outputs and gradients are compared before they are timed.
+milliseconds of one call, and the ratio is the median over rounds of the pairwise ratio, interleaved in one process.
+Outputs and gradients are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES: dict[str, Callable[[], Model]] = {
 
 
 def gradient(function: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], Any]:
-    """The gradient in the parameters of the mean of the squared output."""
+    """The gradient of the mean of the squared output with respect to the parameters."""
     return jax.grad(lambda params, x: jnp.mean(function(params, x) ** 2))
 
 

@@ -1,14 +1,14 @@
-"""Times two builds of the compiled kernels against each other, in turn in one process.
+"""Times two builds of the compiled kernels against each other, interleaved in one process.
 
     python -m benchmarks.builds OLD.so NEW.so
     python -m benchmarks.builds OLD.so NEW.so --layers k3,k5,k7,s2 --modes single --rounds 15
 
-Both libraries are loaded at once, and the calls of both are made of the same operands, without anything of the package
-around them. Every result is compared with a float64 reference before it is timed. A row is a layer of
-workloads/layers.py, a direction, and single calls or chains of calls in one program; its ratio is the median over
-rounds of new / old, so less than 1 says that the new build is faster. The range beside it holds the middle half of the
-rounds: where it is wide, the machine was busy, and the ratio of the fastest samples of both says more. The geometric
-means at the end are what to judge by. On a busy machine, --threads 1 waits for no other thread.
+Both libraries are loaded at once and called on the same operands, without the rest of the package. Every result is
+compared with a float64 reference before it is timed. A row is a layer of workloads/layers.py, a direction, and single
+calls or chains of calls in one program. Its ratio is the median over rounds of new / old, so less than 1 means that the
+new build is faster. The range after it holds the middle half of the rounds: if it is wide, the machine was busy, and
+the ratio of the fastest samples is more reliable. Judge by the geometric means at the end. On a busy machine, --threads
+1 avoids waiting for other threads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Ratios = dict[tuple[str, str], tuple[float, float]]
 
 BUILDS = ("old", "new")
 MODES = ("single", "chain")
-# More than the samples of any layer take: none gets fewer rounds.
+# More than the samples of any layer take, so no layer gets fewer rounds.
 _SECONDS = 600
 
 
@@ -45,8 +45,8 @@ def load(build: str, path: Path) -> str:
     """Registers the maps of a library as `benchmark.<build>.<map>`; returns the instruction set that it uses.
 
     Raises:
-        OSError: it cannot be loaded.
-        AttributeError: its calls are not those of the package.
+        OSError: the library cannot be loaded.
+        AttributeError: its calls differ from the package's.
         ValueError: this machine does not support DEPTHWISE_JAX_ISA.
     """
     library = ctypes.CDLL(str(path.resolve()))
@@ -62,7 +62,7 @@ def load(build: str, path: Path) -> str:
 
 
 def maps(build: str, case: Workload, dtype: str) -> dict[str, Callable[..., Any]]:
-    """The maps of a case by direction, on operands as `arranged` makes them."""
+    """The maps of a case by direction, on operands from `arranged`."""
     oracle = case.resolved
     channels, multiplied = oracle.channels, () if oracle.multiplier == 1 else (oracle.multiplier,)
     batch = int(np.prod(oracle.batch))
@@ -87,7 +87,7 @@ def maps(build: str, case: Workload, dtype: str) -> dict[str, Callable[..., Any]
 
 
 def arranged(case: Workload, operands: work.Operands) -> work.Operands:
-    """x, w and g as the kernels take them: a channel's M kernels outermost in w and g, left out where M is 1."""
+    """x, w and g as the kernels take them: with the axis of a channel's M kernels first in w and g, unless M is 1."""
     multiplier = case.resolved.multiplier
     w, g = operands["w"], operands["g"]
     g = np.moveaxis(g.reshape(*g.shape[:-1], -1, multiplier), -1, 0)
@@ -96,7 +96,7 @@ def arranged(case: Workload, operands: work.Operands) -> work.Operands:
 
 
 def restored(case: Workload, direction: str, result: work.Array) -> work.Array:
-    """A result of the kernels as the reference has it."""
+    """A result of the kernels in the reference's layout."""
     if case.resolved.multiplier > 1 and direction != "dx":
         result = np.moveaxis(result, 0, -1)
     elif direction == "dw":

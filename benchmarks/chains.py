@@ -1,7 +1,7 @@
-"""Programs to time: a call of a map, and a chain of CHAIN calls that depend on each other, as in a network.
+"""Makes the programs to time: a call of a map, and a chain of CHAIN calls that depend on each other, as in a network.
 
-1e-30 times an element of a result is added to the next call's second operand, which changes no digit. For dw, where
-that would be a pass over memory, a chain is CHAIN calls on pairs of a few x and g.
+Each call adds 1e-30 times an element of its result to the next call's second operand, which changes no digit. For dw,
+where that would cost a pass over memory, a chain is CHAIN calls on pairs of a few x and g.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def single(function: Function, *arguments: Any) -> Callable[[], Any]:
 
 
 def chain(function: Function, direction: str, *arguments: Any, looped: bool = False) -> Callable[[], Any]:
-    """CHAIN calls of one direction in a compiled program, which returns the last result, for dw the first.
+    """CHAIN calls of one direction in a compiled program, which returns the last result, or for dw the first.
 
     Args:
         function: of the operands.
         direction: one of work.TIMED.
         *arguments: the operands.
-        looped: whether the calls are a loop. XLA would compute only the one element of taps that the next call needs;
-            in a loop it cannot. But it computes its own convolutions otherwise in loops, so those and the compiled
-            kernels stand in a row, as in a model.
+        looped: whether the calls are a loop. Outside a loop XLA would compute only the one element of `taps` that the
+            next call needs. But in a loop it computes its own convolutions differently, so those and the compiled
+            kernels follow each other without a loop, as in a model.
     """
     if direction == "dw":
         xs, gs = zip(*(map(jnp.array, arguments) for _ in range(COPIES)), strict=True)
@@ -54,8 +54,8 @@ def unrolled(function: Function, length: int = CHAIN) -> Function:
         operand, result = second, None
         for _ in range(length):
             result = function(first, operand, *rest)
-            # tanh is dear enough that XLA computes it once, apart from the sum. Fused with the element, the sum would
-            # be taken for a pass over the whole result, and XLA would wake its threads for it.
+            # tanh is expensive enough for XLA to compute it once, separately from the sum. If XLA fused the sum with
+            # the element, it would treat it as a pass over the whole result and wake its threads.
             operand = second + (TINY * jnp.tanh(_first(result))).astype(second.dtype)
         return result
 
@@ -63,7 +63,7 @@ def unrolled(function: Function, length: int = CHAIN) -> Function:
 
 
 def _loop(function: Function) -> Function:
-    """The same as a loop whose whole result is carried."""
+    """The chain as a loop that carries its whole result."""
 
     def calls(first: Any, second: Any, *rest: Any) -> Any:
         shape = jax.eval_shape(function, first, second, *rest)

@@ -1,4 +1,4 @@
-"""A benchmark as a command: options that several have, and what follows them: measure or read, write, print, judge."""
+"""Runs a benchmark as a command: common options; then it measures or reads, writes, prints and judges the results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     Args:
         module: the benchmark's, as in `python -m module`.
         arguments: with the options above, and perhaps `isa` for environment.enter.
-        measure: gives the results, and which values were wrong.
+        measure: returns the results, and which values were wrong.
         report: prints the results.
         verdicts: judges them.
     """
@@ -58,7 +58,7 @@ def names(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
     """The comma-separated names of an option.
 
     Raises:
-        SystemExit: one is not known.
+        SystemExit: a name is unknown.
     """
     given = tuple(text.split(","))
     for name in given:
@@ -76,7 +76,7 @@ def layers(arguments: argparse.Namespace) -> list[Workload]:
     """The layers whose name contains one of the parts in --layers.
 
     Raises:
-        SystemExit: there are none.
+        SystemExit: no layer matches.
     """
     found = [layer for layer in NETWORKS if any(part in layer.name for part in arguments.layers.split(","))]
     if not found:

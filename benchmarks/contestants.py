@@ -1,9 +1,9 @@
-"""The contestants: a layer's maps as this package, XLA, Flax, Keras, PyTorch, TensorFlow and ONNX Runtime compute them.
+"""The contestants: a layer's maps by this package, XLA, Flax, Keras, PyTorch, TensorFlow and ONNX Runtime.
 
-A contestant makes a Task of a layer, a direction and a dtype. Layouts are converted and compiled programs made before
-any time is taken; what a library must do on each call (a pass for a padding that it lacks, a wait) is in it.
+A contestant makes a Task from a layer, a direction and a dtype. Layouts are converted and programs compiled before any
+time is taken; the work that a library must do on each call (a pass for a padding that it lacks, a wait) is included.
 
-A chain (chains.py) is for JAX one compiled program, for PyTorch a loop in Python that keeps one result at a time, for
+For JAX a chain (chains.py) is one compiled program, for PyTorch a Python loop that keeps one result at a time, and for
 TensorFlow and ONNX Runtime CHAIN calls in turn.
 """
 
@@ -25,6 +25,7 @@ from benchmarks.optional import library
 from benchmarks.timing import finished
 from benchmarks.work import Array, Operands, pads
 from depthwise_jax import depthwise_conv, explain
+from depthwise_jax.lowering import Implementation
 from workloads.workload import Workload
 
 
@@ -33,7 +34,7 @@ class UnsupportedError(Exception):
 
 
 class MissingError(Exception):
-    """The peer is not there."""
+    """The peer is not installed."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Task:
     """A call to time.
 
     Attributes:
-        run: makes it once and returns its result, finished.
-        read: the result as (*batch, *spatial, channels), or (*window, C, M), whatever the library's layout.
+        run: makes it once and returns its finished result.
+        read: converts the result from the library's layout to (*batch, *spatial, channels), or (*window, C, M).
     """
 
     run: Callable[[], Any]
@@ -54,7 +55,7 @@ Contestant = Callable[[Workload, Operands, str, str, bool], Task]
 Forward = Callable[[Any, Any, Any, bool], Any]
 
 
-def _ours(implementation: str | None) -> Callable[[Workload], Forward]:
+def _ours(implementation: Implementation | None) -> Callable[[Workload], Forward]:
     def make(case: Workload) -> Forward:
         conv = case.conv(implementation)
         return lambda x, w, b, relu: conv(x, w, b, activation="relu" if relu else None)
@@ -92,7 +93,7 @@ def _flax(case: Workload) -> Forward:
     features = oracle.channels * oracle.multiplier
 
     def conv(x: Any, w: Any, b: Any, relu: bool) -> Any:
-        x = jnp.moveaxis(x, oracle.channel_axis, -1)  # it knows channels last only
+        x = jnp.moveaxis(x, oracle.channel_axis, -1)  # it supports only channels last
         layer = nn.Conv(
             features,
             oracle.window,
@@ -125,7 +126,7 @@ def _keras(case: Workload) -> Forward:
     return conv
 
 
-# What computes a convolution that JAX traces, by name; "ours" is what depthwise_conv chooses.
+# Implementations of a convolution that JAX traces, by name; "ours" is the choice of depthwise_conv.
 CONVOLUTIONS: dict[str, Callable[[Workload], Forward]] = {
     "ours": _ours(None),
     "native": _ours("native"),
@@ -149,8 +150,8 @@ def map_in_jax(conv: Forward, case: Workload, direction: str, dtype: str) -> tup
     return maps[direction]
 
 
-def _in_jax(name: str, implementation: str | None = "conv") -> Contestant:
-    """A contestant out of CONVOLUTIONS; its `implementation` as explain() takes it."""
+def _in_jax(name: str, implementation: Implementation | None = "conv") -> Contestant:
+    """A contestant from CONVOLUTIONS; `implementation` is as for explain()."""
 
     def contestant(case: Workload, operands: Operands, direction: str, dtype: str, chained: bool) -> Task:
         function, names = map_in_jax(CONVOLUTIONS[name](case), case, direction, dtype)
@@ -165,7 +166,7 @@ def _in_jax(name: str, implementation: str | None = "conv") -> Contestant:
     return contestant
 
 
-def latency(implementation: str | None) -> dict[str, Callable[[], Any]]:
+def latency(implementation: Implementation | None) -> dict[str, Callable[[], Any]]:
     """The smallest useful call, forward on (1, 7, 7, 64) with a window of 3, in chains of CHAIN and of 8 * CHAIN."""
     x, w = jnp.ones((1, 7, 7, 64)), jnp.ones((3, 3, 64, 1))
 
@@ -204,7 +205,7 @@ def _filters(w: Array) -> Array:
 class TorchMaps:
     """The maps of a layer of one or two spatial axes in PyTorch, of x (N, C, H, W) and kernels (C*M, 1, h, w).
 
-    PyTorch pads alike on both sides. Without strides the more that it computes is sliced off, which moves no data; the
+    PyTorch pads equally on both sides. Without strides the surplus outputs are sliced off, which moves no data; the
     gradients read an input that is padded beforehand, as the forward pass would have saved it.
 
     Args:
@@ -230,7 +231,7 @@ class TorchMaps:
         self._inside = tuple(slice(low, low + n) for (low, _), n in spatial)
 
     def saved(self, x: Any, layout: Any) -> Any:
-        """What the gradients read, in a memory format."""
+        """The gradients' input, in a memory format."""
         if not self._uneven:
             return x
         (top, bottom), (left, right) = self._padding
@@ -424,7 +425,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "flax": _in_jax("flax"),
     "keras": _in_jax("keras"),
 }
-# Those that are timed when none are named, on CPU and on GPU.
+# The default contestants, on CPU and on GPU.
 DEFAULT = {
     "cpu": tuple(name for name in CONTESTANTS if name not in ("native", "taps")),
     "gpu": ("ours", "taps", "lax", "torch_channels_last", "torch_contiguous"),

@@ -1,9 +1,9 @@
-"""The time of a call on a GPU: that of its kernels, and that of a queue of calls.
+"""Measures the time of a call on a GPU: that of its kernels, and that of a queue of calls.
 
-Kernels are read from a profile of JAX, for which CUPTI records all of a process' kernels, PyTorch's too. Their time has
-no launches in it, which a network hides behind other kernels and a short call alone cannot. It is the time during which
-any of them ran, so kernels side by side count once. The queue's wall time stands beside it as a check: for calls that
-are longer than a launch the two agree. Where no GPU is, or nothing may be profiled, there is the wall time alone.
+Kernels are read from a JAX profile, in which CUPTI records all of a process's kernels, including PyTorch's. Their time
+excludes launches, which a network hides behind other kernels but a single short call cannot hide. It is the time during
+which any kernel ran, so parallel kernels count once. The queue's wall time is a check: for calls that are longer than a
+launch the two agree. Without a GPU, or if profiling is not allowed, only the wall time is measured.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.profiler import ProfileData
 
 @dataclass(frozen=True)
 class Time:
-    """Of one call.
+    """The times of one call.
 
     Attributes:
-        device: seconds in which its kernels ran; None where no kernel was seen.
+        device: seconds during which its kernels ran; None if no kernel was seen.
         wall: seconds in a queue of calls.
-        kernels: how many it starts, copies included.
+        kernels: the number of kernels that it starts, including copies.
     """
 
     device: float | None
@@ -35,12 +35,12 @@ class Time:
 
     @property
     def seconds(self) -> float:
-        """The device's time where it is known."""
+        """The device's time if known, else the wall time."""
         return self.wall if self.device is None else self.device
 
 
 def busy(profile: Any) -> tuple[float, int]:
-    """Seconds in which any kernel or copy ran on a GPU, and how many there were."""
+    """Seconds during which any kernel or copy ran on a GPU, and their number."""
     intervals = sorted(
         (event.start_ns, event.start_ns + event.duration_ns)
         for plane in profile.planes
@@ -60,8 +60,8 @@ def measure(call: Callable[[int], Any], calls: int, finish: Callable[[Any], Any]
     """Times a call.
 
     Args:
-        call: queues the i-th of the calls, which shall not find its operands in a cache, and returns its result.
-        calls: how many.
+        call: queues the i-th call, whose operands must not be in a cache, and returns its result.
+        calls: the number of calls.
         finish: waits for the last result.
     """
 
@@ -71,7 +71,7 @@ def measure(call: Callable[[int], Any], calls: int, finish: Callable[[Any], Any]
             result = call(i)
         finish(result)
 
-    queue()  # memory is allocated, and clocks rise
+    queue()  # allocates memory and raises the clocks
     start = time.perf_counter()
     queue()
     wall = (time.perf_counter() - start) / calls

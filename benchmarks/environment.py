@@ -1,7 +1,7 @@
-"""The process that a benchmark runs in: equal threads and instruction sets for all peers, and what the machine is.
+"""Prepares a benchmark's process with equal threads and instruction sets for all peers, and describes the machine.
 
-Libraries read their settings when they are first imported, so `enter` starts the benchmark again with them set. Nothing
-here imports JAX.
+Libraries read their settings when they are first imported, so `enter` restarts the benchmark with them set. This module
+does not import JAX.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# What each instruction set is called by depthwise_jax, oneDNN (PyTorch, TensorFlow) and XLA.
+# Each instruction set's name in depthwise_jax, oneDNN (PyTorch, TensorFlow) and XLA.
 INSTRUCTION_SETS = {
     "avx512": ("AVX512_CORE_BF16", "AVX512"),
     "avx2": ("AVX2", "AVX2"),
@@ -22,20 +22,20 @@ INSTRUCTION_SETS = {
 }
 _ENTERED = "DEPTHWISE_JAX_BENCHMARK"
 _PACKAGES = ("jax", "jaxlib", "flax", "keras", "numpy", "torch", "tensorflow", "tensorflow-cpu", "onnxruntime")
-# The flags of a processor that say how wide its vectors are and what it multiplies.
+# The flags of a processor for the width of its vectors and the types that it multiplies.
 _FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512", "avx_vnni", "amx", "asimd", "bf16", "sve")
 
 
 def enter(module: str, threads: int, isa: str | None = None) -> None:
-    """Goes on only in a process with `threads` threads for everybody; starts this one again to get there.
+    """Restarts the process until it has `threads` threads for every library.
 
     Args:
         module: the benchmark's module, as in `python -m module`.
-        threads: the number of processors that the process may use, and of threads for pools that count otherwise.
-        isa: a key of INSTRUCTION_SETS to hold everybody to, or None.
+        threads: the number of processors that the process may use, and of threads in pools with their own count.
+        isa: a key of INSTRUCTION_SETS to which every library is held, or None.
 
     Raises:
-        ValueError: fewer processors than threads.
+        ValueError: there are fewer processors than threads.
     """
     if os.environ.get(_ENTERED) == (settings := f"{threads} {isa}"):
         return
@@ -53,7 +53,7 @@ def enter(module: str, threads: int, isa: str | None = None) -> None:
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves a GPU's memory to the peers too
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves some of a GPU's memory to the peers
     }
     if isa is not None:
         onednn, xla = INSTRUCTION_SETS[isa]
@@ -68,7 +68,7 @@ def processors() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """The processor's model, its flags that matter here, and the number of processors in use."""
+    """The processor's model, its relevant flags, and the number of processors in use."""
     model, flags = platform.processor() or platform.machine(), []
     information = Path("/proc/cpuinfo")
     if information.exists():

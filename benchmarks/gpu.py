@@ -1,21 +1,21 @@
-"""Depthwise layers and whole training steps on one GPU, beside lax and PyTorch, and as a part of the copy's rate.
+"""Times depthwise layers and whole training steps on one GPU against lax and PyTorch, and against a copy's rate.
 
-    python -m benchmarks.gpu --piece smoke      # a layer, everything once: whether all runs and is right; minutes
-    python -m benchmarks.gpu --piece table      # the layers; stops after --minutes, and goes on when called again
-    python -m benchmarks.gpu --piece training   # MobileNetV2 and ConvNeXt-T, likewise
+    python -m benchmarks.gpu --piece smoke      # one layer, everything once: checks that all runs and is right; minutes
+    python -m benchmarks.gpu --piece table      # the layers; stops after --minutes, and continues when called again
+    python -m benchmarks.gpu --piece training   # MobileNetV2 and ConvNeXt-T, in the same way
     python -m benchmarks.gpu --read benchmarks/results/gpu.json
 
 It runs from the repository's root (PYTHONPATH=. elsewhere) with JAX for the GPU, Flax and Optax, and needs no network;
-PyTorch takes part where it is installed with CUDA. The results are written after each row, and a row that they have is
-not measured again.
+PyTorch takes part if it is installed with CUDA. The results are written after each row, and existing rows are not
+measured again.
 
 A row is a map of a layer in a dtype by a contestant. Its time is that of its kernels (benchmarks/device_time.py). The
-operands rotate, so that more than four times the L2 lies between two calls with the same. Every result is compared with
-float64 on the same device before. Float32 is float32: TF32 is off, in JAX and in PyTorch; PyTorch may try cuDNN's
-algorithms, as XLA does. "of copy" is the time that the map's operands and result, each moved once, take at the rate of
-the fastest copy in the same run, over the row's time.
+operands rotate: between two calls with the same operands lie more bytes than four times the L2 cache. Every result is
+first compared with float64 on the same device. TF32 is off for float32, in JAX and in PyTorch; PyTorch may try cuDNN's
+algorithms, as XLA does. "of copy" is the time to move the map's operands and result once, at the rate of the fastest
+copy in the same run, divided by the row's time.
 
-Of a training step the forward pass, the gradients and SGD with momentum are timed, with parameters in float32.
+A training step consists of the forward pass, the gradients and SGD with momentum, with parameters in float32.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from workloads.workload import Workload
 
 DIRECTIONS = ("forward", "dx", "dw")
 DTYPES = ("bfloat16", "float32")
-# Taps of a window above which an elementwise dw compiles for a minute.
+# Above this many taps an elementwise dw compiles for a minute.
 _FEW_TAPS = 9
-# Images whose y and dx are compared with float64; dw is a sum over all of them.
+# The images whose y and dx are compared with float64; dw is a sum over all images.
 _COMPARED = 8
 _MIB = 2**20
 
@@ -61,7 +61,7 @@ def _layer(name: str, x: tuple[int, ...], window: Sequence[int], multiplier: int
     return Workload(name, x, (*window, x[-1], multiplier), geometry)
 
 
-# Layers of known networks at batches of which x has 100 MB or more in bfloat16, and one that fits into the L2.
+# Layers of known networks with batches that make x 100 MB or larger in bfloat16, and one that fits into the L2.
 LAYERS = (
     _layer("mobilenet-v1 256x56x56x128 k3", (256, 56, 56, 128), (3, 3)),
     _layer("convnext-t 256x56x56x96 k7", (256, 56, 56, 96), (7, 7)),
@@ -76,7 +76,7 @@ LAYERS = (
     _layer("convnext-t 1024x14x14x384 k7", (1024, 14, 14, 384), (7, 7)),
     _layer("mobilenet-v1 8x14x14x512 k3", (8, 14, 14, 512), (3, 3)),
 )
-# The same kinds at sizes that a CPU computes at once.
+# The same kinds at sizes that a CPU computes quickly.
 SMALL_LAYERS = (
     _layer("k3", (2, 8, 8, 4), (3, 3)),
     _layer("k3 s2", (2, 8, 8, 4), (3, 3), strides=2),
@@ -107,14 +107,14 @@ def _networks(
 
 @dataclass(frozen=True)
 class Scale:
-    """What a run measures, and how often.
+    """The measurements of a run, and their number.
 
     Attributes:
         layers: the layers.
         networks: by dtype, the networks.
-        calls, steps: of a map, and of a training step, in a queue.
-        between: bytes that lie between two calls with the same operands.
-        copies: bytes of the arrays that are copied.
+        calls, steps: the number of calls of a map, and of training steps, in a queue.
+        between: the bytes between two calls with the same operands.
+        copies: the bytes of the arrays that are copied.
     """
 
     layers: Sequence[Workload]
@@ -142,7 +142,7 @@ Row = dict[str, Any]
 
 
 def torch_on_device() -> Any:
-    """PyTorch that computes where JAX does, without TF32, or None."""
+    """PyTorch on JAX's device, without TF32, or None."""
     torch = library("torch")
     if torch is None or (jax.default_backend() == "gpu" and not torch.cuda.is_available()):
         return None
@@ -152,7 +152,7 @@ def torch_on_device() -> Any:
 
 
 def finish(result: Any) -> None:
-    """Waits for a result of JAX or PyTorch, and for all that was queued before it on its stream."""
+    """Waits for a result of JAX or PyTorch, and for everything queued before it on its stream."""
     if isinstance(result, jax.Array):
         result.block_until_ready()
     elif jax.default_backend() == "gpu":
@@ -164,8 +164,8 @@ class Contestant:
     """A map that is ready to run.
 
     Attributes:
-        call: queues it on the i-th operands, of as many as there are, in turn.
-        read: a result as (*batch, *spatial, channels), or as the kernel's shape, in JAX.
+        call: queues it on the i-th set of operands; the sets are used in turn.
+        read: converts a result to (*batch, *spatial, channels), or to the kernel's shape, in JAX.
         compile_s: seconds to trace and compile it.
     """
 
@@ -179,9 +179,9 @@ Operands = dict[str, jax.Array]
 
 
 def draw(case: Workload, dtype: str, between: int) -> list[Operands]:
-    """Sets of operands of a layer with the same kernel, of which all but one have so many bytes at least.
+    """Sets of operands of a layer with the same kernel; all but one together have at least a given number of bytes.
 
-    The numbers are standard normal, and exact in bfloat16: they are the same in all dtypes.
+    The numbers are standard normal and exact in bfloat16, so they are the same in all dtypes.
     """
     shapes = {"x": case.x, "w": case.kernel, "g": case.resolved.y_shape}
     count = 1 + -(-between // work.traffic(case, "forward", jnp.dtype(dtype).itemsize))
@@ -196,9 +196,9 @@ def draw(case: Workload, dtype: str, between: int) -> list[Operands]:
 
 
 def truth(case: Workload, direction: str, operands: Operands) -> jax.Array:
-    """A map in float64, of the first images for y and dx: a sum of products over the window's taps.
+    """A map in float64 (y and dx for the first images only): a sum of products over the window's taps.
 
-    Each step is compiled once, for a tap that it is given.
+    Each step is compiled once, with the tap as an argument.
     """
     resolved = case.resolved
     images = None if direction == "dw" else _COMPARED
@@ -213,7 +213,7 @@ def truth(case: Workload, direction: str, operands: Operands) -> jax.Array:
             part = lax.dynamic_slice(array, (0, *start, 0), region)
             return lax.slice(part, (0,) * part.ndim, part.shape, (1, *resolved.strides, 1))[..., None]
 
-        # The arrays are arguments: those that a function closes over are constants of its program.
+        # The arrays are arguments, since closed-over arrays would be constants of the program.
         @jax.jit
         def forward(y: jax.Array, padded: jax.Array, weights: jax.Array, start: Any) -> jax.Array:
             return y + read(padded, start) * weights
@@ -246,14 +246,14 @@ def truth(case: Workload, direction: str, operands: Operands) -> jax.Array:
 
 
 def error(result: jax.Array, expected: jax.Array) -> float:
-    """The largest difference, as a part of the largest value."""
+    """The largest difference relative to the largest value."""
     with jax.enable_x64(True):
         difference = jnp.abs(result[: expected.shape[0]].astype(jnp.float64) - expected).max()
         return float(difference / jnp.abs(expected).max())
 
 
 def in_jax(by: str, case: Workload, direction: str, dtype: str, sets: Sequence[Operands]) -> Contestant:
-    """A contestant out of contestants.CONVOLUTIONS."""
+    """A contestant from contestants.CONVOLUTIONS."""
     function, names = map_in_jax(CONVOLUTIONS[by](case), case, direction, dtype)
     arguments = [[operands[name] for name in names] for operands in sets]
     start = time.perf_counter()
@@ -265,7 +265,7 @@ def in_jax(by: str, case: Workload, direction: str, dtype: str, sets: Sequence[O
 def in_torch(
     channels_last: bool, torch: Any, case: Workload, direction: str, dtype: str, sets: Sequence[Operands]
 ) -> Contestant:
-    """PyTorch's, in a memory format; the arrays' memory is JAX's where the format is the same."""
+    """PyTorch's contestant in a memory format; it shares JAX's memory if the format is the same."""
     del dtype
     maps, resolved = TorchMaps(torch, case), case.resolved
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -303,7 +303,7 @@ def in_torch(
 
 
 def contestants(torch: Any) -> dict[str, Callable[..., Contestant]]:
-    """By name, what makes a contestant of a case, a direction, a dtype and operands."""
+    """The functions that make a contestant from a case, a direction, a dtype and operands, by name."""
     found: dict[str, Callable[..., Contestant]] = {by: partial(in_jax, by) for by in ("ours", "taps", "lax")}
     if torch is not None:
         found["torch_channels_last"] = partial(in_torch, True, torch)
@@ -353,7 +353,7 @@ def _times(taken: Time) -> Row:
 
 
 def copies(sizes: Sequence[int], torch: Any, calls: int) -> dict[str, float]:
-    """GB/s, read and written, of copies of arrays of so many bytes, by JAX and by PyTorch."""
+    """GB/s, read and written, of copies of arrays of a given size, by JAX and by PyTorch."""
     negative = jax.jit(lambda x: -x)  # reads and writes every element
     rates: dict[str, float] = {}
     for size in sizes:
@@ -386,14 +386,14 @@ def training_row(by: str, network: training.Network, dtype: str, torch: Any, ste
 
 
 class Run:
-    """A run of some pieces: the results so far, and what is left of its time."""
+    """A run of some pieces: the results so far, and the remaining time."""
 
     def __init__(self, path: Path, minutes: float, only: str) -> None:
         self._path, self._end, self._only = path, time.monotonic() + 60 * minutes, only
         device = {"device": jax.devices()[0].device_kind, "driver": _driver()}
         self.results: dict[str, Any] = results.read(path) if path.exists() else {**device, "runs": [], "rows": []}
         if self.results["device"] != device["device"]:
-            raise SystemExit(f"{path} has results of {self.results['device']}, and this is {device['device']}")
+            raise SystemExit(f"{path} has results of {self.results['device']}, but this is {device['device']}")
         self.left = 0
 
     def begin(self, rates: Mapping[str, float]) -> None:
@@ -465,7 +465,7 @@ def disagreements(rows: Sequence[Row]) -> list[str]:
     for (network, dtype, by), loss in losses.items():
         plain = losses.get((network, dtype, "flax"), loss)
         if by == "ours" and abs(loss - plain) > (1e-5 if dtype == "float32" else 1e-2) * abs(plain):
-            found.append(f"the first loss of {network} in {dtype} is {loss}, with Flax' convolutions {plain}")
+            found.append(f"the first loss of {network} in {dtype} is {loss}, with Flax's convolutions {plain}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What XLA makes of depthwise convolutions for an H100, ours beside plain flax.linen.Conv; needs no GPU.
+"""Compiles depthwise convolutions for an H100 without a GPU, and compares ours with plain flax.linen.Conv.
 
     python -m benchmarks.gpu_compiler                          # every case; some minutes
     python -m benchmarks.gpu_compiler --only "stride 2" --by ours flax conv taps

@@ -1,4 +1,4 @@
-"""What the machine can do at most, as measured now: the bandwidth of a copy, by size, and the rate of multiply-adds."""
+"""Measures the machine's limits: the bandwidth of a copy, by size, and the rate of multiply-adds."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _copy_on_gpu(size: int) -> float:
 
 
 def _multiply_adds(threads: int) -> dict[str, float]:
-    """By PyTorch where it is installed, for it can be told the number of threads; else by JAX, on all threads."""
+    """By PyTorch if it is installed, since its number of threads can be set; else by JAX, on all threads."""
     work = 1e-9 * _SIDE**3
     torch = library("torch")
     if torch is None or jax.default_backend() == "gpu":
@@ -82,7 +82,7 @@ def _multiply_adds(threads: int) -> dict[str, float]:
 
 
 def _best(function: Any, rounds: int, calls: int = 1) -> float:
-    """Seconds of one call in the fastest round, after one that is not counted; JAX's results are waited for."""
+    """Seconds of one call in the fastest round, after an uncounted one; waits for JAX's results."""
     jax.block_until_ready(function())
     durations: list[float] = []
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Libraries that a benchmark compares with where they are installed."""
+"""Imports libraries that a benchmark compares with, if they are installed."""
 
 from __future__ import annotations
 

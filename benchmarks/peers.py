@@ -1,4 +1,4 @@
-"""Times depthwise convolutions of real layers against other libraries, side by side in one process.
+"""Times depthwise convolutions of real layers against other libraries in one process.
 
     python -m benchmarks.peers                                    # everything that is installed; an hour or more
     python -m benchmarks.peers --layers mobilenet-v2 --peers ours,torch_channels_last,lax
@@ -6,11 +6,11 @@
     python -m benchmarks.peers --read benchmarks/results/cpu.json --check   # prints and checks, measures nothing
 
 The layers are those of workloads/layers.py. Every result is compared with a float64 reference (benchmarks/work.py:
-NumPy over the window's taps) before it is timed. Samples are taken in turn, one of each contestant a round (of those
-that are ten times slower than the fastest after the others); a ratio is the median over rounds of the pairwise ratio,
-ours / theirs: less than 1 is faster. A row with noisy samples, of whichever contestant, is measured again, and
-the calmest measurement counts. On CPU all have the same number of threads. On a GPU the same command times the
-contestants that run there.
+NumPy over the window's taps) before it is timed. Samples are taken in turn, one of each contestant per round; those
+that are ten times slower than the fastest come after the others. A ratio is the median over rounds of the pairwise
+ratio, ours / theirs, so less than 1 means that ours is faster. A row in which any contestant's samples are noisy is
+measured again, and the calmest measurement counts. On CPU all contestants have the same number of threads. On a GPU the
+same command times the contestants that run there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from workloads.workload import Workload
 
 MODES = ("single", "chain")
 DTYPES = ("float32", "bfloat16")
-# A contestant whose single call takes so many times the fastest one's is not timed in chains that would take too long.
+# A contestant whose single call takes this many times as long as the fastest is not timed in chains.
 _HOPELESS = 100
 
 
@@ -49,7 +49,7 @@ def label(peer: str, dtype: str) -> str:
 
 
 def contestants(peers: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each (peer, dtype) to time: on CPU the peers in float32 alone, for their bfloat16 there is no measure."""
+    """Each (peer, dtype) to time: on CPU other libraries only in float32, since their bfloat16 is not comparable."""
     for dtype in dtypes:
         for peer in peers:
             if dtype == "float32" or peer in ("ours", "native", "taps") or jax.default_backend() == "gpu":
@@ -58,7 +58,7 @@ def contestants(peers: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[s
 
 @dataclass
 class Run:
-    """A measurement of many layers: its options, and what it has found so far."""
+    """A measurement of many layers: its options, and its results so far."""
 
     peers: Sequence[str]
     directions: Sequence[str]
@@ -127,13 +127,13 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def _of(row: dict[str, Any], ours: str, theirs: str) -> float:
-    """ours / theirs in a row, NaN where either is missing."""
+    """ours / theirs in a row, NaN if either is missing."""
     taken = row["ms"]
     return results.ratio(taken[ours], taken[theirs]) if ours in taken and theirs in taken else float("nan")
 
 
 def call_latency(rounds: int, attempts: int) -> dict[str, Any]:
-    """Microseconds that one more call in a compiled program takes, with the small sum that chains it to the last."""
+    """Microseconds of one more call in a compiled program, with the small sum that chains it to the call before."""
     chains = latency(None)
     for chain in chains.values():
         chain()
@@ -155,7 +155,7 @@ class Threshold:
     worst: float | None
 
     def ratios(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """By layer (and direction, where there are several), ours / theirs."""
+        """ours / theirs by layer (and by direction, if there are several)."""
         found = {}
         for row in rows:
             if row["mode"] == self.mode and row["direction"] in self.directions:
@@ -186,7 +186,7 @@ _LATENCY_US = 3.0
 
 
 def against_lax(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """By layer, the milliseconds of lax for forward + dx + dw over ours, in chains; single calls where lax has none."""
+    """lax's milliseconds for forward + dx + dw over ours by layer, in chains; single calls if lax has no chains."""
     times: dict[tuple[str, str, str], dict[str, float]] = {
         (row["layer"], row["direction"], row["mode"]): {name: float(np.median(ms)) for name, ms in row["ms"].items()}
         for row in rows

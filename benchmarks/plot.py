@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, help="an .svg or .png file; the results' name with .svg if not given")
     parser.add_argument("--mode", choices=("single", "chain"), default="chain")
-    parser.add_argument("--brief", action="store_true", help="one layer of each network, beside torch and lax")
+    parser.add_argument("--brief", action="store_true", help="one layer of each network, against PyTorch and lax")
     arguments = parser.parse_args()
     matplotlib.use("Agg")
     output = arguments.output or arguments.results.with_suffix(".svg")
-    # No date and no random ids, so that the same results give the same file.
+    # Without a date and random ids the same results give the same file.
     matplotlib.rcParams["svg.hashsalt"] = "depthwise_jax"
     data = results.read(arguments.results)
     figure = draw(brief(data) if arguments.brief else data, arguments.mode)

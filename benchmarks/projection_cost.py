@@ -1,10 +1,10 @@
-"""What projecting every depthwise kernel of a MobileNetV2 adds to an Adam step.
+"""Measures how much projecting every depthwise kernel of a MobileNetV2 adds to an Adam step.
 
     python -m benchmarks.projection_cost [--constraint max_norm|exact|non_neg] [--rounds 200]
 
-Two compiled steps, Adam alone and Adam with `project`, over MobileNetV2's parameters (1000 classes, 3.5 million
-numbers), timed in turn; each applies its updates to donated buffers, as training does. Prints the least and the median
-time of each, and the same of an unchanged Adam against itself: what noise alone would show.
+Two compiled steps, Adam without and with `project`, over MobileNetV2's parameters (1000 classes, 3.5 million numbers),
+are timed in turn; each applies its updates to donated buffers, as training does. The command prints the least and the
+median time of each, and those of an unchanged Adam against itself, which show the noise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONSTRAINTS = {
 
 
 def training(optimizer: Any, params: Any, grads: Any) -> Callable[[], None]:
-    """Steps of an optimizer from copies of the parameters; a call makes one, and returns when it is done."""
+    """Steps of an optimizer from copies of the parameters; each call makes one step and waits for it."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)

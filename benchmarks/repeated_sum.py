@@ -1,7 +1,8 @@
-"""Shows the kernel gradient of lax's depthwise convolution on a mesh of two axes, the batch sharded over one of them.
+"""Shows the error in the kernel gradient of lax's depthwise convolution on a mesh of two axes that shards the batch.
 
-Run as `python -m benchmarks.repeated_sum`. It prints the gradient's ratio to the single-device one: the size of the
-other axis, where 1 is right. It is why depthwise_jax.lowering.conv has another kernel gradient there.
+Run as `python -m benchmarks.repeated_sum`. The batch is sharded over one axis. The command prints the gradient's ratio
+to that on a single device, which should be 1 and is the size of the other axis. Because of this error
+depthwise_jax.lowering.conv computes the kernel gradient differently there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CHANNELS = 4
 
 
 def lax_conv(x: Array, kernel: Array) -> Array:
-    """The convolution as lax has it."""
+    """The same convolution by lax."""
     return lax.conv_general_dilated(
         x,
         kernel.reshape(3, 3, 1, CHANNELS),

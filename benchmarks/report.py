@@ -1,4 +1,4 @@
-"""What a benchmark prints: tables in Markdown, and a verdict for each threshold."""
+"""Prints a benchmark's results: tables in Markdown, and a verdict for each threshold."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether what was measured keeps a threshold.
+    """Whether a measurement keeps a threshold.
 
     Attributes:
-        check: what is checked.
+        check: the name of the check.
         passed: whether it passes; None if it was not measured.
-        measured: the figures, beside what they may be.
-        layers: on how many layers it was measured, and how many there are; None if it is not about layers.
+        measured: the figures and their thresholds.
+        layers: the number of measured layers and of all layers; None if the check does not concern layers.
     """
 
     check: str
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def judge(verdicts: Sequence[Verdict]) -> bool:
-    """Prints the verdicts; whether all pass. What was not measured on all layers does not."""
+    """Prints the verdicts, and returns whether all pass. A check not measured on all layers does not pass."""
     counts = ("" if verdict.layers is None else "{} of {}".format(*verdict.layers) for verdict in verdicts)
     rows = [(v.check, v.measured, count, v.word) for v, count in zip(verdicts, counts, strict=True)]
     print()

@@ -1,10 +1,10 @@
-"""Times causal_conv1d on CPU: packed beside unpacked, masked shifts and PyTorch, and a step of decoding.
+"""Times causal_conv1d on CPU: packed against unpacked, masked shifts and PyTorch, and a step of decoding.
 
     python -m benchmarks.sequences                   # two threads; writes results/sequences.json
     python -m benchmarks.sequences --rounds 40
 
-All functions run in one process, interleaved, and ratios are medians over rounds. PyTorch takes part where it is
-installed. "masked shifts" is what models write by hand: the sum of shifted products, masked by position.
+All functions run in one process, interleaved, and ratios are medians over rounds. PyTorch takes part if it is
+installed. "masked shifts" is the usual handwritten code: a sum of shifted products, masked by position.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from benchmarks import environment
 RESULTS = Path(__file__).parent / "results"
 X, WINDOW = (2, 2048, 1024), 4
 TOKEN = (8, 1, 4096)
-# Tokens in each of the documents that are packed.
+# Tokens in each packed document.
 DOCUMENT = 100
 
 
 def main() -> None:
-    """Times what is compared, prints a table and writes it."""
+    """Times the contestants, prints a table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=30, help="for one function in an attempt")
-    parser.add_argument("--attempts", type=int, default=3, help="how often at most, while the machine is noisy")
+    parser.add_argument("--attempts", type=int, default=3, help="the most attempts while the machine is noisy")
     parser.add_argument("--json", type=Path, default=RESULTS / "sequences.json")
     arguments = parser.parse_args()
     environment.enter("benchmarks.sequences", arguments.threads)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def training() -> dict[str, Callable[[], Any]]:
-    """The value and both gradients, for a cotangent that is given."""
+    """The value and both gradients for a given cotangent."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,4 +1,4 @@
-"""Times functions against each other: interleaved in one process: what else the machine does then hits all of them."""
+"""Times functions against each other, interleaved in one process: other load on the machine then affects all alike."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ import jax
 import numpy as np
 
 LEAST_ROUNDS = 3
-# A sample lasts at least this long: then neither the clock nor one late thread decides it.
+# The least length of a sample, which keeps the clock or a late thread from deciding it.
 _SAMPLE = 8e-3
-# A median so far above the fastest sample says that something else was running.
+# A median this far above the fastest sample means that something else was running.
 NOISY = 1.25
-# Functions that take so many times the fastest one's time are timed after the others: caches and an allocator that they
-# leave behind would cost the others, and the machine's noise is small beside such a ratio.
+# Functions that take this many times as long as the fastest are timed after the others. The state in which they leave
+# caches and allocator would slow down the others, and the machine's noise is small compared with such a ratio.
 _APART = 10
-# Between two functions: OpenMP's threads spin for up to 10 ms after their work, on processors that the next one needs.
+# The pause between functions: OpenMP's threads spin for up to 10 ms after their work, on processors that the next
+# function needs.
 _SETTLE = 20e-3
 
 
 def finished(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """The call of a function of JAX, which returns when its result is there."""
+    """A call of a JAX function that waits for its result."""
     return lambda: jax.block_until_ready(function(*arguments))
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each function, one sample a round; those that are far slower than the rest after the rest.
+    """Seconds per call of each function, one sample per round; functions that are far slower come after the others.
 
     Args:
         functions: by name; each has been called once before, and returns when its work is done.
-        rounds: samples of each.
-        seconds: a function that would take longer than this for all of them gets fewer, at least LEAST_ROUNDS (or
-            `rounds`, if less).
+        rounds: the number of samples of each.
+        seconds: a function whose samples would take longer than this gets fewer, at least LEAST_ROUNDS (or `rounds`, if
+            that is less).
 
     Returns:
-        By name, its samples: those of the first rounds, which all functions have in common.
+        The samples of each function by name: those of the first rounds, which all functions share.
     """
     durations: dict[str, float] = {}
     for name, function in functions.items():
@@ -69,11 +70,11 @@ def spread(samples: list[float]) -> float:
 def calm(
     functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float, attempts: int
 ) -> tuple[dict[str, list[float]], int]:
-    """As `interleaved`, again while any function's samples are noisy, whoever gains by it.
+    """Repeats `interleaved` while any function's samples are noisy, whichever function the noise favours.
 
     Args:
         functions, rounds, seconds: as for `interleaved`.
-        attempts: how often at most.
+        attempts: the most attempts.
 
     Returns:
         The samples of the attempt whose largest spread is the smallest, and the number of attempts.

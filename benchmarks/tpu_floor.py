@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from benchmarks.tpu_schedule import V5E, V6E, Chip, Program, lower, measure  # isort: skip  # sets the environment of libtpu
@@ -70,7 +70,7 @@ class Case:
         return len(self.window) == self.stride == self.dilation == self.multiplier == 1
 
     @property
-    def padding(self) -> str:
+    def padding(self) -> Literal["causal", "same"]:
         """Sequences are padded as in a causal model, images as in a convolutional network."""
         return "causal" if len(self.window) == 1 else "same"
 
@@ -86,13 +86,14 @@ class Case:
         if by == "pallas":
             return pallas_causal.causal(x, kernel[..., 0])
         if by != "flax":
+            implementation: Any = by if by in LOWERINGS else None
             return depthwise_conv(
                 x,
                 kernel,
                 strides=self.stride,
                 dilation_rate=self.dilation,
                 padding=self.padding,
-                implementation=by if by in LOWERINGS else None,
+                implementation=implementation,
             )
         channels = self.x[-1] * self.multiplier
         module = flax.linen.Conv(

@@ -4,13 +4,13 @@
     python -m benchmarks.training --json benchmarks/results/training.json --check
 
 A step is the forward pass, the gradient of the cross entropy and SGD with momentum, in float32, all in place. The two
-Flax models differ in the depthwise layer alone and start from the same parameters; their first losses are compared.
+Flax models differ only in the depthwise layer and start from the same parameters; their first losses are compared.
 PyTorch runs the same layers with as many parameters, channels last, not compiled. Samples are taken in turn in one
 process.
 
-Where the time goes: every layer of MobileNetV2 is timed alone, forward and backward, and summed by kind; what remains
-of the step is activations, sums of branches, the stem, the classifier, the loss and the optimiser. Within a step XLA
-fuses what stands side by side, so the parts of ours are what they cost alone.
+To show where the time goes, every layer of MobileNetV2 is timed separately, forward and backward, and summed by kind;
+the rest of the step is activations, sums of branches, the stem, the classifier, the loss and the optimiser. Within a
+step XLA fuses neighbouring operations, so these figures are the cost of each layer outside a network.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class JaxTraining:
 
     Attributes:
         seconds: to trace, lower and compile the step.
-        parameters: how many there are.
+        parameters: the number of parameters.
     """
 
     def __init__(self, model: nn.Module, variables: Any, images: Any, labels: Any) -> None:
@@ -121,7 +121,7 @@ class JaxTraining:
 
 
 class TorchTraining:
-    """The same in PyTorch, on a device; in bfloat16 what PyTorch casts of itself, as a user has it."""
+    """The model in PyTorch, on a device; in bfloat16 by PyTorch's automatic casts, as a user would run it."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class TorchTraining:
 
 
 def plain_variables(variables: Any) -> Any:
-    """The variables of a model of ours for its plain twin: depthwise kernels (h, w, C, 1) become (h, w, 1, C)."""
+    """Our model's variables for its plain twin: depthwise kernels (h, w, C, 1) become (h, w, 1, C)."""
 
     def convert(path: Any, leaf: Any) -> Any:
         layer, name = (entry.key for entry in path[-2:])
@@ -167,7 +167,7 @@ def train(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
     """Milliseconds of a step and seconds of its compilation, by contestant.
 
     Raises:
-        AssertionError: the two Flax models differ in the loss or in what a step gains, or PyTorch's model has another
+        AssertionError: the two Flax models differ in the loss or in a step's gain, or PyTorch's model has another
             number of parameters.
     """
     images, labels = batch(network)
@@ -176,7 +176,7 @@ def train(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
         "ours": partial(JaxTraining, network.ours, initial, images, labels),
         "flax": partial(JaxTraining, network.flax, plain_variables(initial), images, labels),
     }
-    jax.jit(lambda x: x + 1).lower(1.0).compile()  # what only the first compilation of a process pays
+    jax.jit(lambda x: x + 1).lower(1.0).compile()  # costs of a process's first compilation
     compilations: dict[str, list[float]] = {name: [] for name in makers}
     trainings: dict[str, Any] = {}
     for _ in range(4):
@@ -191,8 +191,8 @@ def train(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
     counts = {name: training.parameters for name, training in trainings.items()}
     assert len(set(counts.values())) == 1, counts
     losses = {name: [training() for _ in range(3)] for name, training in trainings.items()}
-    # Only the first losses agree to rounding: relu6 and batch norm make the gradient of a fresh network jump with the
-    # last bits of its parameters. What one step gains must be the same nevertheless.
+    # Only the first losses agree to rounding: relu6 and batch norm make a fresh network's gradient jump with the last
+    # bits of its parameters. But one step must reduce the loss equally.
     np.testing.assert_allclose(losses["ours"][0], losses["flax"][0], rtol=1e-5)
     np.testing.assert_allclose(*(np.subtract(*losses[name][:2]) for name in makers), rtol=0.1)
     samples = interleaved(trainings, rounds, seconds)
@@ -226,7 +226,7 @@ def mobilenet_layers(batch: int, size: int) -> list[tuple[str, tuple[int, ...], 
 
 
 def layer_in_jax(kind: str, shape: tuple[int, ...], features: int, stride: int) -> Callable[[], Any]:
-    """A layer alone, forward and backward in its input and its parameters."""
+    """A single layer, forward and backward in its input and its parameters."""
     layer: nn.Module = {
         "depthwise": lambda: DepthwiseConv2D(3, stride, "same", use_bias=False),
         "pointwise": lambda: nn.Conv(features, (1, 1), use_bias=False),
@@ -250,7 +250,7 @@ def layer_in_jax(kind: str, shape: tuple[int, ...], features: int, stride: int) 
 
 
 def layer_in_torch(torch: Any, kind: str, shape: tuple[int, ...], features: int, stride: int) -> Callable[[], Any]:
-    """The same in PyTorch, channels last."""
+    """A single layer in PyTorch, channels last."""
     batch, height, width, channels = shape
     layer = {
         "depthwise": lambda: torch.nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
@@ -265,7 +265,7 @@ def layer_in_torch(torch: Any, kind: str, shape: tuple[int, ...], features: int,
 
 
 def parts(network: Network, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds by contestant and kind of layer, each layer timed alone."""
+    """Milliseconds by contestant and kind of layer, each layer timed separately."""
     torch = library("torch")
     totals: dict[str, dict[str, float]] = {
         name: dict.fromkeys(KINDS, 0.0) for name in ("ours", *(["torch"] if torch is not None else []))
@@ -300,7 +300,7 @@ def report(data: dict[str, Any]) -> None:
     )
     if not data["parts"]:
         return
-    print("\nMobileNetV2, layers timed alone, forward and backward, ms; the rest is the step less their sum\n")
+    print("\nMobileNetV2, layers timed separately, forward and backward, ms; the rest is the step less their sum\n")
     rows = []
     for name, kinds in data["parts"].items():
         step = float(np.median(data["networks"]["MobileNetV2"]["ms"][name]))
@@ -324,7 +324,7 @@ def verdicts(data: dict[str, Any]) -> list[Verdict]:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The results of a run; a value that is wrong raises."""
+    """The results of a run; raises if a value is wrong."""
     networks = {name: train(NETWORKS[name], arguments.rounds, arguments.seconds) for name in arguments.networks}
     data = {
         "machine": environment.machine(),

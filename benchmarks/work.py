@@ -1,4 +1,4 @@
-"""What a layer's maps are, and the least that each of them costs: its true result, its multiplications, its traffic."""
+"""Defines a layer's maps for benchmarks: their true results, their multiplications and their memory traffic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from depthwise_jax.lowering import DIRECTIONS
 from workloads.workload import Workload
 
-# "bias_relu" is the forward pass with a bias, and relu after it.
+# "bias_relu" is the forward pass followed by a bias and ReLU.
 TIMED = (*DIRECTIONS, "bias_relu")
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,7 +63,7 @@ def truth(case: Workload, direction: str, operands: Operands) -> Array:
 
 
 def _taps(case: Workload) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """Every tap, and what of the padded input it reads."""
+    """Every tap, and the slice of the padded input that it reads."""
     oracle = case.resolved
     for tap in itertools.product(*map(range, oracle.window)):
         starts = [t * d for t, d in zip(tap, oracle.dilation, strict=True)]
@@ -72,9 +72,9 @@ def _taps(case: Workload) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]
 
 
 def tolerance(direction: str, dtype: str) -> float:
-    """The error allowed, relative to the largest value: float32's sums, and the roundings to a narrower dtype.
+    """The allowed error, relative to the largest value: float32's sums, and the roundings to a narrower dtype.
 
-    There may be two of these where a bias is added to a rounded sum.
+    There may be two roundings if a bias is added to a rounded sum.
     """
     roundings = 0 if dtype == "float32" else 2 if direction == "bias_relu" else 1
     return (1e-4 if direction == "dw" else 1e-5) + roundings * 2.0**-8
@@ -86,7 +86,7 @@ def error(result: Array, truth: Array) -> float:
 
 
 def multiplications(case: Workload) -> int:
-    """The fused multiply-adds of any of the maps: taps that fall on the padding are not counted."""
+    """The fused multiply-adds of each map, without taps that fall on the padding."""
     oracle = case.resolved
     axes = zip(oracle.out, oracle.strides, oracle.window, oracle.dilation, oracle.low, oracle.spatial, strict=True)
     pairs = (sum(0 <= o * s + t * d - low < n for o in range(out) for t in range(k)) for out, s, k, d, low, n in axes)

@@ -3,6 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from depthwise_jax.version import __version__ as __version__
+
+# isort: split
 from depthwise_jax.drop_in import conv_general_dilated as conv_general_dilated
 from depthwise_jax.explanation import explain as explain
 from depthwise_jax.functional import depthwise_conv as depthwise_conv
@@ -22,7 +25,6 @@ from depthwise_jax.linen import regularization_loss as regularization_loss
 from depthwise_jax.lowering import native
 from depthwise_jax.sequences import causal_conv1d as causal_conv1d
 from depthwise_jax.sequences import causal_conv1d_state as causal_conv1d_state
-from depthwise_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from depthwise_jax import interop as interop

@@ -1,7 +1,10 @@
-"""`python -m depthwise_jax`: what is installed, what is chosen for a few layers, whether it is right, and how fast.
+"""`python -m depthwise_jax` reports what is installed, what computes a few layers, whether it is right, and how fast.
 
-For bug reports, and for those who wonder why it is slow. It takes about a quarter of a minute and exits with 1 if a
-value is wrong.
+Use it for bug reports, and to find out why a call is slow. It takes about half a minute. Its exit status is
+
+* 0 if all values are right, with or without compiled kernels: the line "compiled kernels" says why they are not used;
+* 1 if a value is wrong, or if the installed JAX is too old for this package;
+* 2 if JAX cannot use a device, as with `JAX_PLATFORMS=cuda` on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from depthwise_jax import __version__, depthwise_conv, explain, lowering
-from depthwise_jax.lowering import DIRECTIONS, native
+from depthwise_jax import __version__, depthwise_conv, explain
+from depthwise_jax.lowering import DIRECTIONS, Implementation, native
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 ROUNDS = 5
@@ -63,7 +66,7 @@ CHECKED = (
     Example((2, 14, 14, 32), (5, 3, 32, 1), activation="relu"),
     Example((2, 9, 9, 32), (3, 3, 32, 1), activation="relu", dtype="bfloat16"),
 )
-# The largest error, relative to the sum of the magnitudes of what is added.
+# The largest allowed error, relative to the sum of the magnitudes of the terms.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-7}
 
 TIMED = {
@@ -75,15 +78,21 @@ TIMED = {
 
 
 def main() -> int:
-    """Prints it all; returns the exit status."""
+    """Prints the report; returns the exit status."""
     print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores")
     versions = {"depthwise_jax": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that one of the platforms has a device
+        asked = os.environ.get("JAX_PLATFORMS")
+        cure = f"JAX_PLATFORMS={asked} allows none: unset it, or install JAX for that platform" if asked else str(error)
+        print(f"devices: none that JAX can use; {cure}")
+        return 2
     print(f"devices: {len(devices)} {devices[0].platform} ({devices[0].device_kind})")
     print(f"compiled kernels: {compiled_kernels()}")
 
-    print("\nchosen:")
+    print("\nlowerings (ways to compute a call) that are chosen:")
     for name, call in TIMED.items():
         print(f"  {name}")
         choices: dict[str, list[str]] = {}
@@ -92,7 +101,7 @@ def main() -> int:
         for choice, directions in choices.items():
             print(f"    {', '.join(directions)}: {choice}")
 
-    print(f"\nself-check against loops in float64 ({', '.join(DIRECTIONS)}):")
+    print("\nself-check against loops in float64 (forward; dx and dw, the gradients of x and of the kernel):")
     failures = []
     for name in available():
         outcome = check(name)
@@ -100,12 +109,12 @@ def main() -> int:
         right = outcome.served - len(outcome.failures)
         unserved = len(CHECKED) - outcome.served
         print(
-            f"  {name}: {right} of {outcome.served} calls right, largest error {outcome.largest:.2g} of what is allowed"
-            + (f"; {unserved} not served" if unserved else "")
+            f"  {name}: {right} of {outcome.served} calls right, largest error {outcome.largest:.2g} of the allowed one"
+            + (f"; it cannot compute {unserved}" if unserved else "")
         )
 
     if not failures:
-        print(f"\nself-benchmark: ms a call, times faster than jax.lax; medians of {ROUNDS} interleaved rounds")
+        print(f"\nself-benchmark, small layers: ms a call, times faster than jax.lax; medians of {ROUNDS} rounds")
         print("  " + " " * 28 + "".join(f"{name:>20}" for name in DIRECTIONS))
         for name, call in TIMED.items():
             cells, wrong = benchmark(call)
@@ -117,38 +126,38 @@ def main() -> int:
 
 
 def compiled_kernels() -> str:
-    """The instruction set of the compiled kernels, or why they are not there."""
+    """The instruction set of the compiled kernels, or why they are not used."""
     status = native.status()
     return status.instruction_set or f"none ({status.reason})"
 
 
-def available() -> list[str]:
+def available() -> list[Implementation]:
     """The lowerings that can run on the default device."""
     compiled = jax.devices()[0].platform == "cpu" and native.status().instruction_set is not None
-    return [name for name in lowering.LOWERINGS if name != "native" or compiled]
+    return [name for name in get_args(Implementation) if name != "native" or compiled]
 
 
 @dataclass
 class Outcome:
-    """What a check found: calls that the lowering serves, the largest error over what is allowed, what is wrong."""
+    """The result of a check: how many calls the lowering computes, the largest error over the allowed one, failures."""
 
     served: int = 0
     largest: float = 0.0
     failures: list[str] = field(default_factory=list)
 
 
-def check(implementation: str) -> Outcome:
-    """Compares a lowering with the truth on each call of CHECKED that it serves."""
+def check(implementation: Implementation) -> Outcome:
+    """Compares a lowering with the truth on each call of CHECKED that it can compute."""
     outcome = Outcome()
     for call in CHECKED:
         try:
             _explain(call, implementation)
-        except ValueError:  # by its own word not for this call
+        except ValueError:  # the lowering refuses this call
             continue
         outcome.served += 1
         x, kernel, bias, g = _operands(call)
         expected, scales = truth(call, *(np.asarray(operand, np.float64) for operand in (x, kernel, bias, g)))
-        # Where the activation has a kink, rounding decides about the derivative: nothing comes back from there.
+        # Near the activation's kink rounding decides the derivative: no gradient arrives there.
         smooth = np.abs(expected[0]) > 0.05 if call.activation else np.ones(expected[0].shape, bool)
         g = jnp.where(smooth, g, 0)
         expected, scales = truth(call, *(np.asarray(operand, np.float64) for operand in (x, kernel, bias, g)))
@@ -171,7 +180,7 @@ def check(implementation: str) -> Outcome:
 
         try:
             results = jax.jit(maps)(x, kernel, bias, g)
-        except Exception as error:  # the other calls and lowerings are still to be checked
+        except Exception as error:  # the other calls and lowerings must still be checked
             outcome.failures.append(f"{call}: {type(error).__name__}: {error}")
             continue
         wrong = []
@@ -179,7 +188,7 @@ def check(implementation: str) -> Outcome:
             error = np.max(np.abs(np.asarray(result, np.float64) - value) / scale) / TOLERANCE[call.dtype]
             outcome.largest = float(np.fmax(outcome.largest, error))
             if not error <= 1:  # NaN too
-                wrong.append(f"{name} is off by {error:.2g} times what is allowed")
+                wrong.append(f"{name} is off by {error:.2g} times the allowed error")
         if wrong:
             outcome.failures.append(f"{call}: {', '.join(wrong)}")
     return outcome
@@ -188,7 +197,7 @@ def check(implementation: str) -> Outcome:
 def truth(
     call: Example, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, g: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """y, dx and dw by a loop over the taps, and for each the sum of the magnitudes of what was added."""
+    """y, dx and dw by a loop over the taps, and for each the sum of the magnitudes of its terms."""
     if call.data_format == "channels_first":
         x, g = np.moveaxis(x, 1, -1), np.moveaxis(g, 1, -1)
     window, spatial, (channels, multiplier) = kernel.shape[:-2], x.shape[1:-1], kernel.shape[-2:]
@@ -233,10 +242,10 @@ def truth(
 
 
 def benchmark(call: Example) -> tuple[list[tuple[float, float]], list[str]]:
-    """Times what is chosen for a call against plain lax.
+    """Times the chosen lowering of a call against plain lax.
 
     Returns:
-        Milliseconds and how many times faster than lax for each of DIRECTIONS; and what is wrong, by lax's values.
+        Milliseconds and how many times faster than lax for each of DIRECTIONS; and the differences from lax's values.
     """
     x, kernel, _, g = _operands(call)
     window, channels = kernel.shape[:-2], kernel.shape[-2]
@@ -266,7 +275,7 @@ def benchmark(call: Example) -> tuple[list[tuple[float, float]], list[str]]:
     cells, wrong = [], []
     for name, contestants in zip(DIRECTIONS, zip(maps(ours), maps(plain), strict=True), strict=True):
         result, reference = (np.asarray(function(x, kernel, g), np.float64) for function in contestants)
-        # Both round to what the device's matrix units take: half a per cent on those of GPUs and TPUs.
+        # Both round to the device's matrix units: to half a per cent on GPUs and TPUs.
         error = np.max(np.abs(result - reference)) / np.max(np.abs(reference))
         if not error <= (1e-4 if jax.devices()[0].platform == "cpu" else 2e-2):
             wrong.append(f"{name} differs from lax's by {error:.2g} of its largest value")
@@ -281,13 +290,13 @@ def benchmark(call: Example) -> tuple[list[tuple[float, float]], list[str]]:
     return cells, wrong
 
 
-def _explain(call: Example, implementation: str | None = None) -> Any:
+def _explain(call: Example, implementation: Implementation | None = None) -> Any:
     x, kernel = (jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel))
     return explain(x, kernel, **call.geometry, implementation=implementation)
 
 
 def _operands(call: Example) -> list[Array]:
-    """x, kernel, bias and a cotangent, the same ones at every run."""
+    """x, kernel, bias and a cotangent, the same at every run."""
     random = np.random.default_rng(0)
     x, kernel = (jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel))
     y = jax.eval_shape(lambda x, kernel: depthwise_conv(x, kernel, **call.geometry), x, kernel)

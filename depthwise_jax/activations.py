@@ -21,7 +21,7 @@ def linear(x: Array) -> Array:
 
 
 def leaky_relu(x: Array) -> Array:
-    """`x` where `x >= 0`, else `0.2*x`: Keras' slope, where jax.nn has 0.01."""
+    """`x` where `x >= 0`, else `0.2*x`: Keras' slope; that of jax.nn is 0.01."""
     return jax.nn.leaky_relu(x, negative_slope=0.2)
 
 
@@ -50,15 +50,15 @@ def sparsemax(x: Array, axis: int = -1) -> Array:
 
     Args:
         x: a floating-point array of any shape.
-        axis: the axis whose numbers are to sum to 1.
+        axis: the axis along which the result sums to 1.
     """
-    from optax.projections import projection_simplex  # here, because importing optax takes longer than all else
+    from optax.projections import projection_simplex  # here, because importing optax takes longer than everything else
 
     along_last = jnp.vectorize(projection_simplex, signature="(n)->(n)")
     return jnp.moveaxis(along_last(jnp.moveaxis(x, axis, -1)), -1, axis)
 
 
-# Keras' "threshold" is left out: it takes two more arguments, and no layer can call it.
+# Keras' "threshold" is left out: it takes two more arguments, so a layer cannot call it.
 _REGISTRY = Registry(
     "activation",
     "keras.activations",
@@ -103,19 +103,19 @@ def get(identifier: Any, argument: str = "activation", channel_axis: int = -1) -
     Args:
         identifier: None, one of Keras' names, Keras' configuration of a function, or any callable.
         argument: the argument's name in messages.
-        channel_axis: the axis that softmax, log_softmax, glu and sparsemax act along when they are named; a callable
-            acts as it does by itself.
+        channel_axis: the axis along which softmax, log_softmax, glu and sparsemax act if given by name; a callable
+            uses its own axis.
 
     Returns:
-        A function of one array, a callable as it came; None for None and "linear". "relu" is `jax.nn.relu` and
-        "relu6" `jax.nn.relu6`.
+        A function of one array; a callable is returned unchanged. None for None and "linear". "relu" is `jax.nn.relu`
+        and "relu6" is `jax.nn.relu6`.
 
     Raises:
         ValueError: an unknown name or configuration.
-        TypeError: neither of those nor a callable, or a class.
+        TypeError: the identifier is none of these, or a class.
     """
     if isinstance(identifier, type):
-        raise TypeError(f"{argument} must be a function or an object to call; got the class {identifier.__name__}")
+        raise TypeError(f"{argument} must be a function or a callable object; got the class {identifier.__name__}")
     function = _REGISTRY.get(identifier, argument)
     if function is None or function is linear:
         return None

@@ -1,14 +1,14 @@
 """Constraints: projections of a parameter onto a set, `constraint(w) -> array of w's shape and dtype`.
 
-`MaxNorm`, `MinMaxNorm`, `UnitNorm` and `NonNeg` compute Keras' formulas; `Box`, `PerSlice` and `a & b` go beyond them.
-Any other callable, array to array of the same shape and dtype, is a constraint too.
+`MaxNorm`, `MinMaxNorm`, `UnitNorm` and `NonNeg` compute Keras' formulas; Keras lacks `Box`, `PerSlice` and `a & b`.
+Any other callable that returns an array of the same shape and dtype is a constraint too.
 
 What `axis` means for the kernel (3, 3, C, M) of a 2D depthwise convolution:
 
 | axis | what is bounded |
 |---|---|
 | 0 (Keras' default) | each column of a filter, 3 numbers; the norm of a filter may reach sqrt(3) times the bound |
-| "window" | each filter, its 3 x 3 numbers: every axis but the last two, what max-norm papers mean |
+| "window" | each filter, its 3 x 3 numbers: all axes except the last two, as in papers on max norm |
 | (0, 1, 2) | the filters of all C channels together, for each of the M multipliers |
 
 A pointwise kernel (1, 1, C, F) or a dense one (C, F) has its filters along C: `axis=(0, 1, 2)` and `axis=0`.
@@ -50,10 +50,10 @@ _KERAS_EPSILON = 1e-7  # keras.config.epsilon()
 
 
 class Constraint:
-    """The identity, and the base of every constraint: the call, and what a set tells of itself beyond it.
+    """The identity, and the base class of every constraint.
 
-    A subclass gives `__call__`. The rest lets an update survive the rounding of `parameter + update`, and has defaults
-    that claim nothing.
+    A subclass defines `__call__`. The other methods help an update survive the rounding of `parameter + update`; their
+    defaults promise nothing.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -66,12 +66,12 @@ class Constraint:
 
     @property
     def interval(self) -> tuple[Any, Any]:
-        """Bounds (lower, upper) on every single number, which `depthwise_jax.optim.project` keeps exactly."""
+        """Bounds (lower, upper) on every number, which `depthwise_jax.optim.project` keeps exactly."""
         return -math.inf, math.inf
 
     @property
     def keeps_finite(self) -> bool:
-        """Whether finite input is known to give finite output; `depthwise_jax.optim.project` tries it if not."""
+        """Whether finite input is known to give finite output; if not, `depthwise_jax.optim.project` tries it."""
         return False
 
     def __call__(self, w: jax.Array) -> jax.Array:
@@ -79,7 +79,7 @@ class Constraint:
         return w
 
     def project_with_margin(self, w: jax.Array) -> jax.Array:
-        """The projection onto a set smaller by what rounding may add later; `self(w)` where there is no such set.
+        """The projection onto a set that is smaller by what rounding may add later; `self(w)` if there is no such set.
 
         Args:
             w: a real floating-point array.
@@ -87,18 +87,18 @@ class Constraint:
         return self(w)
 
     def excess(self, w: jax.Array) -> jax.Array | None:
-        """How far each slice of `w` that is projected on its own lies outside the set; None if that is unknown.
+        """How far each separately projected slice of `w` lies outside the set; None if that is unknown.
 
         Args:
             w: a real floating-point array.
 
         Returns:
-            Distances >= 0, one for each slice, with the rank of `w` and along every axis its length or 1.
+            Distances >= 0, one for each slice, with the rank of `w`; each axis has the length of that of `w`, or 1.
         """
         return None
 
     def violation(self, w: jax.Array) -> jax.Array | None:
-        """The largest of `excess(w)`, a scalar: 0 for a member, NaN where `w` has one; None if unknown.
+        """The largest of `excess(w)`, a scalar: 0 for a member, NaN if `w` has a NaN; None if unknown.
 
         Args:
             w: a real floating-point array.
@@ -110,7 +110,7 @@ class Constraint:
         """The arguments, as Keras writes them.
 
         Args:
-            window_axes: the axes that `axis="window"` stands for in the parameter at hand.
+            window_axes: the axes that `axis="window"` means for the parameter.
 
         Raises:
             ValueError: Keras has no such constraint.
@@ -127,33 +127,33 @@ class Constraint:
 def compose(*constraints: Callable[..., Any]) -> Constraint:
     """The constraint that applies each of `constraints` in turn, the first one first; `a & b` is `compose(a, b)`.
 
-    The result lies in the last set, and in all of them where each projection keeps the sets before it, as
-    `NonNeg() & MaxNorm(1.0)` does.
+    The result lies in the last set. It lies in all of them if each projection keeps the sets before it, as in
+    `NonNeg() & MaxNorm(1.0)`.
 
     Args:
         *constraints: one or more callables.
 
     Raises:
-        TypeError: one is not callable.
-        ValueError: their intervals have nothing in common.
+        TypeError: one of them is not callable.
+        ValueError: their intervals do not overlap.
     """
     parts = [as_constraint(constraint) for constraint in constraints]
     return _Composition(tuple(leaf for part in parts for leaf in getattr(part, "parts", (part,))))
 
 
 def as_constraint(constraint: Any) -> Constraint:
-    """`constraint` itself if it is a `Constraint`, else a callable's wrapper.
+    """`constraint` itself if it is a `Constraint`, else a `Constraint` that wraps the callable.
 
     Args:
         constraint: a `Constraint`, or any function from an array to an array of its shape and dtype.
 
     Raises:
-        TypeError: not callable.
+        TypeError: it is not callable.
     """
     if isinstance(constraint, Constraint):
         return constraint
     if not callable(constraint):
-        raise TypeError(f"a constraint must be callable, array to array of the same shape; got {constraint!r}")
+        raise TypeError(f"a constraint must be callable, from an array to one of the same shape; got {constraint!r}")
     return _Function(constraint)
 
 
@@ -196,7 +196,7 @@ class Box(Constraint):
         return jnp.maximum(jnp.maximum(lower - w, w - upper), 0)
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
-        raise ValueError(f"{self!r} has no Keras configuration; Keras knows no box constraint")
+        raise ValueError(f"{self!r} has no Keras configuration; Keras lacks a box constraint")
 
     def _limits(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.asarray(self.lower, w.dtype), jnp.asarray(self.upper, w.dtype)
@@ -218,8 +218,8 @@ class NonNeg(Box):
 class _Norm(Constraint):
     """Slices whose Euclidean norm lies in [least, greatest]. Narrow dtypes are computed in float32.
 
-    In a narrow dtype, a slice that was scaled down is rounded toward zero and one that was scaled up away from it, so
-    that rounding does not undo the projection. Bounds too close for that (UnitNorm's) round to nearest.
+    In a narrow dtype, a slice that was scaled down is rounded toward zero, and a slice that was scaled up away from it.
+    Rounding then does not undo the projection. If the bounds are too close for that (UnitNorm's), it is to nearest.
     """
 
     axis: Any
@@ -246,7 +246,7 @@ class _Norm(Constraint):
         if rate is not None and not 0 <= rate <= 1:
             raise ValueError(f"{name}: rate must lie in [0, 1]; got {self.rate!r}")
         if self.exact and not self._at_once:
-            raise ValueError(f"{name}: exact=True needs rate=1, since any other is not idempotent; got {self.rate!r}")
+            raise ValueError(f"{name}: exact=True needs rate=1, since no other rate is idempotent; got {self.rate!r}")
 
     def _norm_bounds(self) -> tuple[Any, Any]:
         """The bounds (least, greatest) on the norm."""
@@ -289,8 +289,8 @@ class _Norm(Constraint):
         if w.dtype != at_least_float32(w.dtype) or _known(least) != 0 or not self._at_once:
             return self(w)
         axes = axes_of(self.axis, w.ndim, type(self).__name__)
-        # Computing the projection takes 4 eps, the sum parameter + update 3 half-eps, a step inward 4 more; the norm
-        # has half the error of its sum of squares, here and again in `excess`.
+        # Computing the projection costs 4 eps, the sum parameter + update 3 half-eps, and a step inward 4 more. The
+        # norm has half the error of its sum of squares, here and again in `excess`.
         margin = 8 + sum_error(w, axes)
         target = greatest * (1 - margin * float(jnp.finfo(w.dtype).eps))
         norms = slice_norms(w, axes)
@@ -310,7 +310,7 @@ class _Norm(Constraint):
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
         if self.exact:
-            raise ValueError(f"{self!r} has no Keras configuration; Keras knows no exact=True")
+            raise ValueError(f"{self!r} has no Keras configuration; Keras lacks exact=True")
         config = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "exact"}  # type: ignore[arg-type]
         axis = window_axes if self.axis == "window" else self.axis
         return config | {"axis": list(axis) if isinstance(axis, tuple) else axis}
@@ -326,10 +326,11 @@ class MaxNorm(_Norm):
         max_value: the bound, a number >= 0.
         axis: the axes along which the norm is taken: an int, a tuple of ints, "window" (each filter of a depthwise
             kernel `(*window, C, M)`), or None for all.
-        exact: the projection itself instead: members stay as they are, and applying it twice changes nothing.
+        exact: whether to compute the exact projection instead: it leaves members unchanged, and applying it twice
+            changes nothing.
 
     Raises:
-        TypeError, ValueError: an argument of another type or value, or an axis that the array does not have.
+        TypeError, ValueError: an argument has an invalid type or value, or the array lacks the axis.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -359,9 +360,9 @@ class MinMaxNorm(_Norm):
     Attributes:
         min_value: the lower bound, a number >= 0.
         max_value: the upper bound, a number >= min_value.
-        rate: in [0, 1]; 1 enforces the bounds at once, less moves the norm that part of the way at each step.
+        rate: in [0, 1]; 1 enforces the bounds at once, a smaller rate moves the norm that part of the way per step.
         axis: as in `MaxNorm`.
-        exact: as in `MaxNorm`; it needs rate=1. A slice of zeros has no direction and stays.
+        exact: as in `MaxNorm`; it needs rate=1. A slice of zeros has no direction and is left unchanged.
 
     Raises:
         TypeError, ValueError: as `MaxNorm`.
@@ -388,7 +389,7 @@ class UnitNorm(_Norm):
 
     Attributes:
         axis: as in `MaxNorm`.
-        exact: as in `MaxNorm`. A slice of zeros has no direction and stays.
+        exact: as in `MaxNorm`. A slice of zeros has no direction and is left unchanged.
 
     Raises:
         TypeError, ValueError: as `MaxNorm`.
@@ -407,9 +408,9 @@ class UnitNorm(_Norm):
 
 @dataclass(frozen=True)
 class PerSlice(Constraint):
-    """Any projection of one array, applied to each slice along `axis` on its own, in float32 at least.
+    """Any projection of one array, applied separately to each slice along `axis`, in float32 or wider.
 
-    With `optax.projections`, whose functions take a whole tree as one vector:
+    Use it for `optax.projections`, whose functions take a whole tree as one vector:
     `PerSlice(functools.partial(optax.projections.projection_l1_ball, scale=2.0), axis="window")`.
 
     Attributes:
@@ -417,7 +418,7 @@ class PerSlice(Constraint):
         axis: the axes of a slice, as in `MaxNorm`.
 
     Raises:
-        TypeError, ValueError: `projection` is not callable, or `axis` as for `MaxNorm`.
+        TypeError, ValueError: `projection` is not callable, or `axis` is invalid as for `MaxNorm`.
     """
 
     projection: Callable[[Any], Any]
@@ -447,10 +448,10 @@ def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Lifted(Constraint):
-    """A constraint of one instance's parameter, applied to the parameter of many: mapped over the lifted axes.
+    """A constraint on one instance's parameter, mapped over the lifted axes of the parameter of many instances.
 
     Attributes:
-        constraint: the instance's.
+        constraint: the constraint on one instance.
         axes: the axes that nn.vmap or nn.scan added, ascending.
     """
 
@@ -494,7 +495,7 @@ class _Composition(Constraint):
     def __post_init__(self) -> None:
         lower, upper = map(_known, self.interval)
         if lower is not None and upper is not None and lower > upper:
-            raise ValueError(f"the constraints have no number in common: {', '.join(map(repr, self.parts))}")
+            raise ValueError(f"constraints must overlap; no number satisfies all of {', '.join(map(repr, self.parts))}")
 
     @property
     def interval(self) -> tuple[Any, Any]:
@@ -565,7 +566,7 @@ def _lesser(a: Any, b: Any) -> Any:
 
 
 def _largest(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The largest along each axis in which `shape` has 1 and `x` may have more."""
+    """The maximum along each axis where `shape` has 1 and `x` may have more."""
     return jnp.max(x, axis=tuple(axis for axis in range(x.ndim) if x.shape[axis] != shape[axis]), keepdims=True)
 
 

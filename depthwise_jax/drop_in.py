@@ -1,4 +1,4 @@
-"""lax.conv_general_dilated's signature and results: depthwise calls take the fast path, all others go to lax."""
+"""A drop-in for lax.conv_general_dilated: computes depthwise calls with this package, and passes all others to lax."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def conv_general_dilated(
 
     Pass it to a module that takes a convolution: `flax.linen.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
-    A call is taken if each group has one input channel, and there are several; if lhs and the result lie alike,
-    channels last or channels first; and if lhs and rhs are floating or complex, of one dtype that the result has too.
-    Calls with negative padding, "SAME_LOWER", an empty result, batch groups, an out_sharding, or a dilated lhs that is
-    no transpose of a strided depthwise convolution are given to lax as they came.
+    This package computes a call if there are several groups with one input channel each; if lhs and the result have the
+    same layout, channels last or channels first; and if lhs, rhs and the result have the same floating or complex
+    dtype. Calls with negative padding, "SAME_LOWER", an empty result, batch groups, an out_sharding, or a dilated lhs
+    that does not come from a strided depthwise convolution are passed to lax unchanged.
 
     The arguments, results and errors are those of `lax.conv_general_dilated`.
 
@@ -93,9 +93,9 @@ def _recognise(
     groups: int,
     precision: Any,
 ) -> tuple[Primitive, Array, Array, Convolution] | None:
-    """A call as one of the primitives, with its operands and its convolution; None if it is neither.
+    """A call as one of the primitives, with its operands and its convolution; None if it is not depthwise.
 
-    The operands are x and a kernel (*window, C, M), for a transposed convolution as transposed_operands gives them.
+    The operands are x and a kernel (*window, C, M), for a transposed convolution as transposed_operands returns them.
     """
     rank = lhs.ndim - 2
     layouts = {
@@ -118,7 +118,7 @@ def _recognise(
         return None
     precision = hashable_precision(precision)
 
-    def kernel() -> Array:  # made for calls that are taken alone: the others leave no trace
+    def kernel() -> Array:  # a function, so calls that go to lax leave no trace of it
         arranged = jnp.transpose(rhs, (*window_axes, features, inputs))
         return arranged.reshape(*size, groups, outputs // groups)
 
@@ -126,13 +126,13 @@ def _recognise(
         try:
             window, _ = resolve(spatial, size, strides, padding, dilation)
         except (TypeError, ValueError):
-            return None  # an empty result, or what lax has its own error for
+            return None  # an empty result, or an error that lax reports itself
         return primitives.conv_p, lhs, kernel(), Convolution(window, layout, spatial, precision)
     # The transpose in x of a convolution with strides `spread` convolves the dilated cotangent with the flipped kernel.
     if named or any(step != 1 for step in strides) or not all(isinstance(n, int) for n in spatial):
         return None
     extent = Window(size, spread, ((0, 0),) * rank, dilation).extent
-    # More zeros behind, fewer than a stride, are the input positions that no window reaches.
+    # Extra zeros at the end, fewer than a stride, are input positions that no window reaches.
     pads = tuple(
         (e - 1 - low, max(e - 1 - high, 0) if e - 1 - high > -step else -1)
         for e, step, (low, high) in zip(extent, spread, padding, strict=True)

@@ -1,4 +1,4 @@
-"""explain: which lowering computes a depthwise convolution or a transposed one and its gradients, and why."""
+"""Explains which lowering computes a depthwise convolution or a transposed one and its gradients, and why."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from jax.sharding import PartitionSpec
 
 from depthwise_jax import lowering
 from depthwise_jax._core import dtypes, sharding
+from depthwise_jax._core.layout import DataFormat
 from depthwise_jax._core.sharding import Partitioning
 from depthwise_jax._core.window import Padding
 from depthwise_jax.functional import Request, kernel_layout
-from depthwise_jax.lowering import primitives
+from depthwise_jax.lowering import Implementation, primitives
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which lowering computes a call and its two gradients, and why; prints as three lines.
+    """Which lowering computes a call and its two gradients, and why. It prints as three lines.
 
     Attributes:
         forward, input_grad, kernel_grad: the choice for each map, with its `lowering` and `reason`.
@@ -39,9 +40,9 @@ def explain(
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
     packed: bool = False,
     platform: str | None = None,
@@ -51,8 +52,8 @@ def explain(
 ) -> Explanation:
     """Tells which lowering depthwise_conv would use for the forward pass and for both gradients, and why.
 
-    What is known of sharding decides too: the mesh that `jax.set_mesh` has set, in_sharding, and the shardings of x and
-    kernel where they have one.
+    The choice also depends on what is known about sharding: the mesh that `jax.set_mesh` has set, in_sharding, and the
+    shardings of x and kernel, if they have any.
 
     Args:
         x, kernel: as in depthwise_conv; anything with a shape and a dtype, `jax.ShapeDtypeStruct` too.
@@ -60,17 +61,17 @@ def explain(
         packed: whether several documents are packed into a row, as `causal_conv1d` takes them with segment_pos.
         platform: "cpu", "cuda", "rocm" or "tpu", or "gpu" for the GPU of this machine ("cuda" without one); the default
             backend's if None.
-        partitioned: instead of asking the mesh: over how many mesh axes the compiler splits the program, in a way that
-            no type tells; True is one.
-        transposed: whether the call is one of depthwise_conv_transpose, whose forward pass is computed as the gradient
-            of depthwise_conv in x is, and whose gradient in x as depthwise_conv.
+        partitioned: over how many mesh axes the compiler partitions the program in a way that no type shows, in place
+            of what the mesh says; True means one.
+        transposed: whether the call is one of depthwise_conv_transpose. Its forward pass is computed like the gradient
+            of x of depthwise_conv, and its gradient of x like depthwise_conv.
         output_padding: as in depthwise_conv_transpose.
 
     Returns:
         An `Explanation`, which prints as three lines.
 
     Raises:
-        TypeError, ValueError: as depthwise_conv; also an unknown platform, or an implementation that cannot serve the
+        TypeError, ValueError: as depthwise_conv; also an unknown platform, or an implementation that cannot compute the
             call.
 
     Examples:
@@ -132,15 +133,15 @@ def explain(
 
 
 def _type(operand: Any) -> Any:
-    """The type of an operand, with its sharding where it has one."""
+    """The type of an operand, with its sharding if it has one."""
     known = isinstance(operand, jax.Array | jax.ShapeDtypeStruct)
-    if not known:  # an array of NumPy's, which JAX would narrow without a word
+    if not known:  # a NumPy array, which JAX would silently narrow
         operand = jax.ShapeDtypeStruct(operand.shape, jax.dtypes.canonicalize_dtype(operand.dtype))
     return jax.typeof(operand)
 
 
 def _platform(platform: str | None) -> str:
-    """The platform's name among those of the lowerings."""
+    """The platform's name as the lowerings know it."""
     if platform in (None, "gpu"):
         default = jax.default_backend()
         if default != "gpu":

@@ -17,9 +17,17 @@ from jax.typing import ArrayLike, DTypeLike
 from depthwise_jax import activations, lowering
 from depthwise_jax._core import dtypes, fused, hints, sharding
 from depthwise_jax._core.convolution import Convolution, hashable_precision
-from depthwise_jax._core.layout import Layout
-from depthwise_jax._core.window import InputPadding, Padding, Transposed, Window, resolve, resolve_transposed
-from depthwise_jax.lowering import primitives
+from depthwise_jax._core.layout import DataFormat, Layout
+from depthwise_jax._core.window import (
+    InputPadding,
+    Padding,
+    Transposed,
+    TransposedPadding,
+    Window,
+    resolve,
+    resolve_transposed,
+)
+from depthwise_jax.lowering import Implementation, primitives
 
 
 def depthwise_conv(
@@ -29,15 +37,15 @@ def depthwise_conv(
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
     activation: Any = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
 ) -> Array:
-    """Convolves each input channel with its own kernels; no channels are mixed.
+    """Convolves each input channel with its own kernels; channels are not mixed.
 
     `y[..., o, c*M + m] = sum over t of x[..., o*strides + t*dilation_rate - low, c] * kernel[t, c, m]`, a
     cross-correlation, where taps outside the input contribute nothing. Sums are taken in float32 for narrower floats,
@@ -50,29 +58,29 @@ def depthwise_conv(
         bias: `(C*M,)`, added to the convolution.
         strides: steps of the window in input positions, one or one per spatial axis.
         padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), "causal" (one spatial axis: all
-            zeros before), "reflect", "circular" or "edge" (the input again, mirrored, wrapped or its outermost value,
-            `(span - 1) // 2` before and `span // 2` after), in any case; an integer; or one (low, high) pair per
-            spatial axis.
+            zeros before), "reflect", "circular" or "edge" (the input mirrored, wrapped or its outermost value repeated,
+            `(span - 1) // 2` before and `span // 2` after), in lower or upper case; an integer; or one (low, high) pair
+            per spatial axis.
         data_format: "channels_last" or "channels_first".
         dilation_rate: distance between taps in input positions, one or one per spatial axis; goes with any strides.
         activation: a name ("relu", "gelu", ...) or a callable, applied last.
         precision: as in `jax.lax.conv_general_dilated`.
-        preferred_element_type: the result's dtype, at least as wide as what JAX promotes the operands to, which it is
-            by default.
-        implementation: "conv", "taps" or "native" to insist on a lowering; None chooses one (see explain).
+        preferred_element_type: the result's dtype, at least as wide as the dtype to which JAX promotes the operands;
+            that dtype by default.
+        implementation: "conv", "taps" or "native" to require a lowering (a way to compute the call); None chooses one
+            (see explain).
         in_sharding: how x is sharded over the mesh that `jax.set_mesh` has set. Pass it on meshes with several
             automatic axes: otherwise the sharding of x is unknown there, and the gradients assume the worst. An x that
-            is sharded differently is moved, and the kernel's channels are sharded as those of x. Ignored without a
+            is sharded differently is moved, and the kernel's channels are sharded like those of x. Ignored without a
             mesh.
 
     Returns:
         `(*batch, *out, C*M)`, or `(*batch, C*M, *out)` with channels_first, in the dtype that the operands promote to.
-        It carries the checkpoint name "depthwise_conv" (after a bias and the activations "relu" and "relu6", before
-        others), for policies such as
-        `jax.checkpoint_policies.save_only_these_names("depthwise_conv")`.
+        It has the checkpoint name "depthwise_conv" (after a bias and the activations "relu" and "relu6", before
+        others), for policies such as `jax.checkpoint_policies.save_only_these_names("depthwise_conv")`.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, naming it, what came and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, what came and what is expected.
 
     Examples:
         >>> import jax
@@ -105,12 +113,12 @@ def separable_conv(
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
     activation: Any = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
@@ -121,12 +129,12 @@ def separable_conv(
         depthwise_kernel: `(*window, C, M)`.
         pointwise_kernel: `(1, ..., 1, C*M, F)`, with as many axes as depthwise_kernel.
         bias: `(F,)`.
-        strides, padding, data_format, dilation_rate: as in depthwise_conv, for its half.
-        activation: applied last; nothing stands between the two halves.
-        precision, preferred_element_type, implementation: as in depthwise_conv; the first two hold for both halves.
+        strides, padding, data_format, dilation_rate: as in depthwise_conv, for the depthwise half.
+        activation: applied last; there is no activation between the two halves.
+        precision, preferred_element_type, implementation: as in depthwise_conv; the first two apply to both halves.
         in_sharding: as in depthwise_conv.
         out_sharding: the result's sharding, needed under explicit sharding when the channels are sharded, since the sum
-            over them may end sharded in more ways than one.
+            over them can be sharded in several ways.
 
     Returns:
         `(*batch, *out, F)`, or `(*batch, F, *out)` with channels_first.
@@ -163,20 +171,20 @@ def depthwise_conv_transpose(
     bias: ArrayLike | None = None,
     *,
     strides: int | Sequence[int] = 1,
-    padding: Padding = "valid",
+    padding: TransposedPadding = "valid",
     output_padding: int | Sequence[int] | None = None,
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     dilation_rate: int | Sequence[int] = 1,
     activation: Any = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
 ) -> Array:
-    """Spreads each input channel with its own kernels: the transposed depthwise convolution, which makes x larger.
+    """Spreads each input channel by its own kernels: the transposed depthwise convolution, which makes x larger.
 
     `y[..., i*strides + t*dilation_rate - low, c*M + m] += x[..., i, c] * kernel[t, c, m]` for all i and t. The kernel
-    is not flipped. For M = 1 this is the transpose of depthwise_conv in x, which its gradient computes. It is
+    is not flipped. For M = 1 this is the transpose of depthwise_conv in x, the same map as its gradient. It is
     PyTorch's ConvTranspose with one group per channel, whose weight is `(C, M, *window)`.
 
     Args:
@@ -184,12 +192,12 @@ def depthwise_conv_transpose(
         kernel: `(*window, C, M)`, one to three window axes; its rank decides how many spatial axes x has.
         bias: `(C*M,)`, added to the result.
         strides: outputs between the windows of two neighbouring inputs, one or one per spatial axis.
-        padding: how many of the `(n - 1)*strides + span` outputs that n inputs reach are cut off. "valid" (none) or
-            "same" (`n*strides` outputs) in any case, as Keras has them: with strides above the span zeros lie behind.
-            An integer, or one (low, high) pair per spatial axis, as PyTorch has them.
-        output_padding: outputs to add behind, one or one per spatial axis, fewer than strides or than dilation_rate.
-            None adds none to pairs, and what "valid" and "same" say; a number p gives `(n - 1)*strides + span + p`
-            outputs with "valid" and `(n - 1)*strides + span % 2 + p` with "same", as in Keras.
+        padding: how many of the `(n - 1)*strides + span` outputs that n inputs reach are cut off. As in Keras: "valid"
+            (none) or "same" (`n*strides` outputs), in lower or upper case; with strides above the span, zeros follow at
+            the end. As in PyTorch: an integer, or one (low, high) pair per spatial axis.
+        output_padding: outputs to add at the end, one or one per spatial axis, fewer than strides or dilation_rate.
+            None adds none to pairs, and to "valid" and "same" as many as their definitions need. As in Keras, a number
+            p gives `(n - 1)*strides + span + p` outputs with "valid" and `(n - 1)*strides + span % 2 + p` with "same".
         data_format, dilation_rate, activation, precision, preferred_element_type, implementation, in_sharding: as in
             depthwise_conv; in_sharding is that of x.
 
@@ -198,7 +206,7 @@ def depthwise_conv_transpose(
         Before bias and activation it carries the checkpoint name "depthwise_conv".
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, naming it, what came and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, what came and what is expected.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -223,13 +231,13 @@ def depthwise_conv_transpose(
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a convolution, checked and in one form: all arguments but the arrays.
+    """The arguments of a convolution except its arrays, checked and normalised.
 
     Attributes:
         layout: the positions of channels and spatial axes.
         strides, padding, dilation_rate: as depthwise_conv takes them.
         activation: a function, or None.
-        precision: as Convolution has it.
+        precision: as in Convolution.
         implementation: the name of a lowering, or None.
         in_sharding: as depthwise_conv takes it.
         output_padding: as depthwise_conv_transpose takes it; None for all others.
@@ -241,7 +249,7 @@ class Request:
     dilation_rate: int | Sequence[int]
     activation: activations.Activation | None
     precision: lax.PrecisionLike
-    implementation: str | None
+    implementation: Implementation | None
     in_sharding: PartitionSpec | None
     output_padding: int | Sequence[int] | None
 
@@ -255,14 +263,14 @@ class Request:
         dilation_rate: int | Sequence[int],
         activation: Any,
         precision: lax.PrecisionLike,
-        implementation: str | None,
+        implementation: Implementation | None,
         in_sharding: PartitionSpec | None,
         output_padding: int | Sequence[int] | None = None,
     ) -> Request:
-        """Checks what needs no shape; `geometry` or `transposed_geometry` checks the rest.
+        """Checks all arguments that do not depend on shapes; `geometry` or `transposed_geometry` checks the rest.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit.
+            TypeError, ValueError: an argument is invalid.
         """
         lowering.check_implementation(implementation)
         sharding.check_in_sharding(in_sharding)
@@ -291,7 +299,7 @@ class Request:
         return Convolution(window, layout, spatial, self.precision), input_padding
 
     def transposed_geometry(self, x: Sequence[int], kernel: Sequence[int]) -> tuple[Convolution, Transposed]:
-        """The static convolution whose transpose in x is asked for, and what comes behind its result.
+        """The static convolution whose transpose in x is computed, and the zeros that follow its result.
 
         Raises:
             TypeError, ValueError: the shapes do not fit each other, or the window does not fit x.
@@ -305,7 +313,7 @@ class Request:
         """The spatial shape of an x that fits the kernel.
 
         Raises:
-            ValueError: x does not have the axes and the channels of the kernel.
+            ValueError: x lacks an axis, or its channels differ from the kernel's.
         """
         layout, channels = self.layout, kernel[-2]
         axes = layout.arrange(["*batch"], [f"spatial{i}" for i in range(layout.rank)], "channels")
@@ -324,11 +332,11 @@ class Request:
         return layout.spatial_shape(x)
 
 
-def kernel_layout(kernel: Sequence[int], data_format: str, name: str) -> Layout:
-    """The layout that a kernel of this shape asks for, (*window, C, M), an argument of this name.
+def kernel_layout(kernel: Sequence[int], data_format: DataFormat, name: str) -> Layout:
+    """The layout for a kernel of this shape, (*window, C, M), passed as an argument of this name.
 
     Raises:
-        ValueError: the shape is not a kernel's, or the data format is unknown.
+        ValueError: the shape cannot be a kernel's, or the data format is unknown.
     """
     rank = len(kernel) - 2
     if not 1 <= rank <= 3:
@@ -355,7 +363,7 @@ def convolve(
     Args:
         request: the request.
         x, kernel, bias, preferred_element_type: as in depthwise_conv.
-        reach: of a packed convolution, as primitives has it.
+        reach: for a packed convolution, as in primitives.
     """
     bias = _checked_bias(bias, kernel.shape[-2] * kernel.shape[-1], "C*M")
     dtype = _result_dtype(preferred_element_type, x, kernel, bias)
@@ -377,7 +385,7 @@ def empty_output(
     *,
     preferred_element_type: DTypeLike | None = None,
 ) -> Array:
-    """What `convolve` gives for an x of no positions that has an output for each position."""
+    """The result of `convolve` for an x without positions, where each position would have an output."""
     channels = kernel.shape[-2] * kernel.shape[-1]
     bias = _checked_bias(bias, channels, "C*M")
     layout = request.layout
@@ -439,11 +447,11 @@ def convolve_transposed(
 
 
 def transposed_operands(x: Array, kernel: Array, layout: Layout) -> tuple[Array, Array]:
-    """x and kernel of a transposed convolution as input_grad_p takes them: M copies of a channel, with a kernel each.
+    """x and kernel of a transposed convolution as input_grad_p takes them: M copies of each channel, one kernel each.
 
-    y is larger than the copies, and interleaving M results costs more: at x (8, 28, 28, 32), M = 2, a window of 4 and a
-    stride of 2, it takes 2.1 ms on CPU with copies and 6.5 by M transposes. The copies are a convolution of one tap
-    with ones: with a broadcast the whole takes 1.7 times as long on TPU, and its gradients 3.3 times.
+    y is larger than the copies, so interleaving M results costs more: at x (8, 28, 28, 32), M = 2, a window of 4 and a
+    stride of 2, it takes 2.1 ms on CPU with copies and 6.5 ms by M transposes. The copies are made by a convolution of
+    one tap with ones: with a broadcast the whole call takes 1.7 times as long on TPU, and its gradients 3.3 times.
     """
     *size, channels, multiplier = kernel.shape
     if multiplier == 1:
@@ -459,7 +467,7 @@ def transposed_operands(x: Array, kernel: Array, layout: Layout) -> tuple[Array,
 
 
 def _bind(request: Request, primitive: Primitive, dtype: Any, x: Array, *others: Array, **params: Any) -> Array:
-    """One of the primitives of x, padded first where the request reads it again, the kernel and perhaps a bias."""
+    """Binds a primitive to x, the kernel and perhaps a bias; first applies a padding that reads x again."""
     convolution, input_padding = request.geometry(x.shape, others[0].shape)
     if input_padding is not None:
         x = _padded(x, input_padding, request.layout)
@@ -475,11 +483,11 @@ def _bind(request: Request, primitive: Primitive, dtype: Any, x: Array, *others:
 
 
 def _padded(x: Array, padding: InputPadding, layout: Layout) -> Array:
-    """x with what its padding reads again around it."""
+    """x surrounded by the values that its padding repeats."""
     if padding.mode != "edge":
         amounts = layout.arrange([(0, 0)] * (x.ndim - layout.rank - 1), padding.amounts, (0, 0))
         return jnp.pad(x, amounts, mode=padding.mode)
-    # jnp.pad slices all axes then, also those that it does not pad, which JAX refuses where types shard them.
+    # With "edge", jnp.pad slices even the axes that it does not pad; JAX refuses that if their types are sharded.
     for axis, (low, high) in zip(layout.spatial, padding.amounts, strict=True):
         axis, n = axis + x.ndim, x.shape[axis]
         edges = ((lax.slice_in_dim(x, 0, 1, axis=axis), low), (lax.slice_in_dim(x, n - 1, n, axis=axis), high))
@@ -493,9 +501,9 @@ def _padded(x: Array, padding: InputPadding, layout: Layout) -> Array:
 def _under_in_sharding(
     request: Request, function: Callable[..., Array], x: Array, *others: Array, reach: bool = False
 ) -> Array:
-    """A function of x, the kernel and perhaps a bias or a reach, under explicit mesh axes if in_sharding says so.
+    """Calls a function of x, the kernel and perhaps a bias or a reach, under explicit mesh axes if in_sharding asks.
 
-    Then types tell the primitives and their gradients what is sharded.
+    The types then show the primitives and their gradients what is sharded.
     """
     if request.in_sharding is not None:
         stated = sharding.operand_specs(request.in_sharding, x.ndim, request.layout)
@@ -542,7 +550,7 @@ def array(name: str, value: Any) -> Array:
     """An argument as an array.
 
     Raises:
-        TypeError: nothing, or a name, where an array is expected.
+        TypeError: None or a string was passed.
     """
     if value is None or isinstance(value, str):
         raise TypeError(f"{name} must be an array; got {value!r}")
@@ -563,13 +571,13 @@ def _result_dtype(preferred: DTypeLike | None, *operands: Array | None) -> Any:
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
     kind = next((kind for kind in kinds if jnp.issubdtype(natural, kind)), None)
     if kind is None:
-        raise TypeError(f"the operands must be numbers; got operands that promote to {natural}")
+        raise TypeError(f"the operands must be numeric; got operands that promote to {natural}")
     if preferred is None:
         return natural
     dtype = jax.dtypes.canonicalize_dtype(preferred)
     if not jnp.issubdtype(dtype, kind) or dtypes.promoted(natural, dtype) != dtype:
         raise TypeError(
-            f"preferred_element_type must be {natural}, to which the operands promote, or a wider type of its kind; "
-            f"got {jnp.dtype(preferred)}"
+            f"preferred_element_type must be {natural}, to which the operands promote, or a wider dtype of the same "
+            f"kind; got {jnp.dtype(preferred)}"
         )
     return dtype

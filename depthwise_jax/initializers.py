@@ -1,12 +1,13 @@
 """Initializers: Keras' distributions in Flax's form, functions of (key, shape, dtype).
 
-An initializer with an integer seed ignores the key and draws what Keras draws on its JAX backend, bit for bit. One
-without a seed draws from the key, as Flax's initializers do.
+An initializer with an integer seed ignores the key and draws the same numbers as Keras on its JAX backend, bit for bit.
+An initializer without a seed draws from the key, like Flax's initializers.
 
-The fans of Keras' names, and of JAX' own initializers (`jax.nn.initializers.lecun_normal`, `he_normal`, ...), count all
-C channels of a depthwise kernel `(*window, C, M)`, though each output reads one: they draw values sqrt(C) too small,
-where Flax' Conv, with its kernel `(*window, 1, C*M)`, draws them right. Use `LecunNormal(fan="window")`,
-`HeNormal(fan="window")` and the like. A layer warns of JAX' own once, since there nobody asked for Keras' numbers.
+Keras' names and JAX's own initializers (`jax.nn.initializers.lecun_normal`, `he_normal`, ...) count all C channels of a
+depthwise kernel `(*window, C, M)` in its fans, though each output reads only one. Their values are too small by a
+factor of sqrt(C). For Flax's Conv, with its kernel `(*window, 1, C*M)`, they are right. Use
+`LecunNormal(fan="window")`, `HeNormal(fan="window")` and the like. A layer warns about JAX's initializers once; Keras'
+names ask for Keras' numbers.
 """
 
 import functools
@@ -50,7 +51,7 @@ Initializer = Callable[[Array, Shape, Any], Array]
 
 
 class _Configured:
-    """A frozen dataclass whose fields are the keys of Keras' configuration, its numbers Python's own."""
+    """A frozen dataclass whose fields are the keys of Keras' configuration, with Python's own numbers."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # pyright: ignore[reportArgumentType]
@@ -88,7 +89,7 @@ class Constant(_Configured):
     """All `value`.
 
     Args:
-        value: a finite number, else ValueError.
+        value: a finite number; any other value raises ValueError.
     """
 
     value: float | int | bool = 0.0
@@ -99,10 +100,10 @@ class Constant(_Configured):
 
 @dataclass(frozen=True)
 class Identity(_Configured):
-    """`gain` times the identity matrix; ValueError for a shape that is not a matrix's.
+    """`gain` times the identity matrix; any shape but a matrix's raises ValueError.
 
     Args:
-        gain: a finite number, else ValueError.
+        gain: a finite number; any other value raises ValueError.
     """
 
     gain: float = 1.0
@@ -118,7 +119,7 @@ class RandomNormal(_Configured):
     """Normal with `mean` and `stddev`.
 
     Args:
-        mean, stddev: finite numbers, else ValueError.
+        mean, stddev: finite numbers; any other value raises ValueError.
         seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
@@ -135,7 +136,7 @@ class RandomUniform(_Configured):
     """Uniform in `[minval, maxval)`.
 
     Args:
-        minval, maxval: finite numbers, else ValueError.
+        minval, maxval: finite numbers; any other value raises ValueError.
         seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
@@ -152,8 +153,8 @@ class TruncatedNormal(_Configured):
     """Normal with `mean` and `stddev`, cut off at two standard deviations.
 
     Args:
-        mean: a finite number, else ValueError.
-        stddev: the standard deviation before the cut, a finite number, else ValueError.
+        mean: a finite number; any other value raises ValueError.
+        stddev: the standard deviation before the cut, a finite number; any other value raises ValueError.
         seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
@@ -169,10 +170,10 @@ class TruncatedNormal(_Configured):
 class Orthogonal(_Configured):
     """`gain` times an orthogonal matrix of shape `(prod(shape[:-1]), shape[-1])`, reshaped (Saxe et al., 2014).
 
-    For a depthwise kernel with depth_multiplier 1 this makes the whole layer, not each filter, one unit vector.
+    For a depthwise kernel with depth_multiplier 1 this makes the whole kernel one unit vector, not each filter.
 
     Args:
-        gain: a finite number, else ValueError.
+        gain: a finite number; any other value raises ValueError.
         seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
     """
 
@@ -196,7 +197,7 @@ class STFT(_Configured):
         periodic: whether the window is periodic rather than symmetric.
 
     Raises:
-        ValueError: another side, scaling or window, or a shape of another form.
+        ValueError: the side, scaling or window is none of these, or the shape has another form.
     """
 
     side: str = "real"
@@ -227,17 +228,17 @@ class STFT(_Configured):
         return jnp.asarray(kernel, dtype)
 
     def _taper(self, length: int) -> np.ndarray:
-        from scipy.signal import get_window  # here, because importing it takes longer than all else
+        from scipy.signal import get_window  # here, because importing it takes longer than everything else
 
         return np.asarray(get_window(self.window, length, fftbins=self.periodic))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fans(_Configured):
-    """What a variance-scaling initializer counts as a kernel's fan-in and fan-out.
+    """How a variance-scaling initializer counts a kernel's fan-in and fan-out.
 
     By default, as in Keras, fan_in = window*C and fan_out = window*M for a kernel (*window, C, M), though each output
-    of a depthwise convolution reads `window` inputs alone. `fan="window"` counts right: fan_in = window and
+    of a depthwise convolution reads only `window` inputs. `fan="window"` counts those: fan_in = window and
     fan_out = window*M. `input_axes` and `output_axes` name the axes whose sizes are multiplied.
     """
 
@@ -254,7 +255,7 @@ class _Fans(_Configured):
         if self.fan not in (None, "window"):
             raise ValueError(f"fan must be None or 'window'; got {self.fan!r}")
         if self.fan and not (self.input_axes is None and self.output_axes is None):
-            raise ValueError("fan='window' stands for input_axes and output_axes; got them as well")
+            raise ValueError("input_axes and output_axes must be None with fan='window', which replaces them")
 
     def get_config(self, window_axes: tuple[int, ...] = ()) -> dict[str, Any]:
         config = super().get_config()
@@ -267,7 +268,7 @@ class _Fans(_Configured):
         """(fan_in, fan_out) of a parameter of this shape."""
         if self.fan:
             if len(shape) < 3:
-                raise ValueError(f"fan='window' is for kernels (*window, C, M); got the shape {shape}")
+                raise ValueError(f"fan='window' needs a kernel of shape (*window, C, M); got the shape {shape}")
             window = math.prod(shape[:-2])
             return window, window * shape[-1]
         if self.input_axes is not None and self.output_axes is not None:
@@ -299,22 +300,22 @@ _DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "uniform")
 
 @dataclass(frozen=True)
 class VarianceScaling(_Fans):
-    """Mean 0 and variance `scale / fan`, where `mode` says which fan and `distribution` which distribution.
+    """Mean 0 and variance `scale / fan`, where `mode` selects the fan and `distribution` the distribution.
 
     For a kernel `(*window, C, M)`, Keras' fans are `fan_in = prod(window)*C` and `fan_out = prod(window)*M`, though
-    each output of a depthwise convolution reads `prod(window)` numbers alone; `fan="window"` counts these. What is said
-    of `fan`, `input_axes` and `output_axes` holds for the Glorot, He and LeCun initializers too.
+    each output of a depthwise convolution reads only `prod(window)` numbers; `fan="window"` counts these. The Glorot,
+    He and LeCun initializers take `fan`, `input_axes` and `output_axes` too.
 
     Args:
         scale: positive.
         mode: "fan_in", "fan_out" or "fan_avg", their mean.
         distribution: "truncated_normal" (or "normal"), "untruncated_normal" or "uniform".
         seed: None to draw from the key, or Keras' seed, an integer in `[0, 2**32)`.
-        input_axes, output_axes: the axes whose sizes are multiplied to make the fans, instead of Keras'.
+        input_axes, output_axes: the axes whose sizes are multiplied for the fans, in place of Keras' axes.
         fan: "window" for `fan_in = prod(window)` and `fan_out = prod(window)*M`; None for Keras'.
 
     Raises:
-        ValueError: an argument outside these values, or "window" together with axes.
+        ValueError: an argument is none of these, or "window" is combined with axes.
 
     Examples:
         >>> import jax
@@ -346,7 +347,7 @@ class VarianceScaling(_Fans):
 
 @dataclass(frozen=True)
 class _Named(_Fans):
-    """A VarianceScaling with a name of its own."""
+    """A VarianceScaling with its own name."""
 
     _scaling: ClassVar[tuple[float, str, str]]
 
@@ -440,7 +441,7 @@ class _Given:
         return jnp.asarray(self.array, dtype)
 
 
-# Keras also accepts the name of the abstract class "Initializer", which can initialize nothing.
+# Keras also accepts the name of the abstract class "Initializer", which cannot initialize anything.
 _REGISTRY = Registry(
     "initializer",
     "keras.initializers",
@@ -475,7 +476,7 @@ def get(identifier: Any, argument: str = "initializer") -> Initializer | None:
 
     Raises:
         ValueError: an unknown name or configuration.
-        TypeError: none of those, or a callable that does not take (key, shape, dtype).
+        TypeError: the identifier is none of these, or a callable that does not take (key, shape, dtype).
     """
     if isinstance(identifier, np.ndarray | np.generic | Array):
         return _Given(identifier)
@@ -485,7 +486,7 @@ def get(identifier: Any, argument: str = "initializer") -> Initializer | None:
             inspect.signature(initializer).bind("key", "shape", "dtype")
         except TypeError as error:
             raise TypeError(
-                f"{argument} must take (key, shape, dtype), as Flax's do; {identifier!r}: {error}"
+                f"{argument} must take (key, shape, dtype), like Flax's initializers; {identifier!r}: {error}"
             ) from None
         except ValueError:  # no signature to check
             pass
@@ -493,7 +494,7 @@ def get(identifier: Any, argument: str = "initializer") -> Initializer | None:
 
 
 def warn_of_fans(initializer: Any) -> None:
-    """Warns, once, of an initializer of JAX or Flax whose fan_in counts all channels of a depthwise kernel.
+    """Warns once about a JAX or Flax initializer whose fan_in counts all channels of a depthwise kernel.
 
     Args:
         initializer: a layer's depthwise initializer.
@@ -512,7 +513,7 @@ def warn_of_fans(initializer: Any) -> None:
 def _warn_of_fans_once() -> None:
     warnings.warn(
         "an initializer of jax.nn.initializers counts all C channels of a depthwise kernel (*window, C, M) in its "
-        "fan_in, though each output reads one, and draws values sqrt(C) too small; use depthwise_jax.initializers, "
+        "fan_in, though each output reads one, so its values are sqrt(C) too small; use depthwise_jax.initializers, "
         "LecunNormal(fan='window') for lecun_normal and HeNormal(fan='window') for he_normal",
         stacklevel=2,
     )
@@ -529,13 +530,13 @@ def serialize(
         window_axes: the axes of the parameter that `fan="window"` counts.
 
     Raises:
-        ValueError: it is not built in.
+        ValueError: it is not one of this module's.
     """
     return _REGISTRY.serialize(initializer, argument, window_axes)
 
 
 def _key(seed: int | None, key: Array) -> Array:
-    """Keras' key for a seed, whatever the default kind of key is; the given key without one."""
+    """Keras' key for a seed, for any default kind of key; without a seed, the given key."""
     if seed is None:
         return key
     return jax.random.wrap_key_data(jnp.array([seed, 0], jnp.uint32), impl="threefry2x32")

@@ -1,4 +1,4 @@
-"""The layers as Flax Linen modules: Keras' arguments, names and numbers, Flax's conventions."""
+"""The layers as Flax Linen modules, with Keras' arguments, names and numbers and Flax's conventions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -44,13 +44,13 @@ class _Layer(nn.Module):
         return y
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
-        """The output's shape for an input's shape; None stands for an unknown axis in both.
+        """The output's shape for an input's shape; None means an unknown axis in both.
 
         Args:
             input_shape: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first.
 
         Raises:
-            ValueError: the input does not fit the layer, or the output would be empty.
+            ValueError: the layer cannot take the input, or the output would be empty.
         """
         return self.spec.compute_output_shape(input_shape)
 
@@ -58,26 +58,26 @@ class _Layer(nn.Module):
         """Keras' configuration of this layer, which Keras' own class of the same name accepts.
 
         Raises:
-            ValueError: Keras has no word for one of the arguments.
+            ValueError: Keras has no counterpart for one of the arguments.
         """
         return self.spec.get_config(self.name)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Makes the layer from Keras' configuration; nothing that the configuration names is imported or run.
+        """Makes the layer from Keras' configuration, without importing or running anything that it names.
 
         Args:
             config: what Keras' `layer.get_config()` or `keras.saving.serialize_keras_object(layer)` returns, as Keras 3
                 or Keras 2 writes it.
 
         Raises:
-            ValueError: it is another layer's, or names what is not built in.
+            ValueError: the configuration is another layer's, or names something that is not built in.
         """
         return cls(**arguments_from_config(cls.__name__, fields.names(cls), config))
 
 
 def _hashable(value: Any) -> Any:
-    """Lists as tuples, for a module to be a static argument of jax.jit."""
+    """Lists as tuples, so a module can be a static argument of jax.jit."""
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
@@ -85,7 +85,7 @@ def _zero() -> Any:
     return 0.0
 
 
-# Functions and no methods: Flax would give these a name in the profile.
+# Functions rather than methods, whose names Flax would add to the profile.
 
 
 def _values(module: _Layer, x: Array) -> dict[str, Array]:
@@ -95,13 +95,13 @@ def _values(module: _Layer, x: Array) -> dict[str, Array]:
 
 
 def _sow_losses(module: _Layer, values: Mapping[str, Array], y: Array) -> None:
-    """Sows the penalties of a call, where the collection is mutable."""
+    """Sows the penalties of a call, if the collection is mutable."""
     if not module.is_mutable_collection("losses") or module.is_initializing():
         return
     for parameter in module.spec.parameters:
         if parameter.regularizer is not None:
             loss = regularizers.penalty(parameter.regularizer, values[parameter.name])
-            # Once per parameter, however often the layer is called.
+            # Once per parameter, even if the layer is called several times.
             module.sow("losses", parameter.name, loss, init_fn=_zero, reduce_fn=lambda _, new: new)
     if module.spec.activity_regularizer is not None:
         loss = module.spec.activity_loss(y)
@@ -109,7 +109,7 @@ def _sow_losses(module: _Layer, values: Mapping[str, Array], y: Array) -> None:
 
 
 def _value(module: nn.Module, parameter: Parameter, shape: tuple[int, ...], dtype: Any) -> Array:
-    """The parameter's value, initialised if need be."""
+    """The parameter's value, initialised if necessary."""
     if module.has_variable("params", parameter.name):
         stored = meta.unbox(module.get_variable("params", parameter.name))
         parameter.check_shape(stored.shape, shape)
@@ -138,13 +138,13 @@ class DepthwiseConv2D(DepthwiseFields, _Layer):
     `(C*depth_multiplier,)`.
 
     Args:
-        kernel_size: the window, one integer or one per spatial axis.
-        strides: steps of the window, likewise.
-        padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), and what `depthwise_conv` takes
-            besides.
+        kernel_size: the window's size, one integer or one per spatial axis.
+        strides: steps of the window, one integer or one per spatial axis.
+        padding: "valid", "same" (`ceil(n / strides)` outputs, the odd zero at the end), or any other padding of
+            `depthwise_conv`.
         depth_multiplier: output channels per input channel.
         data_format: "channels_last" or "channels_first"; None means `settings.image_data_format()` at construction.
-        dilation_rate: distance between the window's taps, one integer or one per spatial axis; goes with any strides.
+        dilation_rate: distance between the window's taps, one integer or one per spatial axis; works with any strides.
         activation: None, one of Keras' names or a callable, applied last. "softmax", "log_softmax", "glu" and
             "sparsemax" act along the channels.
         use_bias: whether a bias is added.
@@ -153,21 +153,21 @@ class DepthwiseConv2D(DepthwiseFields, _Layer):
             and "zeros".
         depthwise_regularizer, bias_regularizer: one of Keras' names or configurations, an object of
             `depthwise_jax.regularizers`, or any callable from the parameter to its penalty. The penalties are sown into
-            the collection "losses" where it is mutable, once per parameter; see `regularization_loss`.
-        activity_regularizer: likewise, of the output after the activation, divided by the batch size and summed over
-            calls.
+            the collection "losses" if it is mutable, once per parameter; see `regularization_loss`.
+        activity_regularizer: the same, for the output after the activation; its penalty is divided by the batch size
+            and summed over calls.
         depthwise_constraint, bias_constraint: one of Keras' names or configurations, an object of
             `depthwise_jax.constraints`, or any callable from the parameter to its projection. The optimiser applies
             them: `depthwise_jax.optim.project`.
         dtype: the dtype of the computation; None promotes the input and the parameters.
         param_dtype: the dtype of the parameters.
         precision: as in `jax.lax.conv_general_dilated`.
-        implementation, in_sharding: as in `depthwise_conv`; the example input of `init` need not be sharded so.
+        implementation, in_sharding: as in `depthwise_conv`; the example input of `init` need not have this sharding.
 
-    Under nn.scan and nn.vmap the collection "losses" must be among the lifted ones for penalties to be sown.
+    Under nn.scan and nn.vmap, penalties are sown only if the collection "losses" is lifted.
 
     Raises:
-        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+        ValueError, TypeError: an argument is invalid, at construction; or an input does not fit, at a call.
 
     Examples:
         >>> import jax
@@ -208,15 +208,14 @@ class DepthwiseConv2DTranspose(TransposedFields, _Layer):
     """A transposed depthwise convolution over two spatial axes, which makes images larger; Keras has no such layer.
 
     The input is `(*batch, height, width, C)`, or `(*batch, C, height, width)` with channels_first, with any number of
-    batch axes. Input `i` adds to the outputs from `i*strides` on, with `depth_multiplier` kernels for each channel,
-    which are not flipped. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`,
+    batch axes. Input `i` adds to the outputs from `i*strides` on, with `depth_multiplier` kernels for each channel. The
+    kernels are not flipped. The parameters are `kernel`, `(*kernel_size, C, depth_multiplier)`, and `bias`,
     `(C*depth_multiplier,)`.
 
     Args:
         strides: outputs between the windows of two neighbouring inputs, one integer or one per spatial axis.
-        padding: "valid" or "same", as Keras' Conv2DTranspose has them, an integer or pairs; as
-            `depthwise_conv_transpose`.
-        output_padding: outputs to add behind, as `depthwise_conv_transpose`; the last one of the arguments.
+        padding: "valid" or "same", as in Keras' Conv2DTranspose, an integer, or pairs; see `depthwise_conv_transpose`.
+        output_padding: outputs to add at the end, as in `depthwise_conv_transpose`; the last of the arguments.
 
     The other arguments are those of `DepthwiseConv2D`.
 
@@ -266,8 +265,8 @@ class SeparableConv2D(SeparableFields, _Layer):
 
     Args:
         filters: output channels.
-        pointwise_initializer, pointwise_regularizer, pointwise_constraint: as the depthwise ones, of the pointwise
-            kernel. The norm constraints' default axis has size 1 there: give axis=-2 for a norm per filter.
+        pointwise_initializer, pointwise_regularizer, pointwise_constraint: like the depthwise ones, for the pointwise
+            kernel. The norm constraints' default axis has size 1 there: pass axis=-2 for a norm per filter.
 
     The other arguments are those of `DepthwiseConv2D`, and `depth_multiplier` comes after `dilation_rate`, as in Keras.
 
@@ -298,21 +297,21 @@ class SeparableConv3D(SeparableFields, _Layer):
 
 
 class CausalDepthwiseConv1D(CausalFields, _Layer):
-    """A causal depthwise convolution over time, as state-space and linear-attention models have it in each block.
+    """A causal depthwise convolution over time, as in each block of state-space and linear-attention models.
 
     Called with an input `(*batch, L, C)`, or `(*batch, C, L)` with channels_first, it returns the output and the state
-    after it; with a state it goes on from there. Keras has no such layer. The parameters are `kernel`,
+    after it; called with a state, it continues from there. Keras has no such layer. The parameters are `kernel`,
     `(kernel_size, C, depth_multiplier)`, and `bias`, `(C*depth_multiplier,)`.
 
     Args:
-        kernel_size: the number of tokens that an output sees, its own included.
-        depthwise_initializer: as for `DepthwiseConv1D`; by default PyTorch's for such a convolution, uniform with the
-            variance `1 / (3*kernel_size)`.
+        kernel_size: the number of tokens that an output sees, including its own.
+        depthwise_initializer: as for `DepthwiseConv1D`; by default as in PyTorch for such a convolution, uniform with
+            the variance `1 / (3*kernel_size)`.
 
-    The other arguments are those of `DepthwiseConv1D`, without strides and padding.
+    The other arguments are those of `DepthwiseConv1D`, except strides and padding.
 
     Raises:
-        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+        ValueError, TypeError: an argument is invalid, at construction; or an input does not fit, at a call.
 
     Examples:
         >>> import jax
@@ -362,7 +361,7 @@ class CausalDepthwiseConv1D(CausalFields, _Layer):
 
         Args:
             input_shape: an input's, `(*batch, L, C)` or `(*batch, C, L)`, with any L.
-            dtype: the state's; None for that of the computation, or of the parameters.
+            dtype: the state's dtype; None means that of the computation, or else of the parameters.
         """
         return self.spec.initial_state(input_shape, dtype)
 
@@ -375,21 +374,22 @@ def regularization_loss(
     method: Callable[..., Any] | str | None = None,
     **kwargs: Any,
 ) -> Array:
-    """The sum of all weight penalties of a model, a function of its parameters alone.
+    """The sum of all weight penalties of a model, which depends only on its parameters.
 
-    Works for any Linen model that contains these layers at any depth, inside nn.scan and nn.vmap too (each instance
-    counts), whatever collections they lift. The activity penalties are not in it: they are sown into "losses".
+    Works for any Linen model that contains these layers at any depth, including inside nn.scan and nn.vmap (each
+    instance counts), whatever collections these lift. The sum excludes activity penalties, which are sown into
+    "losses".
 
     Args:
         model: the unbound model.
         params: its parameters, as `model.init(...)["params"]` gives them.
-        *args, rngs, method, **kwargs: what `model.init` takes; example inputs may be `jax.ShapeDtypeStruct`s.
+        *args, rngs, method, **kwargs: the arguments of `model.init`; example inputs may be `jax.ShapeDtypeStruct`s.
 
     Returns:
-        A scalar, at least float32.
+        A scalar in float32 or wider.
 
     Raises:
-        ValueError: `params` lacks a regularized parameter of the model, or has it in another shape.
+        ValueError: `params` lacks a regularized parameter of the model, or holds one of another shape.
 
     Examples:
         >>> import jax

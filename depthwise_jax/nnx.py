@@ -1,8 +1,8 @@
 """The layers as Flax NNX modules: those of `depthwise_jax.linen`, with `in_features` first and `rngs` by name.
 
-A parameter's constraint and regularizer are metadata of its `nnx.Param`, under "constraint" and "regularizer", where
-`depthwise_jax.optim.constraints_of` and `regularization_loss` find them; `nnx.Param(value, constraint=...)` of another
-layer is found too.
+A parameter's constraint and regularizer are metadata of its `nnx.Param`, under "constraint" and "regularizer".
+`depthwise_jax.optim.constraints_of` and `regularization_loss` find them there, also in another layer's
+`nnx.Param(value, constraint=...)`.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Loss(nnx.Intermediate):
 
 
 class _Memo:
-    """Keeps a layer's spec. All are equal and copies are empty, since NNX tells layers apart by their attributes."""
+    """Keeps a layer's spec. All memos are equal and copies are empty, since NNX compares layers by their attributes."""
 
     spec: Spec | None = None
 
@@ -45,19 +45,29 @@ class _Memo:
         return _Memo, ()
 
 
+class _Signature:
+    """Shows `inspect` the arguments of a class, which NNX's metaclass hides."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError  # a layer's signature is that of its __call__
+        _itself, *arguments = inspect.signature(owner.__init__).parameters.values()
+        return inspect.Signature(arguments)
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class _Layer(nnx.Module):
     rank: ClassVar[int]
 
     in_features: int
-    _: dataclasses.KW_ONLY
-    rngs: dataclasses.InitVar[nnx.Rngs]
+    rngs: dataclasses.InitVar[nnx.Rngs] = dataclasses.field(kw_only=True)
+    __signature__ = _Signature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_spelling(cls.__name__, ["rngs", *fields.names(cls)], kwargs)
         try:
-            if args or kwargs:  # copies are made without
-                inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+            if args or kwargs:  # NNX makes copies without arguments
+                inspect.signature(cls).bind(*args, **kwargs)
         except TypeError as error:
             first = ", ".join(f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING)
             raise TypeError(f"{cls.__name__}({first}, ..., rngs=nnx.Rngs(0)): {error}") from None
@@ -78,8 +88,8 @@ class _Layer(nnx.Module):
             value = parameter.initialize(rngs.params(), shapes[parameter.name], contract.param_dtype)
             if isinstance(value, meta.AxisMetadata):
                 raise TypeError(
-                    f"{parameter.prefix}_initializer gives Linen's {type(value).__name__}; "
-                    "NNX takes nnx.with_partitioning or nnx.with_metadata"
+                    f"{parameter.prefix}_initializer must return an array, or use nnx.with_partitioning or "
+                    f"nnx.with_metadata; got Linen's {type(value).__name__}"
                 )
             tags: dict[str, Any] = {"constraint": parameter.constraint, "regularizer": parameter.regularizer}
             tags = {key: tag for key, tag in tags.items() if tag is not None}
@@ -90,10 +100,10 @@ class _Layer(nnx.Module):
     @property
     def spec(self) -> Spec:
         """The arguments, checked and resolved."""
-        # Made of the attributes: attributes that are plain values make equal modules equal to nnx.jit.
+        # Made from the attributes. These are plain values, so nnx.jit takes equal modules for equal.
         arguments = {name: getattr(self, name) for name in fields.names(type(self))}
         made = self._memo.spec
-        # A list or a dict that was assigned may have changed in place since.
+        # An assigned list or dict may have changed in place since.
         if made is None or any(
             made.arguments[name] is not value or isinstance(value, list | dict) for name, value in arguments.items()
         ):
@@ -116,19 +126,19 @@ class _Layer(nnx.Module):
         return values
 
     def _sow_losses(self, y: Array) -> None:
-        # Outside of nnx.capture, sow would keep the value in the module for good.
+        # Outside nnx.capture, sow would keep the value in the module forever.
         if self.spec.activity_regularizer is not None and hasattr(self, "__captures__"):
             loss = self.spec.activity_loss(y)
             self.sow(Loss, "activity", loss, init_fn=lambda: jnp.zeros(()), reduce_fn=added)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
-        """The output's shape for an input's shape; None stands for an unknown axis in both.
+        """The output's shape for an input's shape; None means an unknown axis in both.
 
         Args:
             input_shape: `(*batch, *spatial, C)`, or `(*batch, C, *spatial)` with channels_first.
 
         Raises:
-            ValueError: the input does not fit the layer, or the output would be empty.
+            ValueError: the layer cannot take the input, or the output would be empty.
         """
         return self.spec.compute_output_shape(input_shape)
 
@@ -136,53 +146,46 @@ class _Layer(nnx.Module):
         """Keras' configuration of this layer, which Keras' own class of the same name accepts.
 
         Raises:
-            ValueError: Keras has no word for one of the arguments.
+            ValueError: Keras has no counterpart for one of the arguments.
         """
         return self.spec.get_config(None)
 
     @classmethod
     def from_config(cls, in_features: int, config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Self:
-        """Makes the layer from Keras' configuration; nothing that the configuration names is imported or run.
+        """Makes the layer from Keras' configuration, without importing or running anything that it names.
 
         Args:
             in_features: the input's channels, which Keras' configuration does not hold.
-            config: as for the Linen layers' `from_config`; its name is of no use here.
+            config: as for the Linen layers' `from_config`; the name in it is ignored.
             rngs: as for the layer.
 
         Raises:
-            ValueError: it is another layer's, or names what is not built in.
+            ValueError: the configuration is another layer's, or names something that is not built in.
         """
         arguments = arguments_from_config(cls.__name__, fields.names(cls), config)
         arguments.pop("name", None)
         return cls(in_features, **arguments, rngs=rngs)  # pyright: ignore[reportCallIssue]
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _DepthwiseConv(DepthwiseFields, _Layer):
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
+# These declare attributes that are not arguments, so they are not dataclasses.
+
+
+class _Kernel:
+    kernel: nnx.Param[Array]
+    bias: nnx.Param[Array] | None
+
+
+class _Kernels:
+    depthwise_kernel: nnx.Param[Array]
+    pointwise_kernel: nnx.Param[Array]
+    bias: nnx.Param[Array] | None
+
+
+# Each layer is itself a dataclass, because jedi shows the arguments that a class inherits only then.
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class _DepthwiseConvTranspose(TransposedFields, _Layer):
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _SeparableConv(SeparableFields, _Layer):
-    depthwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    pointwise_kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _CausalDepthwiseConv(CausalFields, _Layer):
-    kernel: nnx.Param[Array] = dataclasses.field(init=False)
-    bias: nnx.Param[Array] | None = dataclasses.field(init=False)
-
-
-class DepthwiseConv1D(_DepthwiseConv):
+class DepthwiseConv1D(DepthwiseFields, _Kernel, _Layer):
     """A depthwise convolution over one spatial axis.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
@@ -195,7 +198,8 @@ class DepthwiseConv1D(_DepthwiseConv):
     rank = 1
 
 
-class DepthwiseConv2D(_DepthwiseConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv2D(DepthwiseFields, _Kernel, _Layer):
     """A depthwise convolution over two spatial axes: each channel has `depth_multiplier` kernels of its own.
 
     Every argument is an attribute too.
@@ -212,7 +216,7 @@ class DepthwiseConv2D(_DepthwiseConv):
     come from `regularization_loss`, and those of the activity from `nnx.capture(model, Loss)`.
 
     Raises:
-        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+        ValueError, TypeError: an argument is invalid, at construction; or an input does not fit, at a call.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -225,7 +229,8 @@ class DepthwiseConv2D(_DepthwiseConv):
     rank = 2
 
 
-class DepthwiseConv3D(_DepthwiseConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv3D(DepthwiseFields, _Kernel, _Layer):
     """A depthwise convolution over three spatial axes; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2D`; every argument is an attribute too.
@@ -238,7 +243,8 @@ class DepthwiseConv3D(_DepthwiseConv):
     rank = 3
 
 
-class DepthwiseConv1DTranspose(_DepthwiseConvTranspose):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv1DTranspose(TransposedFields, _Kernel, _Layer):
     """A transposed depthwise convolution over one spatial axis; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2DTranspose`; every argument is an attribute
@@ -252,7 +258,8 @@ class DepthwiseConv1DTranspose(_DepthwiseConvTranspose):
     rank = 1
 
 
-class DepthwiseConv2DTranspose(_DepthwiseConvTranspose):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv2DTranspose(TransposedFields, _Kernel, _Layer):
     """A transposed depthwise convolution over two spatial axes, which makes images larger; Keras has no such layer.
 
     Every argument is an attribute too.
@@ -282,7 +289,8 @@ class DepthwiseConv2DTranspose(_DepthwiseConvTranspose):
     rank = 2
 
 
-class DepthwiseConv3DTranspose(_DepthwiseConvTranspose):
+@dataclasses.dataclass(eq=False, repr=False)
+class DepthwiseConv3DTranspose(TransposedFields, _Kernel, _Layer):
     """A transposed depthwise convolution over three spatial axes; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `DepthwiseConv2DTranspose`; every argument is an attribute
@@ -296,7 +304,8 @@ class DepthwiseConv3DTranspose(_DepthwiseConvTranspose):
     rank = 3
 
 
-class SeparableConv1D(_SeparableConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableConv1D(SeparableFields, _Kernels, _Layer):
     """A depthwise convolution over one spatial axis, then a pointwise one.
 
     The arguments, the errors and the penalties are those of `SeparableConv2D`; every argument is an attribute too.
@@ -310,7 +319,8 @@ class SeparableConv1D(_SeparableConv):
     rank = 1
 
 
-class SeparableConv2D(_SeparableConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableConv2D(SeparableFields, _Kernels, _Layer):
     """A depthwise convolution over two spatial axes, then a pointwise one over the channels, then bias and activation.
 
     Every argument is an attribute too.
@@ -335,7 +345,8 @@ class SeparableConv2D(_SeparableConv):
     rank = 2
 
 
-class SeparableConv3D(_SeparableConv):
+@dataclasses.dataclass(eq=False, repr=False)
+class SeparableConv3D(SeparableFields, _Kernels, _Layer):
     """A depthwise convolution over three spatial axes, then a pointwise one; Keras has no such layer.
 
     The arguments, the errors and the penalties are those of `SeparableConv2D`; every argument is an attribute too.
@@ -349,11 +360,12 @@ class SeparableConv3D(_SeparableConv):
     rank = 3
 
 
-class CausalDepthwiseConv1D(_CausalDepthwiseConv):
-    """A causal depthwise convolution over time, as state-space and linear-attention models have it in each block.
+@dataclasses.dataclass(eq=False, repr=False)
+class CausalDepthwiseConv1D(CausalFields, _Kernel, _Layer):
+    """A causal depthwise convolution over time, as in each block of state-space and linear-attention models.
 
-    Called with an input, it returns the output and the state after it; with a state it goes on from there. Every
-    argument is an attribute too.
+    Called with an input, it returns the output and the state after it; called with a state, it continues from there.
+    Every argument is an attribute too.
 
     Attributes:
         kernel: an nnx.Param of shape `(kernel_size, in_features, depth_multiplier)`.
@@ -366,7 +378,7 @@ class CausalDepthwiseConv1D(_CausalDepthwiseConv):
     The other arguments, their defaults and the shapes are those of `depthwise_jax.linen.CausalDepthwiseConv1D`.
 
     Raises:
-        ValueError, TypeError: at construction, an argument that is not valid; at a call, an input that does not fit.
+        ValueError, TypeError: an argument is invalid, at construction; or an input does not fit, at a call.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -410,7 +422,7 @@ class CausalDepthwiseConv1D(_CausalDepthwiseConv):
 
         Args:
             input_shape: an input's, `(*batch, L, C)` or `(*batch, C, L)`, with any L.
-            dtype: the state's; None for that of the computation, or of the parameters.
+            dtype: the state's dtype; None means that of the computation, or else of the parameters.
         """
         return self.spec.initial_state(input_shape, dtype)
 
@@ -422,26 +434,26 @@ def collect(model: nnx.Module) -> Any:
         model: any NNX module, or a state of `nnx.Param`s.
 
     Returns:
-        A tree of dicts like `nnx.state(model, nnx.Param)`, whose leaves are `introspect.Found`, or None where a
-        parameter has neither. The axes that nnx.vmap and nnx.scan added are taken to be the leading ones.
+        A tree of dicts like `nnx.state(model, nnx.Param)`. Its leaves are `introspect.Found`, or None for a parameter
+        with neither. Axes that nnx.vmap and nnx.scan added must be the leading ones.
 
     Raises:
-        ValueError: a parameter does not end in the shape that its layer gave it, as when they are not.
+        ValueError: a parameter does not end in the shape that its layer gave it, as with lifted axes elsewhere.
     """
     return unflatten_dict({path: _found(path, param) for path, param in _params(model)})
 
 
 def regularization_loss(model: nnx.Module) -> Array:
-    """The sum of all weight penalties of a model: a function of its parameters alone; each counts once.
+    """The sum of all weight penalties of a model, which depends only on its parameters; each parameter counts once.
 
-    The activity penalties are not in it: `nnx.capture(model, Loss)` collects them.
+    The sum excludes activity penalties: `nnx.capture(model, Loss)` collects those.
 
     Args:
-        model: any NNX module, or a state of `nnx.Param`s, that contains these layers' parameters at any depth; lifted
-            by nnx.vmap or nnx.scan along leading axes, each instance counts.
+        model: any NNX module, or a state of `nnx.Param`s, that contains these layers' parameters at any depth. If
+            nnx.vmap or nnx.scan lifted them along leading axes, each instance counts.
 
     Returns:
-        A scalar, at least float32.
+        A scalar in float32 or wider.
 
     Raises:
         ValueError: as `collect`.

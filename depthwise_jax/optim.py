@@ -9,36 +9,37 @@ Examples:
     >>> constraints = constraints_of(model, jax.ShapeDtypeStruct((1, 28, 28, 3), "float32"))
     >>> optimizer = optax.chain(optax.adamw(1e-3), project(constraints))  # project last
 
-`optax.apply_updates` adds the update to the parameter and rounds the sum; `project` chooses the update whose sum
-is feasible after that rounding. What holds then if the parameter was feasible before (else from the second step on):
+A parameter is feasible if it lies in its constraint's set. `optax.apply_updates` adds the update to the parameter and
+rounds the sum; `project` chooses an update after which the rounded sum is feasible. If the parameter was feasible
+before (else from the second step on), this holds:
 
-* NonNeg, Box, and the interval of a composition: exactly, whatever the update, NaN apart.
+* NonNeg, Box, and the interval of a composition: exactly feasible after any update without NaN.
 * MaxNorm, and MinMaxNorm with min_value=0 and rate=1: at most 4 ulp of the parameter's dtype above the bound.
 * A parameter narrower than float32 becomes exactly the projection rounded to its dtype, as long as its magnitude and
   the projection's differ by less than `2**12`. For this the update is emitted in float32. With
-  `jax_numpy_dtype_promotion="strict"`, under which JAX refuses to add that, the update has the parameter's dtype, and
-  the two points above hold.
-* UnitNorm, other MinMaxNorm and any other callable: the projection's own output to rounding, and no more.
+  `jax_numpy_dtype_promotion="strict"`, JAX refuses to add float32 to a narrower dtype, so the update has the
+  parameter's dtype, and only the two points above hold.
+* UnitNorm, other MinMaxNorm and any other callable: the projection's own output, up to rounding.
 
-Numbers that did not move stay as they are if their slice is feasible, though Keras' formulas would shrink them a bit.
+If a slice is feasible and did not move, its numbers stay unchanged, though Keras' formulas would shrink them slightly.
 
-Where `project` stands in a chain:
+Where `project` belongs in a chain:
 
-* Last. What follows it may lead out of the set.
+* Last. A later transformation may lead out of the set.
 * `optax.MultiSteps(optax.chain(opt, project(constraints)), k)` projects once in k micro-steps.
-* `optax.chain(optax.apply_if_finite(opt, n), project(constraints))`, not the other way round: apply_if_finite wants
-  updates in the gradients' dtype, and for parameters narrower than float32 JAX refuses the other nesting with a
-  TypeError about the branches of cond.
+* `optax.chain(optax.apply_if_finite(opt, n), project(constraints))`, not the other way round: apply_if_finite needs
+  updates in the gradients' dtype. For parameters narrower than float32, JAX refuses the other order with a TypeError
+  about the branches of cond.
 * `optax.inject_hyperparams` takes `constraints` and `select` as static arguments:
   `optax.inject_hyperparams(project, static_args=("constraints", "select"))`. To schedule a bound, give it a function
   with a numeric argument: `optax.inject_hyperparams(lambda bound: project(MaxNorm(bound)))(bound=schedule)`.
 
-Averages of feasible parameters lie in the set if it is convex, and only up to the rounding of the average; the average
-of unit vectors is none. `project_params(average, constraints)` is what to evaluate with: for exponential averages
+An average of feasible parameters lies in the set if the set is convex, and then only up to rounding; an average of unit
+vectors is not a unit vector. Evaluate with `project_params(average, constraints)`. This concerns exponential averages
 (`optax.incremental_update` of the parameters, or `optax.ema` fed with them), the slow parameters of
 `optax.lookahead(optax.chain(opt, project(constraints)), ...)`, and `optax.contrib.schedule_free_eval_params`, where
-`optax.chain(optax.contrib.schedule_free(opt, ...), project(constraints))` constrains the parameters of the gradient
-alone.
+`optax.chain(optax.contrib.schedule_free(opt, ...), project(constraints))` constrains only the parameters at which the
+gradient is taken.
 """
 
 from collections.abc import Callable
@@ -69,13 +70,13 @@ def constraints_of(
     method: Callable[..., Any] | str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The constraints that a model's layers were given, for `project`.
+    """The constraints of a model's layers, for `project`.
 
     Args:
-        model: an unbound Linen module with layers of `depthwise_jax.linen` at any depth; or an NNX module with those of
-            `depthwise_jax.nnx`, which takes no more arguments.
+        model: an unbound Linen module with layers of `depthwise_jax.linen` at any depth; or an NNX module with layers
+            of `depthwise_jax.nnx`, without further arguments.
         *args: example inputs, arrays or `jax.ShapeDtypeStruct`s, as for `model.init`. Nothing is computed.
-        rngs: as for `model.init`; a key of no importance unless given.
+        rngs: as for `model.init`; any key will do, so it may be left out.
         method: as for `model.init`.
         **kwargs: as for `model.init`.
 
@@ -109,21 +110,20 @@ def project(
     """A gradient transformation after which `optax.apply_updates` gives feasible parameters: last in the chain.
 
     Args:
-        constraints: a tree of constraints and None like the parameters, or a prefix of it: what stands in place of a
-            subtree holds for each parameter in it.
-        select: instead of `constraints`, a function `(path, parameter)` to a constraint or None; `path` is the tuple of
-            names from the root, such as `("Dense_0", "kernel")`.
+        constraints: a tree of constraints and None like the parameters, or a prefix of it: an entry in place of a
+            subtree applies to each parameter in it.
+        select: instead of `constraints`, a function of `(path, parameter)` that returns a constraint or None; `path` is
+            the tuple of names from the root, such as `("Dense_0", "kernel")`.
 
     Returns:
-        A transformation without state. Its `update` needs the parameters. Both functions check, when traced, that each
-        constraint is callable and keeps shape and dtype; `init` also tries those that are not this library's on the
+        A transformation without state. Its `update` needs the parameters. When traced, `init` and `update` check that
+        each constraint is callable and keeps shape and dtype; `init` also tries other libraries' constraints on the
         parameters and on the numbers from -1 to 1.
 
     Raises:
-        TypeError: neither or both arguments. From `init` and `update`, as all that follow: a constraint that is not
-            callable.
-        ValueError: no parameters, constraints that do not match the parameters, or a constraint that changes shape or
-            dtype or makes NaN of finite numbers; each names the parameter.
+        TypeError: neither argument or both were given. From `init` and `update`: a constraint is not callable.
+        ValueError: from `init` and `update`: the parameters are missing, the constraints do not match them, or a
+            constraint changes shape or dtype or turns finite numbers into NaN. The message names the parameter.
 
     Examples:
         >>> import jax
@@ -139,7 +139,8 @@ def project(
         [0. 0. 0.] [-1. -1. -1.]
     """
     if (constraints is None) == (select is None):
-        raise TypeError("project takes either constraints or select")
+        given = "neither" if constraints is None else "both"
+        raise TypeError(f"project takes either constraints or select; got {given}")
 
     def init(params: Any) -> optax.EmptyState:
         for path, param, constraint in _constrained(params, constraints, select)[0]:
@@ -162,16 +163,16 @@ def project(
 
 
 def project_params(params: Any, constraints: Any) -> Any:
-    """Every constrained parameter's projection, the constraint's own output.
+    """Projects each constrained parameter: the constraint's own output.
 
-    For parameters that no `project` has seen: initial ones, imported ones, averages.
+    For parameters that did not come from `project`: initial ones, imported ones, averages.
 
     Args:
         params: a tree of arrays.
         constraints: as for `project`.
 
     Returns:
-        A tree like `params`, dtypes kept.
+        A tree like `params`, with the same dtypes.
 
     Raises:
         TypeError, ValueError: as `project`.
@@ -183,7 +184,7 @@ def project_params(params: Any, constraints: Any) -> Any:
 
 
 def apply_updates_projected(params: Any, updates: Any, constraints: Any) -> Any:
-    """`optax.apply_updates` and then the projection: always the constraint's own output, where sums are not.
+    """`optax.apply_updates` and then the projection: always the constraint's own output, unlike a rounded sum.
 
     Args:
         params: a tree of arrays.
@@ -191,12 +192,12 @@ def apply_updates_projected(params: Any, updates: Any, constraints: Any) -> Any:
         constraints: as for `project`.
 
     Returns:
-        The new parameters, a tree like `params`, dtypes kept.
+        The new parameters, a tree like `params`, with the same dtypes.
 
     Raises:
         TypeError, ValueError: as `project`.
     """
-    # The sum must be rounded to the parameters' dtype first; XLA may keep more precision where there is no barrier.
+    # The sum must be rounded to the parameters' dtype first; without a barrier XLA may keep more precision.
     return project_params(jax.lax.optimization_barrier(optax.apply_updates(params, updates)), constraints)
 
 
@@ -208,8 +209,9 @@ def feasibility(params: Any, constraints: Any) -> Any:
         constraints: as for `project`.
 
     Returns:
-        A tree like `params` with a scalar for each constrained parameter, its largest violation (0 if it is feasible,
-        NaN if it holds one), and None without a constraint, or with one that offers no `violation`.
+        A tree like `params`. Each constrained parameter becomes its largest violation, a scalar: 0 if the parameter is
+        feasible, NaN if it holds a NaN. A parameter without a constraint, or with one that has no `violation`, becomes
+        None.
 
     Raises:
         TypeError, ValueError: as `project`.
@@ -237,7 +239,7 @@ def _constrained(
 ) -> tuple[list[tuple[Path, Any, Constraint | None]], Any]:
     """Each parameter with its path and constraint, and the tree's definition.
 
-    Places that hold no parameter, `None` and what `optax.masked` leaves out, come with the constraint None.
+    Places without a parameter, `None` and those that `optax.masked` leaves out, get the constraint None.
     """
     leaves, treedef = jax.tree.flatten_with_path(params, is_leaf=_is_absent)
     named = [(_names(path), leaf) for path, leaf in leaves]
@@ -260,18 +262,18 @@ class _Prefixes:
             for path in self.entries
             if path not in known and not any(path[:length] in absent for length in range(len(path)))
         ]
-        if unknown:  # of a subtree without parameters, maybe
+        if unknown:  # perhaps in a subtree without parameters
             empty = {_names(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=_is_empty)}
             for path in unknown:
                 if path not in empty:
-                    raise ValueError(f"constraints do not match the parameters: the model has no {_show(path)}")
+                    raise ValueError(f"constraints do not match the parameters: params have no entry {_show(path)}")
 
     def __call__(self, path: Path, leaf: Any) -> Any:
         for length in range(len(path) + 1):
             if path[:length] in self.entries:
                 return self.entries[path[:length]]
         raise ValueError(
-            f"constraints do not match the parameters: no entry for {_show(path)}; an unconstrained one is None"
+            f"constraints do not match the parameters: no entry for {_show(path)}; if it has no constraint, give None"
         )
 
 
@@ -294,7 +296,7 @@ def _is_empty(node: Any) -> bool:
 
 
 def _names(path: Any) -> Path:
-    """The names along a key path, but not the `.value` of a metadata box or an nnx Variable at its end."""
+    """The names along a key path, without a final `.value` of a metadata box or an nnx Variable."""
     if path and path[-1] == GetAttrKey("value"):
         path = path[:-1]
     return tuple(keystr((key,), simple=True) for key in path)
@@ -305,7 +307,7 @@ def _show(path: Path) -> str:
 
 
 def _check(path: Path, param: Any, constraint: Constraint) -> None:
-    """What can be known of a constraint before the first step."""
+    """Checks a constraint as far as is possible before the first step."""
     jax.eval_shape(lambda w: _apply(path, constraint, w), param)
     if constraint.keeps_finite:
         return
@@ -315,7 +317,9 @@ def _check(path: Path, param: Any, constraint: Constraint) -> None:
             probes.append(jnp.asarray(param))
         for probe in probes:
             if bool(jnp.isfinite(probe).all()) and bool(jnp.isnan(constraint(probe)).any()):
-                raise ValueError(f"the constraint of {_show(path)}, {constraint!r}, returns NaN for finite numbers")
+                raise ValueError(
+                    f"the constraint of {_show(path)} must not return NaN for finite numbers; {constraint!r} does"
+                )
 
 
 def _apply(path: Path, projection: Callable[[Any], Any], w: Any) -> jax.Array:
@@ -337,11 +341,11 @@ def _reraise(path: Path, error: Exception) -> NoReturn:
 
 
 def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint) -> jax.Array:
-    """The update after which `(param + update).astype(param.dtype)` is the projection, as far as rounding lets it.
+    """The update after which `(param + update).astype(param.dtype)` is the projection, as closely as rounding allows.
 
-    XLA may compute an expression anew wherever it is used, contract a * b + c to one rounding, and so make the sum here
-    differ in the last bit from the sum in `optax.apply_updates`. So nothing that must hold exactly depends on that sum:
-    the projection is `Constraint.project_with_margin`, and the bounds of an interval depend on `param` alone.
+    XLA may recompute an expression wherever it is used and contract a * b + c to one rounding, so the sum here may
+    differ in the last bit from the sum in `optax.apply_updates`. Nothing that must hold exactly depends on that sum:
+    the projection is `Constraint.project_with_margin`, and the bounds of an interval depend only on `param`.
     """
     config: Any = jax.config
     strict = config.jax_numpy_dtype_promotion == "strict"  # optax could not add float32 to a narrower parameter
@@ -352,7 +356,7 @@ def _feasible_update(path: Path, param: Any, update: Any, constraint: Constraint
     new = jax.lax.optimization_barrier((base + update).astype(param.dtype))
     target = _apply(path, constraint.project_with_margin, new)
     step = jnp.where(target == new, update, target.astype(dtype) - base)
-    excess = constraint.excess(new)  # as large as the parameter's where nothing moved; `target` has computed most
+    excess = constraint.excess(new)  # the parameter's own where nothing moved; shares most of its work with `target`
     if excess is not None:
         step = jnp.where((update == 0) & (excess <= 0), update, step)
     return _within(param, base, step, *constraint.interval)
@@ -371,7 +375,7 @@ def _within(param: jax.Array, base: jax.Array, step: jax.Array, lower: Any, uppe
         return jnp.where(beyond((base + step).astype(param.dtype), bound), inner, step)
 
     least, greatest = limit(lower, jnp.less, np.inf), limit(upper, jnp.greater, -np.inf)
-    # They cross only far outside a narrow interval: go near it now, into it at the next step.
+    # They cross only far outside a narrow interval: this step goes near it, the next one into it.
     nearest = (
         jnp.clip(param, jnp.asarray(lower, param.dtype), jnp.asarray(upper, param.dtype)).astype(base.dtype) - base
     )

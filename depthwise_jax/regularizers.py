@@ -16,7 +16,7 @@ __all__ = ["L1", "L1L2", "L2", "OrthogonalRegularizer", "Regularizer", "get", "p
 
 
 class Regularizer:
-    """The penalty 0, and the base of the others; Keras has it under a name too."""
+    """The penalty 0, and the base class of the others; Keras has a name for it too."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is type(other) is Regularizer:
@@ -44,7 +44,7 @@ class L1(Regularizer):
     """`l1 * sum(|x|)`.
 
     Args:
-        l1: finite and not negative, else ValueError.
+        l1: the factor, finite and not negative; any other value raises ValueError.
     """
 
     l1: float = 0.01
@@ -61,7 +61,7 @@ class L2(Regularizer):
     """`l2 * sum(x^2)`.
 
     Args:
-        l2: finite and not negative, else ValueError.
+        l2: the factor, finite and not negative; any other value raises ValueError.
     """
 
     l2: float = 0.01
@@ -78,7 +78,7 @@ class L1L2(Regularizer):
     """`l1 * sum(|x|) + l2 * sum(x^2)`.
 
     Args:
-        l1, l2: finite and not negative, else ValueError.
+        l1, l2: the factors, finite and not negative; any other value raises ValueError.
     """
 
     l1: float = 0.0
@@ -97,8 +97,8 @@ class OrthogonalRegularizer(Regularizer):
     """`factor` times the mean of `|cos|` over the pairs of rows (or columns) of a matrix.
 
     Attributes:
-        factor: finite and not negative, else ValueError.
-        mode: "rows" or "columns", else ValueError.
+        factor: finite and not negative; any other value raises ValueError.
+        mode: "rows" or "columns"; any other value raises ValueError.
     """
 
     factor: float = 0.01
@@ -137,12 +137,12 @@ def get(identifier: Any, argument: str = "regularizer") -> Callable[[Array], Arr
 
     Args:
         identifier: None, one of Keras' names, Keras' configuration, a class or any callable from an array to its
-            penalty. The names "l1_l2", "l1l2" and "L1L2" mean 0.01 and 0.01, as Keras documents.
+            penalty. The names "l1_l2", "l1l2" and "L1L2" mean `L1L2(0.01, 0.01)`, as Keras documents.
         argument: the argument's name in messages.
 
     Raises:
         ValueError: an unknown name or configuration.
-        TypeError: neither of those nor a callable.
+        TypeError: the identifier is none of these.
     """
     regularizer = _REGISTRY.get(identifier, argument)
     if isinstance(identifier, str) and isinstance(regularizer, L1L2):
@@ -158,13 +158,13 @@ def serialize(regularizer: Callable[[Array], Array] | None, argument: str = "reg
         argument: the argument's name in messages.
 
     Raises:
-        ValueError: it is not built in.
+        ValueError: it is not one of this module's.
     """
     return _REGISTRY.serialize(regularizer, argument)
 
 
 def penalty(regularizer: Callable[[Array], Array], x: Array) -> Array:
-    """The loss that a regularizer puts on `x`, a scalar computed in float32 (in x's dtype where that is wider).
+    """The loss that a regularizer adds for `x`, a scalar computed in float32 (in x's dtype if that is wider).
 
     Args:
         regularizer: a function from an array to its penalty.
@@ -179,5 +179,5 @@ def _factor(name: str, value: Any) -> float:
         or isinstance(value, bool)
         or not (0 <= value < math.inf)
     ):
-        raise ValueError(f"{name} must be a finite number that is not negative; got {value!r}")
+        raise ValueError(f"{name} must be a finite, non-negative number; got {value!r}")
     return float(value)

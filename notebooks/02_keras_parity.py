@@ -24,8 +24,11 @@ import numpy as np
 import optax
 import pandas as pd
 from IPython.display import display
+from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, "..")  # workloads/ lies beside this directory
+
+from parity import X, compare, keras_layer, our_activity_penalty, our_layer, our_penalty, outcome
 
 import depthwise_jax
 from depthwise_jax import regularization_loss
@@ -65,43 +68,6 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("SeparableConv2D", {"filters": 5}),
     ("SeparableConv2D", {"filters": 5, "depth_multiplier": 2, "pointwise_regularizer": "l1", "activation": "relu"}),
 ]
-
-
-def relative(ours: Any, theirs: Any) -> float:
-    """The largest difference relative to the largest number."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))
-
-
-def compare(name: str, arguments: dict[str, Any]) -> dict[str, float]:
-    """Largest relative differences between Keras' layer and ours, both with a window of 3."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(4, 9, 8, 6) if name.endswith("2D") else (4, 9, 6)), jnp.float32)
-    # In a model, for a bare Keras layer's stateless_call leaves the activity regularizer out.
-    theirs: Any = keras.Sequential([keras.Input(x.shape[1:]), getattr(keras.layers, name)(kernel_size=3, **arguments)])
-    ours = getattr(depthwise_jax, name)(kernel_size=3, **arguments)
-    probe = jnp.asarray(rng.normal(size=theirs(x).shape), jnp.float32)
-    # Small random numbers on top of the initial ones, for a bias of zeros would hide a mistake.
-    values = [v.value + jnp.asarray(rng.normal(scale=0.1, size=v.shape), jnp.float32) for v in theirs.variables]
-
-    def keras_loss(x, values):
-        y, _, penalties = theirs.stateless_call(values, [], x, return_losses=True)
-        return (y * probe).sum() + sum(penalties), (y, sum(penalties))
-
-    def our_loss(x, values):
-        params = {v.name: value for v, value in zip(theirs.variables, values, strict=True)}
-        y, sown = ours.apply({"params": params}, x, mutable="losses")
-        penalty = sum(jax.tree.leaves(sown))
-        return (y * probe).sum() + penalty, (y, penalty)
-
-    (_, (y, penalty)), (dx, dvalues) = jax.jit(jax.value_and_grad(our_loss, (0, 1), has_aux=True))(x, values)
-    (_, (ky, kpenalty)), (kdx, kdvalues) = jax.jit(jax.value_and_grad(keras_loss, (0, 1), has_aux=True))(x, values)
-    row = {"output": relative(y, ky), "penalty": relative(penalty, kpenalty), "d input": relative(dx, kdx)}
-    names = (v.name.removeprefix("depthwise_") for v in theirs.variables)
-    return row | {f"d {name}": relative(d, kd) for name, d, kd in zip(names, dvalues, kdvalues, strict=True)}
-
-
 labels = [f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in ARGUMENTS]
 differences = pd.DataFrame([compare(*row) for row in ARGUMENTS], index=labels)
 
@@ -118,8 +84,8 @@ print(f"largest of all: {differences.max(axis=None) / EPSILON:.1f} epsilon = {di
 # %% [markdown]
 # ## Initial distributions
 #
-# Draws of each named initializer for a kernel (4, 4, 64, 64): quantiles of ours against those of Keras'. Points on the
-# diagonal mean the same distribution.
+# Each named initializer draws a kernel (4, 4, 64, 64); the plots compare the quantiles of ours with those of Keras'.
+# Points on the diagonal mean the same distribution.
 
 # %%
 NAMES = ["glorot_uniform", "glorot_normal", "he_normal", "he_uniform", "lecun_normal", "random_normal"]
@@ -135,6 +101,7 @@ for index, (name, ax) in enumerate(zip(NAMES, axes, strict=True)):
     ax.plot(np.quantile(theirs, quantiles), np.quantile(ours, quantiles), ".", markersize=4)
     ax.set(title=name, xlabel="Keras, weight", ylabel="ours, weight" if index == 0 else None)
     ax.tick_params(labelsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(3, symmetric=True))  # more labels would overlap
     rows[name] = {"std Keras": theirs.std(), "std ours": ours.std(), "ratio": ours.std() / theirs.std()}
 plt.show()
 display(pd.DataFrame(rows).T.round(4))
@@ -144,7 +111,7 @@ display(pd.DataFrame(rows).T.round(4))
 #
 # The same network in both, with penalties and constraints, the same initial weights and the same batches of digits.
 # `from_keras` converts each Keras layer into ours, with its parameters. Training amplifies rounding, so the right plot
-# also has a second run of ours whose initial weights are larger by one epsilon.
+# also shows a second run of ours whose initial weights are larger by one epsilon.
 
 # %%
 STEPS, BATCH, RATE = 100, 32, 0.02
@@ -177,6 +144,7 @@ params = {"layers_0": depthwise_params, "layers_1": separable_params, "layers_3"
 optimizer = optax.chain(optax.sgd(RATE, momentum=0.9), project(constraints_of(network, images[:1])))
 
 
+# %%
 def loss_of(params, x, y):
     logits = network.apply({"params": params}, x)
     data_loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
@@ -204,9 +172,11 @@ left.plot(their_losses, linewidth=4, alpha=0.35, label="Keras")
 left.plot(our_losses, linewidth=1.2, label="ours")
 left.set(xlabel="training step", ylabel="loss [nats, with penalties]", yscale="log")
 left.legend()
-right.plot(np.abs(our_losses - their_losses) / their_losses, "o", markersize=3, label="ours, Keras")
-right.plot(np.abs(our_losses - perturbed_losses) / our_losses, "^", markersize=3, label="ours, ours perturbed")
-right.set(xlabel="training step", ylabel="relative difference of the losses", yscale="log")
+right.plot(np.abs(our_losses - their_losses) / their_losses, "o", markersize=3, label="ours vs Keras")
+right.plot(
+    np.abs(our_losses - perturbed_losses) / our_losses, "^", markersize=3, label="ours vs ours perturbed by 1 epsilon"
+)
+right.set(xlabel="training step", ylabel="relative difference of the losses", yscale="log", ylim=(None, 1e-4))
 right.legend()
 plt.show()
 
@@ -222,43 +192,11 @@ display(pd.DataFrame(changes).T.map("{:.1e}".format))
 # %% [markdown]
 # ## Where they differ
 #
-# Keras' documentation and its behaviour disagree in places. There the layers here do what is documented, or refuse.
-# Each cell shows what the call returned or raised.
-
+# In places Keras' behaviour contradicts its documentation. There our layers do what is documented, or refuse. Each
+# cell shows what the call returned or raised.
 
 # %%
-def outcome(call: Any) -> str:
-    """What a call returns, or the error's first line."""
-    try:
-        return str(call())
-    except (TypeError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-
-
-K, X = keras.layers, np.random.default_rng(0).normal(size=(2, 9, 9, 2)).astype(np.float32)
-
-
-def keras_layer(*args: Any, x: Any = X, **arguments: Any) -> Any:
-    layer = K.DepthwiseConv2D(*args, **arguments)
-    layer(x)
-    return layer
-
-
-def our_layer(*args: Any, x: Any = X, **arguments: Any) -> Any:
-    layer = depthwise_jax.DepthwiseConv2D(*args, **arguments)
-    return layer.bind(layer.init(jax.random.key(0), x))
-
-
-def our_penalty(**arguments: Any) -> float:
-    layer = our_layer(3, **arguments)
-    return float(regularization_loss(layer.unbind()[0], layer.variables["params"], X))
-
-
-def activity(layer: Any, x: Any) -> float:
-    _, sown = layer.apply(layer.init(jax.random.key(0), x), x, mutable="losses")
-    return float(sown["losses"]["activity"])
-
-
+K = keras.layers
 half = np.full((1, 258, 514, 1), 100, np.float16)
 loud: dict[str, Any] = {"depthwise_initializer": "ones"}
 small = np.ones((2, 2, 9, 2), np.float32)
@@ -290,11 +228,8 @@ TRAPS = {
                 3, dtype="mixed_float16", activity_regularizer=keras.regularizers.L1(1e-6), x=half, **loud
             ).losses[0]
         ),
-        lambda: activity(
-            depthwise_jax.DepthwiseConv2D(
-                3, dtype="float16", activity_regularizer=depthwise_jax.regularizers.L1(1e-6), **loud
-            ),
-            half,
+        lambda: our_activity_penalty(
+            half, dtype="float16", activity_regularizer=depthwise_jax.regularizers.L1(1e-6), **loud
         ),
     ),
     "window larger than the input, second call: output shape": (
@@ -314,8 +249,8 @@ with pd.option_context("display.max_colwidth", None):
 # ## The same in both, and easily mistaken
 #
 # * A norm constraint's default axis is 0. For a kernel (3, 3, C, M) that bounds columns of three weights, not filters.
-# * The fans of a named initializer count all channels, though a filter reads one. The standard deviation is
-#   too small by a factor of sqrt(channels); `fan="window"` counts what a filter reads.
+# * The fans of a named initializer count all channels, though a filter reads only one. The standard deviation is too
+#   small by a factor of sqrt(channels); `fan="window"` counts what a filter reads.
 
 # %%
 kernel = 5 * jax.random.normal(jax.random.key(0), (3, 3, 256, 1))
@@ -340,11 +275,11 @@ for name, draw in draws.items():
 # ## Constraints under gradient accumulation and averaging
 #
 # Keras' optimizer applies constraints after every micro-step of gradient accumulation, and averages the weights before
-# they are projected. Here `project` stands inside `optax.MultiSteps` and runs once per real step, and an average is
+# they are projected. Here `project` is inside `optax.MultiSteps` and runs once per real step, and an average is
 # projected with `project_params` before it is used.
 #
 # The weight starts at 4 with `MinMaxNorm(0, 1, rate=0.5)`, which halves the distance to 1 each time it runs; the
-# gradients are zero, four micro-steps make a step.
+# gradients are zero, and four micro-steps make a step.
 
 # %%
 variable = keras.Variable([4.0])

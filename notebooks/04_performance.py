@@ -7,7 +7,8 @@
 # Each layer is a depthwise layer of a known network. Every result was compared with a float64 reference before it was
 # timed; samples were taken in turn, and a ratio is the median of pairwise ratios. Figures are for one call in a chain
 # of eight, which for JAX is one compiled program, as in a network; those of plain lax are for single calls,
-# because a chain of its slowest layers would take too long to time.
+# because a chain of its slowest layers would take too long to time. A layer's name gives its input's shape, its window
+# and its stride. *dx* is the gradient with respect to the input, *dw* that with respect to the kernel.
 
 # %%
 import sys
@@ -25,8 +26,9 @@ sys.path.insert(0, "..")  # workloads/ lies beside this directory
 from depthwise_jax import explain
 from depthwise_jax.lowering import native
 from workloads import results
-from workloads.chart import STYLES, draw
+from workloads.chart import STYLES, TITLES, draw
 from workloads.layers import NETWORKS
+from workloads.layers import title as layer_title
 
 plt.style.use("depthwise_jax.mplstyle")
 data = results.read(Path("../benchmarks/results/cpu.json"))
@@ -34,7 +36,7 @@ print(data["machine"]["cpu"], "with", data["threads"], "threads; compiled kernel
 print(", ".join(f"{name} {version}" for name, version in data["versions"].items()))
 rows = {(row["layer"], row["direction"], row["mode"]): row for row in data["rows"]}
 layers = list(dict.fromkeys(row["layer"] for row in data["rows"]))
-DIRECTIONS = {"forward": "forward", "dx": "gradient in the input", "dw": "gradient in the kernel"}
+DIRECTIONS = {direction: TITLES[direction] for direction in ("forward", "dx", "dw")}
 PEERS = {"torch_channels_last": "chain", "lax": "single"}
 print(len(layers), "layers")
 
@@ -57,6 +59,8 @@ print(data["limits"]["multiply_add_is"], data["limits"]["multiply_add"])
 
 # %% [markdown]
 # ## Every layer and every peer
+#
+# The grey bars are the least time that the machine allows: light for memory, dark for arithmetic.
 
 # %%
 with plt.rc_context({"figure.constrained_layout.use": False}):  # it lays itself out
@@ -77,12 +81,20 @@ for ax, (direction, title) in zip(axes, DIRECTIONS.items(), strict=True):
         limit = np.minimum(peak, bandwidth * intensity)
         ax.loglog(intensity, limit, style, color="black", linewidth=1, label=f"limits, {name}")
     for peer, mode in (PEERS | {"ours": "chain"}).items():
-        colour, marker = STYLES[peer]
+        style = STYLES[peer]
         chosen = [rows[layer, direction, mode] for layer in layers if (layer, direction, mode) in rows]
         chosen = [row for row in chosen if peer in row["ms"]]
         rate = [row["multiply_adds"] / (1e6 * np.median(row["ms"][peer])) for row in chosen]
         where = [row["multiply_adds"] / row["bytes"] for row in chosen]
-        ax.plot(where, rate, marker, color=colour, markeredgecolor="white", markeredgewidth=0.4, label=peer)
+        ax.plot(
+            where,
+            rate,
+            style.marker,
+            color=style.colour,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            label=style.title,
+        )
     ax.set(title=title, xlabel="multiply-adds per byte")
 axes[0].set_ylabel("multiply-adds [G/s]")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
@@ -108,14 +120,18 @@ for ax, (peer, mode) in zip(axes, PEERS.items(), strict=True):
         found = ratios(peer, direction, mode)
         ax.semilogy(sorted(found.values()), marker, markersize=4, label=title)
         worst = max(found, key=lambda layer, found=found: found[layer], default=None)
-        summary[peer, title] = {
+        summary[STYLES[peer].title, title] = {
             "layers": len(found),
             "geometric mean": results.mean(found.values()) if found else np.nan,
             "worst": found[worst] if worst else np.nan,
-            "worst layer": worst,
+            "worst layer": layer_title(worst) if worst else "none",
         }
     ax.axhline(1, color="black", linestyle="--", linewidth=1)
-    ax.set(title=f"against {peer}, {mode} calls", xlabel="layers, sorted", ylabel="time of ours / time of the peer")
+    ax.set(
+        title=f"against {STYLES[peer].title}, {mode} calls",
+        xlabel="layers, sorted",
+        ylabel="time of ours / time of the peer",
+    )
 axes[0].legend()
 plt.show()
 display(pd.DataFrame(summary).T)
@@ -123,8 +139,9 @@ display(pd.DataFrame(summary).T)
 # %% [markdown]
 # ## What is chosen, and why
 #
-# `explain` tells which lowering this machine would use for each map of each layer. "Bound by" says which of the two
-# limits above is the larger, and the last columns which part of it the measurement reached: 100 % is the limit.
+# `explain` tells which *lowering* (way to compute a map) this machine would use for each map of each layer.
+# "Bound by" names the larger of the two limits above. The last columns say how much of it the measurement reached:
+# 100 % is the limit.
 
 # %%
 status = native.status()
@@ -145,7 +162,7 @@ for case in NETWORKS:
         arithmetic = results.arithmetic_ms(data["limits"], row["multiply_adds"])
         line["bound by"] = "memory" if memory > arithmetic else "arithmetic"
         line[f"{direction}, of the limit"] = f"{max(memory, arithmetic) / np.median(row['ms']['ours']):.0%}"
-    table[case.name] = line
+    table[layer_title(case.name)] = line
 print(*reasons, sep="\n")
 with pd.option_context("display.max_rows", None):
     display(pd.DataFrame(table).T.fillna(""))

@@ -2,7 +2,7 @@
 # # Transformations
 #
 # Per-example kernels by `vmap`, Hessian-vector products, sharding over eight devices, and export. The eight devices are
-# parts of this machine's CPU; JAX creates them if this flag is set before JAX is first used.
+# parts of this machine's CPU; JAX creates them if the flag below is set before JAX is first used.
 
 # %%
 import os
@@ -39,7 +39,7 @@ print(len(jax.devices()), "devices")
 # ## A kernel for each example
 #
 # `vmap` over images and kernels convolves each image with its own kernel. Here each digit is blurred along its own
-# direction. What JAX traces is one primitive for the whole batch, no loop.
+# direction. JAX traces one primitive for the whole batch, without a loop.
 
 # %%
 count, size = 6, 9
@@ -76,8 +76,8 @@ plt.show()
 # ## Hessian-vector products
 #
 # The convolution and its two transposes are closed under differentiation, so a Hessian-vector product runs on the same
-# three maps in any nesting of forward and reverse mode. Three nestings against the full Hessian, in float64, for a
-# small depthwise-separable classifier of 128 digits as a function of its depthwise kernel.
+# three maps in any nesting of forward and reverse mode. The cell compares three nestings with the full Hessian, in
+# float64, for the loss of a small depthwise-separable classifier on 128 digits as a function of its depthwise kernel.
 
 # %%
 jax.config.update("jax_enable_x64", True)
@@ -117,7 +117,7 @@ for name, product in (products | {"difference quotient": quotient}).items():
     print(f"{name:22} largest difference to the Hessian's: {np.abs(product - exact).max() / np.abs(exact).max():.1e}")
 
 # %% [markdown]
-# Lanczos' method finds the largest eigenvalues from matrix-vector products alone (circles). The dots are all positive
+# Lanczos' method finds the largest eigenvalues (circles) using only matrix-vector products. The dots are all positive
 # eigenvalues of the full matrix. The direction in which the loss curves most is drawn as kernels.
 
 # %%
@@ -144,8 +144,8 @@ jax.config.update("jax_enable_x64", False)
 #
 # Batch, channels or rows of an image batch are spread over a mesh of 4 x 2 devices. The table counts the collectives in
 # the compiled programs, whose results agree with the unsharded ones; the pictures show which device holds which part.
-# Forward and input gradient need none if batch or channels are sharded, the kernel gradient adds up over the batch, and
-# rows exchange their halo.
+# With sharded batch or channels, the forward pass and the input gradient need no collectives, and the kernel gradient
+# adds up over the batch. Sharded rows exchange their halo: the rows that a window reads beyond its own part.
 
 # %%
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -207,8 +207,8 @@ jax.debug.visualize_array_sharding(results["batch and channels", "kernel gradien
 # %% [markdown]
 # ## Export
 #
-# One artefact for three platforms with a symbolic batch. It consists of XLA's own operations and JAX' check of the
-# symbolic size: reading and running it needs JAX and not this package.
+# One artefact for three platforms with a symbolic batch. It consists of XLA's own operations and JAX's check of the
+# symbolic size: reading and running it needs JAX but not this package.
 
 # %%
 batch = export.symbolic_shape("batch")[0]

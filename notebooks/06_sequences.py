@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Sequences
 #
-# Language models of today have a short causal convolution over time in each block. Here a small gated recurrent model
-# learns Python's own reference manual, byte by byte, with many documents in a row. The notebook shows what leaks
-# between documents when nothing resets the model at their borders; how one token at a time gives what the whole text
-# gives; and how speculative decoding takes tokens back.
+# Many of today's language models have a short causal convolution over time in each block. Here a small gated recurrent
+# model learns Python's own reference manual, byte by byte, with many documents in a row. The notebook shows what leaks
+# between documents if the model is not reset at their borders, that decoding one token at a time gives the same numbers
+# as the whole text, and how speculative decoding takes tokens back.
 #
-# It needs `pip install '.[notebooks]'` from a clone. The text ships with Python.
+# It needs `pip install '.[notebooks]'` in a clone. The text ships with Python.
 
 # %%
 import pydoc_data.topics
@@ -26,8 +26,8 @@ plt.style.use("depthwise_jax.mplstyle")
 # %% [markdown]
 # ## Many documents in a row
 #
-# Each paragraph of the manual is a document. Paragraphs are laid end to end and cut into rows of 512 bytes. What the
-# model has to know of a byte is its position in its own document, `segment_pos`: the first byte of each document has 0.
+# Each paragraph of the manual is a document. Paragraphs are laid end to end and cut into rows of 512 bytes. The model
+# needs each byte's position in its own document, `segment_pos`: the first byte of each document has position 0.
 
 # %%
 LENGTH, WINDOW = 512, 4
@@ -46,10 +46,10 @@ print(
 # %% [markdown]
 # ## The model
 #
-# A block is what Griffin and its like have: a projection, a causal convolution over four tokens, a gated linear
-# recurrence, a gate. Convolution and recurrence both hear of the borders: the convolution takes `segment_pos`, and the
-# recurrence forgets where it is 0. A block takes the state before its input and returns what makes up the state after
-# any number of tokens: the convolution's input and the recurrence's values.
+# A block is like Griffin's: a projection, a causal convolution over four tokens, a gated linear recurrence, and a gate.
+# Convolution and recurrence both see the borders: the convolution takes `segment_pos`, and the recurrence forgets where
+# it is 0. A block takes the state before its input. It returns the convolution's input and the recurrence's values,
+# which make up the state after any number of tokens.
 
 # %%
 WIDTH, VOCABULARY = 128, 128
@@ -118,9 +118,9 @@ print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 # %% [markdown]
 # ## What leaks without resets
 #
-# How much does the output at one byte depend on the input at another? Below, the size of that derivative around one
-# border, for the convolution of an untrained block: without `segment_pos` the first three outputs of a document read
-# the end of the one before. With it the derivatives across the border are exactly 0.
+# How much does the output at one byte depend on the input at another? The pictures show the size of that derivative
+# around one border, for the convolution of an untrained block. Without `segment_pos` the first three outputs of a
+# document read the end of the document before. With it the derivatives across the border are exactly 0.
 
 # %%
 border = int(np.flatnonzero(segment_pos[0] == 0)[1])
@@ -156,7 +156,7 @@ figure.colorbar(images[0], ax=axes, label="norm of dy[t] / dx[s]")
 plt.show()
 
 # %% [markdown]
-# The whole model, in one number: the gradient of the second document's loss with respect to the embedding of the first
+# One number for the whole model: the gradient of the second document's loss with respect to the embeddings of the first
 # document's bytes.
 
 # %%
@@ -223,8 +223,8 @@ plt.show()
 # %% [markdown]
 # ## One token at a time
 #
-# The state of the convolution is its last three inputs; that of the recurrence is one vector. Decoding with them gives
-# what the whole text gives at once.
+# The convolution's state is its last three inputs; the recurrence's state is one vector. Decoding with these states
+# gives the same numbers as the whole text at once.
 
 # %%
 apply = jax.jit(lambda tokens, states: model.apply({"params": params}, tokens, states))
@@ -242,10 +242,10 @@ print("largest difference in a logit:", float(jnp.abs(jnp.stack(one_by_one, 1) -
 # %% [markdown]
 # ## Speculative decoding
 #
-# A cheap model drafts four tokens, the large one reads them in one pass and keeps those that it would have chosen
-# itself. What it does not keep has gone into its state already; `causal_conv1d_state` with `lengths` gives the state
-# after the tokens that were kept. The drafts come from counts of four bytes in the training text. The result is the
-# same text as without drafts, in fewer passes of the model.
+# A cheap model drafts four tokens; the large one reads them in one pass and keeps those that it would have chosen
+# itself. The state already includes the tokens that it does not keep; `causal_conv1d_state` with `lengths` returns the
+# state after the kept ones. The drafts come from counts of four bytes in the text. The result is the same text as
+# without drafts, in fewer passes of the model.
 
 # %%
 DRAFT = 4

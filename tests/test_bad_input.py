@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, explain, separable_conv
-from depthwise_jax.lowering import MAPS
+from depthwise_jax.lowering import MAPS, Implementation
 from tests.support.cases import LOWERINGS
 
 X = jax.ShapeDtypeStruct((2, 8, 9, 3), jnp.float32)
@@ -218,7 +218,7 @@ def test_every_call_is_checked_not_only_the_first() -> None:
         depthwise_conv(np.ones((2, 1)), kernel)
 
 
-def test_an_empty_batch_is_fine(implementation: str) -> None:
+def test_an_empty_batch_is_fine(implementation: Implementation) -> None:
     y = depthwise_conv(
         np.ones((0, 5, 4, 3), np.float32), np.ones((3, 3, 3, 2), np.float32), implementation=implementation
     )
@@ -261,7 +261,7 @@ def test_separable_checks_its_options(options: dict[str, Any]) -> None:
         jax.eval_shape(lambda *z: separable_conv(*z, **options), X, KERNEL, POINTWISE)
 
 
-# A lowering that is forced and cannot serve the call (test_sharding.py has another)
+# A lowering that is required and cannot compute the call (test_sharding.py has another)
 
 
 def symbolic_length() -> jax.ShapeDtypeStruct:
@@ -308,7 +308,7 @@ def test_what_serves_each_platform(platform: str, axes: int, geometry: dict[str,
         assert re.search(rf"{name}\W+{choice.lowering}: {re.escape(choice.reason)}", str(explained))
 
 
-def test_explain_repeats_what_was_asked_for(implementation: str) -> None:
+def test_explain_repeats_what_was_asked_for(implementation: Implementation) -> None:
     explained = explain(X, KERNEL, implementation=implementation, platform="cpu")
     assert {explained.forward.lowering, explained.input_grad.lowering, explained.kernel_grad.lowering} == {
         implementation
@@ -345,7 +345,7 @@ def test_explain_refuses_a_lowering_that_cannot_serve() -> None:
 def test_conv_says_that_a_symbolic_batch_has_no_slabs() -> None:
     (n,) = jax.export.symbolic_shape("n")
     x = jax.ShapeDtypeStruct((n, 8, 9, 3), jnp.float32)
-    with pytest.raises(ValueError, match=r"'conv' cannot serve this kernel_grad on tpu: .*its size is symbolic"):
+    with pytest.raises(ValueError, match=r"'conv' cannot compute this kernel_grad on tpu: .*its size is symbolic"):
         explain(x, KERNEL, implementation="conv", platform="tpu", partitioned=2)
     explained = explain(x, KERNEL, platform="tpu", partitioned=2)
     assert (explained.forward.lowering, explained.kernel_grad.lowering) == ("conv", "taps")
@@ -353,7 +353,7 @@ def test_conv_says_that_a_symbolic_batch_has_no_slabs() -> None:
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_conv_says_where_slabs_were_not_tried(platform: str) -> None:
-    with pytest.raises(ValueError, match=f"'conv' cannot serve this kernel_grad on {platform}: .*tried on cpu and tpu"):
+    with pytest.raises(ValueError, match=f"cannot compute this kernel_grad on {platform}: .*tried on cpu and tpu"):
         explain(X, KERNEL, implementation="conv", platform=platform, partitioned=2)
     explained = explain(X, KERNEL, platform=platform, partitioned=2)
     assert (explained.forward.lowering, explained.kernel_grad.lowering) == ("conv", "taps")

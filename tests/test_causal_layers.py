@@ -146,7 +146,7 @@ def test_shapes_states_and_configurations() -> None:
         assert made.initial_state(X.shape, jnp.bfloat16).dtype == jnp.bfloat16
         with pytest.raises(ValueError, match="Keras has no CausalDepthwiseConv1D"):
             made.get_config()
-        with pytest.raises(ValueError, match="CausalDepthwiseConv1D takes an input of shape"):
+        with pytest.raises(ValueError, match="the input of CausalDepthwiseConv1D must have shape"):
             made.initial_state((6,))
     assert Layer(data_format="channels_first").initial_state((2, 6, 9)).shape == (2, 6, 3)
     assert Layer(dtype=jnp.float16).initial_state((2, 9, 6)).dtype == jnp.float16

@@ -272,7 +272,7 @@ def test_and_applies_the_first_then_the_second() -> None:
 
 
 def test_intervals_with_nothing_in_common_raise() -> None:
-    with pytest.raises(ValueError, match="no number in common"):
+    with pytest.raises(ValueError, match="no number satisfies"):
         compose(Box(upper=-1.0), NonNeg())
 
 
@@ -443,8 +443,9 @@ def test_a_bound_may_be_an_array_wherever_the_constraint_is_made(name: str, numb
 
     def step(w: jax.Array) -> tuple[jax.Array, ...]:
         constraint = outside if made == "outside" else BOUNDED[name](arrays.get)
+        params: Any = {"kernel": w}
         tx = project({"kernel": constraint})
-        updates, _ = tx.update({"kernel": w}, tx.init({"kernel": w}), {"kernel": w})
+        updates: Any = tx.update(params, tx.init(params), params)[0]
         return constraint(w), constraint.project_with_margin(w), w + updates["kernel"]
 
     with jax.numpy_dtype_promotion("standard"):

@@ -15,6 +15,7 @@ from jax.experimental import checkify
 
 import depthwise_jax.nnx
 from depthwise_jax import conv_general_dilated, depthwise_conv, separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support.layers import DepthwiseConv2D, SeparableConv2D
 
 X, K, G = (1, 5, 5, 8), (3, 3, 8, 1), (1, 3, 3, 8)
@@ -38,7 +39,7 @@ def full(looked_for: str, first: Any, second: Any, dtype: Any = jnp.float32) -> 
     return jnp.full(first, a, dtype), jnp.full(second, b, dtype)
 
 
-def maps(implementation: str | None) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
+def maps(implementation: Implementation | None) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
     """Each primitive by its name: a function that binds it, and its operands' shapes."""
 
     def conv(x: Any, k: Any, **options: Any) -> Any:
@@ -62,7 +63,9 @@ def maps(implementation: str | None) -> dict[str, tuple[Callable[..., Any], Any,
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("primitive", maps(None))
-def test_every_primitive_is_named(looked_for: str, primitive: str, transform: str, implementation: str) -> None:
+def test_every_primitive_is_named(
+    looked_for: str, primitive: str, transform: str, implementation: Implementation
+) -> None:
     function, *shapes = maps(implementation)[primitive]
     function = TRANSFORMS[transform](function)
     assert jnp.isfinite(function(*map(jnp.ones, shapes))).all()  # and nothing is raised
@@ -183,7 +186,7 @@ def test_conv_is_counted_as_lax_counts(geometry: dict[str, Any], multiplier: int
     assert min(ours) > 0
 
 
-def test_a_compiled_kernel_is_not_counted(implementation: str) -> None:
+def test_a_compiled_kernel_is_not_counted(implementation: Implementation) -> None:
     """Why docs/speed.md says so. Where this fails, XLA counts custom calls: take the advice back."""
     x, k = jnp.ones((2, 9, 9, 8)), jnp.ones((3, 3, 8, 2))
     counts = flops(lambda x, k: depthwise_conv(x, k, implementation=implementation), x, k)

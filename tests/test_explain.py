@@ -203,5 +203,5 @@ def test_a_lowering_is_one_module_and_one_row(monkeypatch: pytest.MonkeyPatch) -
     for actual, (name, expected) in zip(results, maps.truth(case, x, w, g).items(), strict=True):
         assert_close(actual, expected, 1e-5, name)
     assert "not toy: it knows plain rows only" in explain(x, w, platform="cpu", strides=2).forward.reason
-    with pytest.raises(ValueError, match=r"'toy' cannot serve .* plain rows only"):
+    with pytest.raises(ValueError, match=r"'toy' cannot compute .* plain rows only"):
         case.conv("toy")(jnp.ones((1, 9, 9, 3)), jnp.ones((2, 2, 3, 1)))

@@ -18,6 +18,7 @@ from jax import export
 
 from depthwise_jax import DepthwiseConv2D, SeparableConv2D, separable_conv
 from depthwise_jax.interop import accelerate
+from depthwise_jax.lowering import Implementation
 from depthwise_jax.optim import constraints_of, project
 from tests.support import maps
 from tests.support.assertions import assert_close
@@ -107,7 +108,7 @@ def test_a_symbolic_length(padding: Any) -> None:
         assert_close(f.call(x, w), one.oracle.conv(x, w), 1e-5)
 
 
-def test_separable_on_three_platforms(plain: str) -> None:
+def test_separable_on_three_platforms(plain: Implementation) -> None:
     case = CORE[1]
     x, w = symbolic_batch(case)
     p = case.draw((1, 1, 6, 4), 20)

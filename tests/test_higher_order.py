@@ -21,6 +21,7 @@ from jax.experimental import jet
 from jax.test_util import check_grads
 
 from depthwise_jax import separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
 from tests.support.oracle import Array, Oracle
@@ -45,7 +46,7 @@ def reverse(f: Callable[[Point], Any], u: Point) -> Callable[[Point], Any]:
 MODES = {"forward": forward, "reverse": reverse}
 
 
-def sum_sin(case: Case, implementation: str) -> Callable[[Point], Any]:
+def sum_sin(case: Case, implementation: Implementation) -> Callable[[Point], Any]:
     f = case.conv(implementation)
     return lambda z: jnp.sin(f(*z)).sum()
 
@@ -69,7 +70,7 @@ def hessian_vector(oracle: Oracle, z: Point, u: Point) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_hessian_vector_products(case: Case, implementation: str, x64: None) -> None:
+def test_hessian_vector_products(case: Case, implementation: Implementation, x64: None) -> None:
     z, u = (tuple(a.astype(np.float64) for a in case.operands(stream)[:2]) for stream in (0, 1))
     f = sum_sin(case, implementation)
     products = {
@@ -85,7 +86,7 @@ def test_hessian_vector_products(case: Case, implementation: str, x64: None) -> 
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[2]], ids=str)
-def test_hessian_vector_products_in_float32(case: Case, implementation: str) -> None:
+def test_hessian_vector_products_in_float32(case: Case, implementation: Implementation) -> None:
     z, u = (case.operands(stream)[:2] for stream in (0, 1))
     f = sum_sin(case, implementation)
     actual = jax.jit(lambda z, u: jax.jvp(jax.grad(f), (z,), (u,))[1])(z, u)
@@ -96,7 +97,7 @@ def test_hessian_vector_products_in_float32(case: Case, implementation: str) -> 
 THIRD = Case("third-order", (2, 4, 4, 2), (3, 2, 2, 2), {"strides": (2, 1), "padding": "same", "dilation_rate": (1, 2)})
 
 
-def test_third_order(implementation: str, x64: None) -> None:
+def test_third_order(implementation: Implementation, x64: None) -> None:
     case, oracle = THIRD, THIRD.oracle
     z, u, v, s = (tuple(a.astype(np.float64) for a in case.operands(stream)[:2]) for stream in range(4))
     f = sum_sin(case, implementation)
@@ -117,7 +118,7 @@ def test_third_order(implementation: str, x64: None) -> None:
         assert_close(value, expected, 1e-11, name)
 
 
-def test_hessian(implementation: str, x64: None) -> None:
+def test_hessian(implementation: Implementation, x64: None) -> None:
     case = Case("hessian", (1, 3, 3, 1), (2, 2, 1, 2))
     z = tuple(a.astype(np.float64) for a in case.operands()[:2])
     f = sum_sin(case, implementation)
@@ -130,7 +131,7 @@ def test_hessian(implementation: str, x64: None) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu6", "tanh"])
-def test_with_bias_and_activation(implementation: str, activation: str | None, x64: None) -> None:
+def test_with_bias_and_activation(implementation: Implementation, activation: str | None, x64: None) -> None:
     # Numerical differences are the judge here, away from the kinks.
     case = Case("higher-order-bias", (1, 4, 3, 2), (2, 2, 2, 2), {"padding": "same"})
     x, w, _ = (a.astype(np.float64) for a in case.operands())
@@ -149,7 +150,7 @@ def test_with_bias_and_activation(implementation: str, activation: str | None, x
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_second_order_behind_an_activation(implementation: str, activation: str, x64: None) -> None:
+def test_second_order_behind_an_activation(implementation: Implementation, activation: str, x64: None) -> None:
     # Where the activation is linear the formulas above hold with its mask in front; elsewhere all is zero.
     case = Case("higher-order-mask", (2, 5, 4, 3), (3, 3, 3, 2), {"strides": 2, "padding": "same"})
     oracle = case.oracle
@@ -163,7 +164,7 @@ def test_second_order_behind_an_activation(implementation: str, activation: str,
     assert_close(actual[1], oracle.kernel_grad(z[0], through_y) + oracle.kernel_grad(u[0], through_yu), 1e-12)
 
 
-def test_separable(implementation: str, x64: None) -> None:
+def test_separable(implementation: Implementation, x64: None) -> None:
     case = Case("higher-order-separable", (1, 4, 3, 2), (2, 2, 2, 2), {"padding": "same"})
     x, w, _ = (a.astype(np.float64) for a in case.operands())
     p = case.draw((1, 1, 4, 3), 20).astype(np.float64)
@@ -172,7 +173,7 @@ def test_separable(implementation: str, x64: None) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu6"])
-def test_taylor_mode(implementation: str, activation: str | None, x64: None) -> None:
+def test_taylor_mode(implementation: Implementation, activation: str | None, x64: None) -> None:
     # jet's terms are the derivatives along the path x + t*u + t^2/2*v, here by nested forward mode.
     case = CORE[1]
     z, u, v = (tuple(a.astype(float) for a in case.operands(stream)[:2]) for stream in range(3))

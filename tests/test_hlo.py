@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, depthwise_conv_transpose, explain, separable_conv
 from depthwise_jax.drop_in import conv_general_dilated
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.cases import CORE, SMALL_NETWORKS, Case
 from tests.support.compiling import AS_BY_DEFAULT
@@ -69,7 +70,7 @@ def test_conv_never_transposes(data_format: str) -> None:
     assert text.count("stablehlo.convolution") == 1
 
 
-def test_the_pointwise_half_is_a_dot_general(implementation: str) -> None:
+def test_the_pointwise_half_is_a_dot_general(implementation: Implementation) -> None:
     case = CORE[1]
     x, w, _ = case.operands()
     p = case.draw((1, 1, 6, 4), 20)

@@ -203,7 +203,7 @@ def test_an_array_is_an_initializer_of_its_own_shape():
         (
             {"class_name": "HeNormal", "config": {"fan": "window", "input_axes": [0]}},
             ValueError,
-            "fan='window' stands for input_axes",
+            "input_axes and output_axes must be None with fan='window'",
         ),
         ({"class_name": "STFT", "config": {"side": "left"}}, ValueError, "side must be"),
         ({"class_name": "STFT", "config": {"scaling": "left"}}, ValueError, "scaling must be"),
@@ -223,7 +223,7 @@ def test_bad_initializers(identifier, error, match):
         (initializers.Identity(), (3, 3, 1, 1), "Identity initializes matrices"),
         (initializers.Orthogonal(), (3,), "Orthogonal initializes arrays of two axes"),
         (initializers.STFT(), (3, 2, 4), "STFT initializes the shape"),
-        (initializers.HeNormal(fan="window"), (4,), "fan='window' is for kernels"),
+        (initializers.HeNormal(fan="window"), (4,), "fan='window' needs a kernel"),
     ],
 )
 def test_shapes_that_an_initializer_refuses(initializer, shape, match):

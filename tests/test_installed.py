@@ -151,11 +151,11 @@ def test_another_version_is_installed_than_is_imported(installed: Environment, c
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("another ABI", "is of another version of depthwise_jax, install it again: .*depthwise_jax_input_grad_v"),
+        ("another ABI", "belongs to another version of depthwise_jax, install it again: .*depthwise_jax_input_grad_v"),
         ("half", "could not be used, install depthwise_jax again: it has {half} bytes of {whole}$"),
         ("no library", "could not be used, install depthwise_jax again: "),
         ("empty", "could not be used, install depthwise_jax again: "),
-        ("gone", "was installed and is gone: install depthwise_jax again$"),
+        ("gone", "was installed but is gone: install depthwise_jax again$"),
     ],
 )
 def test_a_library_that_cannot_be_used(installed: Environment, clone: Path, what: str, reason: str) -> None:

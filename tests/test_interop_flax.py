@@ -109,8 +109,8 @@ def test_causal_spellings(padding, framework):
     [
         ({"kernel_size": (3,), "padding": "SAME"}, r"with causal=True the padding must be 2 .*'SAME'"),
         ({"kernel_size": (3,), "padding": 1}, r"with causal=True the padding must be 2 .*got 1"),
-        ({"kernel_size": (3,), "padding": "CAUSAL", "strides": 2}, r"causal=True is for strides of 1; got 2"),
-        ({"kernel_size": (3, 3), "padding": 2}, r"causal=True is for one spatial axis, time; got 2"),
+        ({"kernel_size": (3,), "padding": "CAUSAL", "strides": 2}, r"causal=True needs strides of 1; got 2"),
+        ({"kernel_size": (3, 3), "padding": 2}, r"causal=True needs one spatial axis, time; got 2"),
     ],
 )
 def test_what_is_not_causal(arguments, message):
@@ -482,5 +482,6 @@ def test_wrong_types_are_named():
         from_flax(nnx.Conv(2, 2, (3,), feature_group_count=2, rngs=nnx.Rngs(0)), {})
     with pytest.raises(TypeError, match="Conv"):
         to_flax(conv, PARAMS)
+    framework: Any = "haiku"
     with pytest.raises(ValueError, match=r"framework.*'haiku'"):
-        from_flax(conv, PARAMS, framework="haiku")
+        from_flax(conv, PARAMS, framework=framework)

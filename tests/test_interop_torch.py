@@ -188,19 +188,19 @@ WEIGHT = np.ones((4, 1, 3, 3), np.float32)
         ({"transposed": True, "padding": "same"}, r"dw: a ConvTranspose must have numbers.*padding='same'"),
         ({"transposed": True, "padding_mode": "circular"}, r"dw: a ConvTranspose must.*padding_mode='circular'"),
         ({"transposed": True, "stride": 2, "output_padding": 2}, r"dw: output_padding must be smaller.*\(2, 2\)"),
-        ({"causal": True}, r"dw: causal=True is for one spatial axis, time; got 2"),
+        ({"causal": True}, r"dw: causal=True needs one spatial axis, time; got 2"),
         (
             {"weight": WEIGHT[..., 0], "causal": True, "padding": 1},
             r"dw: with causal=True .* must be 2 = .*got \(\(1, 1",
         ),
         (
             {"weight": WEIGHT[..., 0], "causal": True, "stride": (2,)},
-            r"dw: causal=True is for strides of 1; got \(2,\)",
+            r"dw: causal=True needs strides of 1; got \(2,\)",
         ),
         ({"weight": WEIGHT[..., 0], "causal": True, "padding": "same"}, r"dw: with causal=True .*got 'same'"),
         (
             {"weight": WEIGHT[..., 0], "causal": True, "padding": "same", "padding_mode": "circular"},
-            r"dw: causal=True is for a convolution padded with zeros; got padding_mode='circular'",
+            r"dw: causal=True needs a convolution padded with zeros; got padding_mode='circular'",
         ),
         ({"weight": WEIGHT[..., 0], "causal": True, "transposed": True}, r"dw: causal=True.*transposed"),
     ],
@@ -292,7 +292,7 @@ def test_a_state_dict_gives_its_depthwise_parameters_by_path():
     arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 8, "padding_mode": "zeros"}
     y = depthwise_conv(x, **found["blocks.0.dw"], data_format="channels_first")
     np.testing.assert_allclose(y, torch_convolution(x, weight, bias, **arguments), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="groups has 'none'"):
+    with pytest.raises(ValueError, match="groups must name convolutions of the state dict; got 'none'"):
         params_from_state_dict(state, groups={"none": 4})
     assert str(params_from_state_dict({})) == "no depthwise convolution"
 
@@ -593,11 +593,11 @@ def members(torch: Any) -> dict[str, tuple[Any, str | None]]:
         ),
         "random parametrization": (
             utils.parametrize.register_parametrization(stock(), "weight", Dropping()),
-            r"another value each time; call eval\(\)",
+            r"whose value changes; call eval\(\)",
         ),
         "parametrized by spectral_norm in training": (
             utils.parametrizations.spectral_norm(stock(), n_power_iterations=3),
-            r"another value each time; call eval\(\)",
+            r"whose value changes; call eval\(\)",
         ),
         "spectral_norm in training": (utils.spectral_norm(stock()), r"spectral_norm.*call eval\(\)"),
         "forward hook": (hooked(stock(), "register_forward_hook", lambda m, x, y: 2 * y), "forward hook.*lambda"),

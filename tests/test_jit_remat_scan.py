@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import print_saved_residuals
 
 from depthwise_jax import depthwise_conv
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
@@ -40,7 +41,7 @@ def count_compilations() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_jit_computes_what_eager_computes(case: Case, implementation: str) -> None:
+def test_jit_computes_what_eager_computes(case: Case, implementation: Implementation) -> None:
     x, w, g = case.operands()
     f = case.conv(implementation)
     eager = f(x, w), *maps.gradients(f)(x, w, g)
@@ -49,7 +50,7 @@ def test_jit_computes_what_eager_computes(case: Case, implementation: str) -> No
         assert_close(a, np.asarray(b, np.float64), 1e-6)
 
 
-def test_an_eager_call_compiles_once(implementation: str) -> None:
+def test_an_eager_call_compiles_once(implementation: Implementation) -> None:
     # A shape of its own, which no other test has compiled.
     x, w = np.ones((1, 9, 7, 5), np.float32), np.ones((2, 3, 5, 1), np.float32)
     b, g = np.ones(5, np.float32), np.ones((1, 8, 5, 5), np.float32)
@@ -64,7 +65,7 @@ def test_an_eager_call_compiles_once(implementation: str) -> None:
     assert not second
 
 
-def test_jit_traces_once_for_equal_geometry(implementation: str) -> None:
+def test_jit_traces_once_for_equal_geometry(implementation: Implementation) -> None:
     traces = []
 
     @jax.jit
@@ -78,7 +79,7 @@ def test_jit_traces_once_for_equal_geometry(implementation: str) -> None:
     assert len(traces) == 1
 
 
-def test_numpy_jax_and_list_settings_are_the_same_call(implementation: str) -> None:
+def test_numpy_jax_and_list_settings_are_the_same_call(implementation: Implementation) -> None:
     x, w, _ = CORE[2].operands()
     expected = depthwise_conv(x, w, strides=2, padding=((1, 2), (0, 1)), implementation=implementation)
     padding: Any = [[1, 2], (0, np.int32(1))]
@@ -88,7 +89,7 @@ def test_numpy_jax_and_list_settings_are_the_same_call(implementation: str) -> N
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_donation(implementation: str) -> None:
+def test_donation(implementation: Implementation) -> None:
     x, w, _ = SQUARE.operands()
     donated = jnp.asarray(x)
     y = jax.jit(SQUARE.conv(implementation), donate_argnums=0)(donated, w)
@@ -96,7 +97,7 @@ def test_donation(implementation: str) -> None:
     assert_close(y, SQUARE.oracle.conv(x, w), 1e-5)
 
 
-def test_donation_of_what_a_training_step_replaces(implementation: str) -> None:
+def test_donation_of_what_a_training_step_replaces(implementation: Implementation) -> None:
     x, w, g = SQUARE.operands()
 
     @jax.jit(donate_argnums=0)
@@ -124,7 +125,7 @@ POLICIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_remat(implementation: str, policy: str) -> None:
+def test_remat(implementation: Implementation, policy: str) -> None:
     x, w, g = SQUARE.operands()
     f = jax.checkpoint(lambda x, w: jnp.sin(SQUARE.conv(implementation)(x, w)), policy=POLICIES[policy])
     dx, dw = jax.jit(maps.gradients(f))(x, w, g)
@@ -141,7 +142,7 @@ def forward_calls(policy: Any, conv: Callable[..., Any]) -> int:
     return len(re.findall(r"(?<![\w_])depthwise_conv\[", jaxpr))
 
 
-def test_the_policy_by_name_saves_the_output(implementation: str) -> None:
+def test_the_policy_by_name_saves_the_output(implementation: Implementation) -> None:
     # lax's convolution is saved under dots_saveable, which knows its primitive; ours is saved by its name.
     conv = SQUARE.conv(implementation)
     assert forward_calls(jax.checkpoint_policies.save_only_these_names("depthwise_conv"), conv) == 1
@@ -152,7 +153,7 @@ def test_the_policy_by_name_saves_the_output(implementation: str) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_the_policy_by_name_knows_a_call_with_bias_and_activation(
-    implementation: str, activation: str, capsys: pytest.CaptureFixture[str]
+    implementation: Implementation, activation: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     x, w, _ = SQUARE.operands()
     b = SQUARE.draw((3,), 20)
@@ -164,7 +165,7 @@ def test_the_policy_by_name_knows_a_call_with_bias_and_activation(
     assert "named 'depthwise_conv'" in capsys.readouterr().out
 
 
-def test_scan_over_layers(implementation: str) -> None:
+def test_scan_over_layers(implementation: Implementation) -> None:
     # Five layers with their kernels stacked, value and gradients through the scan.
     x, _, g = SQUARE.operands()
     w = 0.5 * SQUARE.draw((5, *SQUARE.kernel), 20)
@@ -187,7 +188,7 @@ def test_scan_over_layers(implementation: str) -> None:
     assert_close(dw, np.stack(expected_dw[::-1]), 1e-5)
 
 
-def test_scan_with_remat_and_a_shared_kernel(implementation: str) -> None:
+def test_scan_with_remat_and_a_shared_kernel(implementation: Implementation) -> None:
     x, w, _ = SQUARE.operands()
     w = 0.5 * w
     f = SQUARE.conv(implementation)
@@ -205,7 +206,7 @@ def test_scan_with_remat_and_a_shared_kernel(implementation: str) -> None:
     assert_close(run(w, tw), ty, 1e-5)
 
 
-def test_loops_and_branches(implementation: str) -> None:
+def test_loops_and_branches(implementation: Implementation) -> None:
     x, w, _ = SQUARE.operands()
     f = SQUARE.conv(implementation)
 
@@ -219,7 +220,7 @@ def test_loops_and_branches(implementation: str) -> None:
     assert_close(run(x, w, 2), SQUARE.oracle.conv(SQUARE.oracle.conv(once, w), w), 1e-5)
 
 
-def test_under_jaxs_strictest_settings(implementation: str) -> None:
+def test_under_jaxs_strictest_settings(implementation: Implementation) -> None:
     x, w, g = SQUARE.operands()
     b = SQUARE.draw((3,), 20)
     with (
@@ -236,25 +237,25 @@ def test_under_jaxs_strictest_settings(implementation: str) -> None:
     assert_close(db, g.sum((0, 1, 2)), 1e-5)
 
 
-def test_disable_jit(implementation: str) -> None:
+def test_disable_jit(implementation: Implementation) -> None:
     x, w, _ = SQUARE.operands()
     with jax.disable_jit():
         assert_close(SQUARE.conv(implementation)(x, w), SQUARE.oracle.conv(x, w), 1e-5)
 
 
-def test_shapes_without_data(implementation: str) -> None:
+def test_shapes_without_data(implementation: Implementation) -> None:
     for case in CORE:
         x, w, _ = (jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in case.operands())
         y = jax.eval_shape(case.conv(implementation), x, w)
         assert (y.shape, y.dtype) == (case.oracle.y_shape, jnp.bfloat16)
 
 
-def test_an_output_of_known_type_is_not_weak(implementation: str) -> None:
+def test_an_output_of_known_type_is_not_weak(implementation: Implementation) -> None:
     y = depthwise_conv(jnp.full((1, 3, 1), 2.0), jnp.ones((2, 1, 1)), implementation=implementation)
     assert not y.weak_type
 
 
-def test_repeated_kernel_gradients_are_equal_to_the_bit(implementation: str) -> None:
+def test_repeated_kernel_gradients_are_equal_to_the_bit(implementation: Implementation) -> None:
     x, w, g = Case("repeat", (8, 16, 16, 8), (3, 3, 8, 1), {"padding": "same"}).operands()
     f = jax.jit(maps.gradients(partial(depthwise_conv, padding="same", implementation=implementation)))
     first = np.asarray(f(x, w, g)[1])

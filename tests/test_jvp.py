@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, SLOPES, SMALL_NETWORKS, Case, label
 from tests.support.oracle import widest
@@ -19,7 +20,7 @@ COPYING = tuple(case for case in CASES if case.oracle.again)
 
 
 @pytest.mark.parametrize("case", [*CORE, *COPYING, SMALL_NETWORKS[1]], ids=str)
-def test_jvp(case: Case, implementation: str) -> None:
+def test_jvp(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands(0)
     tx, tw, _ = case.operands(1)
     y, tangent = jax.jit(lambda x, w, tx, tw: jax.jvp(case.conv(implementation), (x, w), (tx, tw)))(x, w, tx, tw)
@@ -28,7 +29,7 @@ def test_jvp(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_jvp_in_one_operand(case: Case, implementation: str) -> None:
+def test_jvp_in_one_operand(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands(0)
     tx, tw, _ = case.operands(1)
     f = case.conv(implementation)
@@ -39,7 +40,7 @@ def test_jvp_in_one_operand(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_jvp_in_eager_mode(case: Case, implementation: str) -> None:
+def test_jvp_in_eager_mode(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands(0)
     tx, tw, _ = case.operands(1)
     _, tangent = jax.jvp(case.conv(implementation), (x, w), (tx, tw))
@@ -47,7 +48,7 @@ def test_jvp_in_eager_mode(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_linearize(case: Case, implementation: str) -> None:
+def test_linearize(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands(0)
     tx, tw, _ = case.operands(1)
     _, tangents = jax.linearize(case.conv(implementation), x, w)
@@ -55,7 +56,7 @@ def test_linearize(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_tangents_keep_the_dtype(implementation: str, dtype: Any) -> None:
+def test_tangents_keep_the_dtype(implementation: Implementation, dtype: Any) -> None:
     case = CORE[1]
     x, w, _ = (jnp.asarray(a, dtype) for a in case.operands(0))
     tx, tw, _ = (jnp.asarray(a, dtype) for a in case.operands(1))
@@ -67,7 +68,7 @@ def test_tangents_keep_the_dtype(implementation: str, dtype: Any) -> None:
     assert np.all(np.abs(widest(tangent) - sum(terms)) <= eps * (abs(terms[0]) + abs(terms[1])) + 1e-5)
 
 
-def test_an_integer_input_has_no_tangent(implementation: str) -> None:
+def test_an_integer_input_has_no_tangent(implementation: Implementation) -> None:
     x = jnp.arange(12).reshape(1, 6, 2)
     w, tw = jnp.ones((3, 2, 1)), jnp.full((3, 2, 1), 2.0)
     tx = np.zeros(x.shape, jax.dtypes.float0)
@@ -77,7 +78,7 @@ def test_an_integer_input_has_no_tangent(implementation: str) -> None:
 
 @pytest.mark.parametrize(("activation", "slope"), SLOPES, ids=label)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:
+def test_bias_and_activation(implementation: Implementation, data_format: str, activation: Any, slope: Any) -> None:
     shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
     case = Case("jvp-bias", shape, (3, 3, 3, 2), {"strides": 2, "padding": "same", "data_format": data_format})
     oracle, f = case.oracle, jax.jit(case.conv(implementation, activation=activation))
@@ -93,7 +94,7 @@ def test_bias_and_activation(implementation: str, data_format: str, activation: 
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_the_slope_at_a_kink_is_that_of_jax_nn(implementation: str, activation: str) -> None:
+def test_the_slope_at_a_kink_is_that_of_jax_nn(implementation: Implementation, activation: str) -> None:
     x = jnp.asarray([0.0, 6.0, -1.0, 7.0, 3.0]).reshape(1, 5, 1)
     one = jnp.ones((1, 1, 1))
     f = lambda x: depthwise_conv(x, one, jnp.zeros(1), activation=activation, implementation=implementation)  # noqa: E731
@@ -102,7 +103,7 @@ def test_the_slope_at_a_kink_is_that_of_jax_nn(implementation: str, activation: 
     np.testing.assert_array_equal(tangent, expected)
 
 
-def test_jacfwd_is_the_matrix_of_the_map(implementation: str) -> None:
+def test_jacfwd_is_the_matrix_of_the_map(implementation: Implementation) -> None:
     case = Case("jacobian", (1, 4, 3, 2), (2, 2, 2, 2), {"strides": (2, 1), "padding": "same"})
     x, w, _ = case.operands()
     by_x, by_w = jax.jit(jax.jacfwd(case.conv(implementation), argnums=(0, 1)))(x, w)
@@ -114,7 +115,7 @@ def test_jacfwd_is_the_matrix_of_the_map(implementation: str) -> None:
     assert_close(by_w, columns_w, 1e-5)
 
 
-def test_separable(implementation: str) -> None:
+def test_separable(implementation: Implementation) -> None:
     case = Case("jvp-separable", (2, 5, 4, 3), (3, 3, 3, 2), {"padding": "same"})
     (x, w, _), (tx, tw, _) = case.operands(0), case.operands(1)
     p, tp = case.draw((1, 1, 6, 4), 30), case.draw((1, 1, 6, 4), 31)

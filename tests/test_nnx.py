@@ -198,7 +198,7 @@ def test_in_features_is_checked(in_features):
 
 def test_an_input_with_other_channels_or_too_few_axes_is_refused():
     layer = depthwise_jax.nnx.DepthwiseConv2D(3, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"'kernel' has the shape \(3, 3, 3, 1\).*\(3, 3, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"'kernel' must have the shape \(3, 3, 4, 1\).*got \(3, 3, 3, 1\)"):
         layer(jnp.ones((1, 5, 5, 4)))
     with pytest.raises(ValueError, match=r"at least 3 axes; got the shape \(5, 3\)"):
         layer(jnp.ones((5, 3)))
@@ -490,7 +490,7 @@ def test_partitioning_metadata_of_an_initializer_is_kept():
     assert layer.kernel.get_metadata()["constraint"] == constraints.NonNeg()
     np.testing.assert_array_equal(layer.kernel[...], np.ones((3, 3, 3, 1)))
     boxed = nn.with_partitioning(nn.initializers.ones_init(), (None, None, None, None))
-    with pytest.raises(TypeError, match=r"depthwise_initializer gives Linen's Partitioned.*nnx\.with_partitioning"):
+    with pytest.raises(TypeError, match=r"_initializer must .*nnx\.with_partitioning.*got Linen's Partitioned"):
         depthwise_jax.nnx.DepthwiseConv2D(3, 3, depthwise_initializer=boxed, rngs=nnx.Rngs(0))
 
 

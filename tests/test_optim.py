@@ -376,7 +376,7 @@ def test_constraints_of_an_empty_subtree(empty: Any) -> None:
     params = {"a": jnp.ones(3), "e": empty}
     project({"a": None, "e": None}).init(params)
     project({"a": NonNeg(), "e": NonNeg()}).init(params)
-    with pytest.raises(ValueError, match="the model has no 'f'"):
+    with pytest.raises(ValueError, match="params have no entry 'f'"):
         project({"a": None, "f": None}).init(params)
 
 

@@ -423,10 +423,10 @@ class NanAtNegative(Constraint):
     [
         (lambda w: w[..., 0], ValueError, r"'dw/kernel' must keep shape and dtype: it made float32\[3, 3, 2\] of"),
         (lambda w: w.astype(jnp.bfloat16), ValueError, r"'dw/kernel' must keep shape and dtype: it made bfloat16"),
-        (lambda w: jnp.log(w), ValueError, "the constraint of 'dw/kernel', .* returns NaN for finite numbers"),
-        (NanAtNegative(), ValueError, "the constraint of 'dw/kernel', .* returns NaN for finite numbers"),
-        (NonNeg() & jnp.arccosh, ValueError, "returns NaN for finite numbers"),
-        (lambda w: (w - w) / (w - w), ValueError, "returns NaN for finite numbers"),
+        (lambda w: jnp.log(w), ValueError, "'dw/kernel' must not return NaN for finite numbers; .* does"),
+        (NanAtNegative(), ValueError, "'dw/kernel' must not return NaN for finite numbers; .* does"),
+        (NonNeg() & jnp.arccosh, ValueError, "must not return NaN for finite numbers"),
+        (lambda w: (w - w) / (w - w), ValueError, "must not return NaN for finite numbers"),
         (MaxNorm(axis=4), ValueError, "constraint of 'dw/kernel': MaxNorm: axis=4 must name different axes"),
         (1.0, TypeError, "constraint of 'dw/kernel' must be None, a name, a configuration or a callable; got 1.0"),
         ("max_nrom", ValueError, "constraint of 'dw/kernel': unknown constraint 'max_nrom'; closest valid names"),
@@ -454,11 +454,11 @@ def test_a_changed_shape_is_an_error_when_the_step_is_traced(constraint: Any) ->
 @pytest.mark.parametrize(
     ("constraints", "message"),
     [
-        ({"dw": {"kernel": NonNeg()}}, "no entry for 'dw/bias'; an unconstrained one is None"),
-        ({"dw": {"kernel": NonNeg(), "bias": None, "scale": None}}, "the model has no 'dw/scale'"),
-        ({"dw": {"kernel": {"value": NonNeg(), "box": None}, "bias": None}}, "the model has no 'dw/kernel/box'"),
-        ({"conv": NonNeg()}, "the model has no 'conv'"),
-        ([NonNeg()], "the model has no '0'"),
+        ({"dw": {"kernel": NonNeg()}}, "no entry for 'dw/bias'; if it has no constraint, give None"),
+        ({"dw": {"kernel": NonNeg(), "bias": None, "scale": None}}, "params have no entry 'dw/scale'"),
+        ({"dw": {"kernel": {"value": NonNeg(), "box": None}, "bias": None}}, "params have no entry 'dw/kernel/box'"),
+        ({"conv": NonNeg()}, "params have no entry 'conv'"),
+        ([NonNeg()], "params have no entry '0'"),
     ],
 )
 def test_constraints_that_do_not_match(constraints: Any, message: str) -> None:

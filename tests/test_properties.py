@@ -27,7 +27,7 @@ def check(case: Case, dtype: str, implementation: str) -> None:
         oracle = case.oracle
     except EmptyOutputError:
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (case.x, case.kernel)]
-        with pytest.raises(ValueError, match=r"empty|needs an input to read"):
+        with pytest.raises(ValueError, match="empty"):
             jax.eval_shape(f, *shapes)
         return
     if oracle.again:  # their gradient adds up copies, each rounded to a narrow dtype

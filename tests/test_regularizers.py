@@ -106,7 +106,7 @@ def test_any_callable_is_a_regularizer_and_its_result_is_summed():
     ("name", "key"), [("L1", "l1"), ("L2", "l2"), ("L1L2", "l2"), ("OrthogonalRegularizer", "factor")]
 )
 def test_bad_factors(name, key, value):
-    with pytest.raises(ValueError, match=f"reg: .*{key} must be a finite number that is not negative"):
+    with pytest.raises(ValueError, match=f"reg: .*{key} must be a finite, non-negative number"):
         regularizers.get({"class_name": name, "config": {key: value}}, "reg")
 
 

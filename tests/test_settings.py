@@ -1,6 +1,7 @@
 """The default data_format: read once from keras.json, or set."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -95,12 +96,13 @@ def test_keras_home_comes_before_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_set_image_data_format_is_for_layers_made_from_then_on():
-    settings.set_image_data_format("Channels_First")
+    mixed: Any = "Channels_First"
+    settings.set_image_data_format(mixed)
     first = DepthwiseConv2D(3)
     settings.set_image_data_format("channels_last")
     assert (first.data_format, first.clone().data_format) == ("channels_first", "channels_first")
     assert DepthwiseConv2D(3).data_format == "channels_last"
-    assert DepthwiseConv2D(3, data_format="CHANNELS_FIRST").data_format == "channels_first"
+    assert DepthwiseConv2D(3, data_format=mixed).data_format == "channels_first"
 
 
 @pytest.mark.parametrize("value", ["NHWC", None, 3])

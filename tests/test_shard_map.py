@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import LOWERINGS, Case
@@ -42,7 +43,9 @@ CHECKS = pytest.mark.parametrize("check_vma", [True, False])
     ],
     ids=str,
 )
-def test_derivatives_of_the_whole(case: Case, implementation: str, mesh: Any, sharded: str, check_vma: bool) -> None:
+def test_derivatives_of_the_whole(
+    case: Case, implementation: Implementation, mesh: Any, sharded: str, check_vma: bool
+) -> None:
     x, w, g = case.operands(0)
     tx, tw, _ = case.operands(1)
     image, kernel, _ = specs(case, sharded)
@@ -68,7 +71,7 @@ def test_derivatives_of_the_whole(case: Case, implementation: str, mesh: Any, sh
 
 @CHECKS
 @SHARDINGS
-def test_gradients_inside(implementation: str, mesh: Any, sharded: str, check_vma: bool) -> None:
+def test_gradients_inside(implementation: Implementation, mesh: Any, sharded: str, check_vma: bool) -> None:
     case = LAST
     x, w, g = case.operands()
     image, kernel, _ = specs(case, sharded)
@@ -89,7 +92,9 @@ def test_gradients_inside(implementation: str, mesh: Any, sharded: str, check_vm
 
 @CHECKS
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
-def test_bias_and_activation(implementation: str, mesh: Any, check_vma: bool, activation: str | None) -> None:
+def test_bias_and_activation(
+    implementation: Implementation, mesh: Any, check_vma: bool, activation: str | None
+) -> None:
     case = LAST
     x, w, g = case.operands()
     b = case.draw((8,), 20)
@@ -117,7 +122,7 @@ def test_bias_and_activation(implementation: str, mesh: Any, check_vma: bool, ac
 
 
 @CHECKS
-def test_eager(implementation: str, mesh: Any, check_vma: bool) -> None:
+def test_eager(implementation: Implementation, mesh: Any, check_vma: bool) -> None:
     x, w, _ = LAST.operands()
     image, kernel, _ = specs(LAST, "batch+channels")
     options: Any = {"mesh": mesh, "check_vma": check_vma}
@@ -126,7 +131,7 @@ def test_eager(implementation: str, mesh: Any, check_vma: bool) -> None:
 
 
 @CHECKS
-def test_vmap_inside(implementation: str, mesh: Any, check_vma: bool) -> None:
+def test_vmap_inside(implementation: Implementation, mesh: Any, check_vma: bool) -> None:
     # The kernel is the same on all devices of "b", its copies are not: one gradient per example.
     case = Case("shard-map-vmap", (1, 5, 4, 4), (3, 3, 4, 1), {"padding": "same"})
     x, g = case.draw((4, *case.x), 0), case.draw((4, *case.oracle.y_shape), 1)
@@ -166,7 +171,7 @@ def test_some_axes_left_to_the_compiler(mesh: Any, check_vma: bool) -> None:
 
 
 @CHECKS
-def test_separable(implementation: str, mesh: Any, check_vma: bool) -> None:
+def test_separable(implementation: Implementation, mesh: Any, check_vma: bool) -> None:
     case = Case("shard-map-separable", (4, 5, 4, 3), (3, 3, 3, 2))
     x, w, _ = case.operands()
     p = case.draw((1, 1, 6, 4), 20)
@@ -183,7 +188,7 @@ def test_separable(implementation: str, mesh: Any, check_vma: bool) -> None:
     assert_close(dp[0, 0], np.broadcast_to(middle.reshape(-1, 6).sum(0)[:, None], (6, 4)), 1e-5)
 
 
-def test_varying_operands_give_a_varying_result(implementation: str, mesh: Any) -> None:
+def test_varying_operands_give_a_varying_result(implementation: Implementation, mesh: Any) -> None:
     seen: list[Any] = []
 
     def local(x: Any, w: Any) -> Any:
@@ -204,7 +209,7 @@ def test_varying_operands_give_a_varying_result(implementation: str, mesh: Any) 
 def test_a_shard_that_the_compiler_partitions_further_is_no_single_device(mesh: Any) -> None:
     x, w, _ = LAST.operands()
 
-    def f(implementation: str | None, axes: set[str]) -> Any:
+    def f(implementation: Implementation | None, axes: set[str]) -> Any:
         return jax.jit(
             jax.shard_map(
                 LAST.conv(implementation), mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), axis_names=axes
@@ -213,5 +218,5 @@ def test_a_shard_that_the_compiler_partitions_further_is_no_single_device(mesh: 
 
     assert "depthwise_jax." in f(None, {"b", "c"}).lower(x, w).as_text()
     assert "depthwise_jax." not in f(None, {"b"}).lower(x, w).as_text()
-    with pytest.raises(ValueError, match=r"'native' cannot serve this forward on cpu: .*partition"):
+    with pytest.raises(ValueError, match=r"'native' cannot compute this forward on cpu: .*partition"):
         f("native", {"b"}).lower(x, w)

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import depthwise_conv, separable_conv
+from depthwise_jax._core.layout import DataFormat
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import PLAIN, SHARDED_CASES, Case
@@ -115,7 +117,7 @@ def test_conv_refuses_what_has_no_slabs_over_two_axes(explicit: Any) -> None:
     case = SHARDED_CASES[0]
     with jax.set_mesh(explicit):
         x, w, g = (typed(explicit, a, P(None, s)) for a, s in zip(case.operands(), ("b", None, "b"), strict=True))
-        with pytest.raises(ValueError, match="implementation='conv' cannot serve this kernel"):
+        with pytest.raises(ValueError, match="implementation='conv' cannot compute this kernel"):
             jax.jit(maps.dw(case.conv("conv"))).lower(x, w, g)
 
 
@@ -297,7 +299,7 @@ def test_explicit_conflict_names_both_shardings(explicit: Any) -> None:
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_explicit_separable(plain: str, explicit: Any, data_format: str) -> None:
+def test_explicit_separable(plain: Implementation, explicit: Any, data_format: DataFormat) -> None:
     first = data_format == "channels_first"
     case = Case(
         "explicit-separable", (4, 4, 6, 5) if first else (4, 6, 5, 4), (3, 3, 4, 2), {"data_format": data_format}
@@ -357,8 +359,8 @@ UNFIT = {
     "window beyond the next row shard": (P(None, "b"), P(), None),
     "channels over other axes": (P(None, None, None, "b"), P(None, None, "c", None), "shard the channels differently"),
     "channels over more axes": (P(None, None, None, "c"), P(None, None, ("b", "c"), None), "shard the channels diff"),
-    "window sharded": (P("b"), P("c"), "expected a sharding of the channels alone"),
-    "multiplier sharded": (P("b"), P(None, None, None, "c"), "expected a sharding of the channels alone"),
+    "window sharded": (P("b"), P("c"), "must be sharded only along its channels"),
+    "multiplier sharded": (P("b"), P(None, None, None, "c"), "must be sharded only along its channels"),
 }
 
 

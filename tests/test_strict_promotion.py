@@ -15,6 +15,7 @@ from flax import nnx
 import depthwise_jax.nnx
 from depthwise_jax import depthwise_conv, regularization_loss, separable_conv
 from depthwise_jax.constraints import Box, MaxNorm, MinMaxNorm, NonNeg, PerSlice, UnitNorm
+from depthwise_jax.lowering import Implementation
 from depthwise_jax.optim import apply_updates_projected, constraints_of, feasibility, project, project_params
 from tests.support import maps
 from tests.support.assertions import assert_close
@@ -33,7 +34,7 @@ def strict() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CORE[:3], ids=str)
-def test_the_maps(case: Case, dtype: str, implementation: str) -> None:
+def test_the_maps(case: Case, dtype: str, implementation: Implementation) -> None:
     x, k, g = (jnp.asarray(a, dtype) for a in case.operands())
     oracle, tolerance = case.oracle, TOLERANCES[dtype]
     conv = case.conv(implementation)
@@ -51,7 +52,9 @@ def test_the_maps(case: Case, dtype: str, implementation: str) -> None:
     ("dtype", "preferred"),
     [(a, b) for a in FLOATS for b in FLOATS if a == b or jnp.dtype(a).itemsize < jnp.dtype(b).itemsize],
 )
-def test_preferred_element_type(dtype: str, preferred: str, activation: str | None, implementation: str) -> None:
+def test_preferred_element_type(
+    dtype: str, preferred: str, activation: str | None, implementation: Implementation
+) -> None:
     x, k, b = jnp.ones((1, 6, 3), dtype), jnp.ones((2, 3, 1), dtype), jnp.ones(3, dtype)
 
     def conv(x: Any, k: Any, b: Any) -> Any:
@@ -79,7 +82,7 @@ def test_operands_of_two_dtypes_are_refused_as_by_lax() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_separable_conv(dtype: str, implementation: str) -> None:
+def test_separable_conv(dtype: str, implementation: Implementation) -> None:
     x, d, p, b = (jnp.ones(shape, dtype) for shape in ((2, 6, 6, 3), (3, 3, 3, 2), (1, 1, 6, 4), (4,)))
     conv = lambda *a: separable_conv(*a, activation="relu", implementation=implementation)  # noqa: E731
     y, transpose = jax.vjp(conv, x, d, p, b)

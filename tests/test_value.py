@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 
 from depthwise_jax import depthwise_conv, separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support.assertions import assert_close, assert_within_roundings
 from tests.support.cases import CASES, CORE, LOWERINGS, SMALL_NETWORKS, Case, label, reduced
 from tests.support.oracle import widest
@@ -22,7 +23,7 @@ ONE = CORE[1]  # "same", two kernels per channel
 
 
 @pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)
-def test_value(case: Case, implementation: str) -> None:
+def test_value(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands()
     y = case.conv(implementation)(x, w)
     assert isinstance(y, jax.Array)
@@ -37,7 +38,7 @@ def test_value_of_the_chosen_implementation(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_float64(case: Case, implementation: str, x64: None) -> None:
+def test_float64(case: Case, implementation: Implementation, x64: None) -> None:
     x, w, _ = case.operands()
     y = case.conv(implementation)(x.astype(np.float64), w.astype(np.float64))
     assert y.dtype == jnp.float64
@@ -46,7 +47,9 @@ def test_float64(case: Case, implementation: str, x64: None) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, implementation: str, dtype: Any) -> None:
+def test_half_precision_is_accumulated_in_float32_and_rounded_once(
+    case: Case, implementation: Implementation, dtype: Any
+) -> None:
     x, w, _ = (jnp.asarray(a, dtype) for a in case.operands())
     y = case.conv(implementation)(x, w)
     exact = case.oracle.conv(x, w)
@@ -56,7 +59,7 @@ def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, i
 
 @pytest.mark.parametrize("place", [0, 4, 8])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_narrow_accumulator_would_lose_the_ones(implementation: str, dtype: Any, place: int) -> None:
+def test_a_narrow_accumulator_would_lose_the_ones(implementation: Implementation, dtype: Any, place: int) -> None:
     large = 2 / float(jnp.finfo(dtype).eps)  # large + 1 rounds to large, large + 8 is a number
     x = np.ones((1, 9, 2))
     x[:, place] = large
@@ -65,7 +68,7 @@ def test_a_narrow_accumulator_would_lose_the_ones(implementation: str, dtype: An
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_bias_in_half_precision_costs_at_most_one_more_rounding(implementation: str, dtype: Any) -> None:
+def test_a_bias_in_half_precision_costs_at_most_one_more_rounding(implementation: Implementation, dtype: Any) -> None:
     x, w, _ = (jnp.asarray(a, dtype) for a in ONE.operands())
     b = jnp.asarray(ONE.draw((6,), 9), dtype)
     conv = ONE.oracle.conv(x, w)
@@ -76,7 +79,7 @@ def test_a_bias_in_half_precision_costs_at_most_one_more_rounding(implementation
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_preferred_element_type_float32_keeps_the_accumulator(implementation: str, dtype: Any) -> None:
+def test_preferred_element_type_float32_keeps_the_accumulator(implementation: Implementation, dtype: Any) -> None:
     x, w, _ = (jnp.asarray(a, dtype) for a in ONE.operands())
     y = ONE.conv(implementation, preferred_element_type=jnp.float32)(x, w)
     assert y.dtype == jnp.float32
@@ -133,7 +136,7 @@ def test_complex(case: Case, plain: str, dtype: Any, x64: None) -> None:
         (jnp.bool_, jnp.bfloat16),
     ],
 )
-def test_operands_promote_as_in_jax(implementation: str, x_dtype: Any, w_dtype: Any) -> None:
+def test_operands_promote_as_in_jax(implementation: Implementation, x_dtype: Any, w_dtype: Any) -> None:
     x, w, _ = ONE.operands()
     x, w = jnp.asarray(x).astype(x_dtype), jnp.asarray(w).astype(w_dtype)
     y = ONE.conv(implementation)(x, w)
@@ -142,7 +145,7 @@ def test_operands_promote_as_in_jax(implementation: str, x_dtype: Any, w_dtype: 
     assert_within_roundings(y, exact, exact)
 
 
-def test_a_bias_promotes_too(implementation: str) -> None:
+def test_a_bias_promotes_too(implementation: Implementation) -> None:
     x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in ONE.operands())
     b = ONE.draw((6,), 9)
     y = ONE.conv(implementation)(x, w, b)
@@ -179,7 +182,7 @@ def test_oracle_agrees_with_lax(case: Case, x64: None) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CORE if c.geometry.get("padding", "valid") in ("valid", "same")], ids=str)
-def test_keras_agrees(case: Case, implementation: str) -> None:
+def test_keras_agrees(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands()
     options = {"padding": "valid", "data_format": "channels_last", **case.geometry}
     expected = keras.ops.depthwise_conv(x, w, **options)
@@ -196,7 +199,7 @@ def test_keras_agrees(case: Case, implementation: str) -> None:
     ],
     ids=str,
 )
-def test_flax_agrees_on_its_own_paddings(case: Case, implementation: str) -> None:
+def test_flax_agrees_on_its_own_paddings(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands()
     *window, channels, multiplier = case.kernel
     layer = nn.Conv(
@@ -213,18 +216,18 @@ def test_flax_agrees_on_its_own_paddings(case: Case, implementation: str) -> Non
 
 
 @pytest.mark.parametrize("padding", ["SAME", "Valid", "Causal", "REFLECT", "Circular"])
-def test_padding_in_any_case(padding: str) -> None:
+def test_padding_in_any_case(padding: Any) -> None:
     x, w = np.ones((1, 6, 2), np.float32), np.ones((3, 2, 1), np.float32)
     np.testing.assert_array_equal(depthwise_conv(x, w, padding=padding), depthwise_conv(x, w, padding=padding.lower()))
 
 
-def test_output_channels_go_by_input_channel_first(implementation: str) -> None:
+def test_output_channels_go_by_input_channel_first(implementation: Implementation) -> None:
     x = jnp.asarray([[[1.0, 10.0]]])
     w = jnp.asarray([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
     np.testing.assert_array_equal(depthwise_conv(x, w, implementation=implementation), [[[1, 2, 3, 40, 50, 60]]])
 
 
-def test_the_kernel_is_not_flipped(implementation: str) -> None:
+def test_the_kernel_is_not_flipped(implementation: Implementation) -> None:
     x = jnp.asarray([[0.0], [1.0], [0.0], [0.0]])
     w = jnp.asarray([1.0, 2.0, 3.0]).reshape(3, 1, 1)
     np.testing.assert_array_equal(
@@ -234,7 +237,7 @@ def test_the_kernel_is_not_flipped(implementation: str) -> None:
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("activation", [None, "relu", "relu6", "tanh", jnp.cos], ids=label)
-def test_bias_and_activation(implementation: str, data_format: str, activation: Any) -> None:
+def test_bias_and_activation(implementation: Implementation, data_format: str, activation: Any) -> None:
     shape = (2, 3, 5, 4) if data_format == "channels_first" else (2, 5, 4, 3)
     case = Case("bias", shape, (3, 3, 3, 2), {"padding": "same", "data_format": data_format})
     x, w, _ = case.operands()
@@ -265,13 +268,13 @@ def test_softmax_is_over_the_channels(data_format: str) -> None:
 @pytest.mark.parametrize(
     "precision", ["highest", lax.Precision.HIGHEST, (lax.Precision.DEFAULT, lax.Precision.HIGHEST)], ids=str
 )
-def test_precision_is_taken(implementation: str, precision: Any) -> None:
+def test_precision_is_taken(implementation: Implementation, precision: Any) -> None:
     x, w, _ = ONE.operands()
     assert_close(ONE.conv(implementation, precision=precision)(x, w), ONE.oracle.conv(x, w), 1e-5)
 
 
 @pytest.mark.parametrize("case", [CORE[0], CORE[2], CORE[4], CORE[5]], ids=str)
-def test_a_nan_stays_where_it_is_read(case: Case, implementation: str) -> None:
+def test_a_nan_stays_where_it_is_read(case: Case, implementation: Implementation) -> None:
     x, w, _ = case.operands()
     x[0, 2, ..., 1] = np.nan
     y = case.conv(implementation)(x, w)
@@ -281,7 +284,7 @@ def test_a_nan_stays_where_it_is_read(case: Case, implementation: str) -> None:
 @pytest.mark.parametrize(
     "lowering", [name for name in LOWERINGS if name != "conv"]
 )  # lax multiplies the zeros of the padding by it
-def test_a_nan_in_the_kernel_does_not_reach_through_the_padding(lowering: str) -> None:
+def test_a_nan_in_the_kernel_does_not_reach_through_the_padding(lowering: Implementation) -> None:
     w = np.ones((3, 1, 1), np.float32)
     w[0] = np.nan
     y = depthwise_conv(np.ones((4, 1), np.float32), w, padding="same", implementation=lowering)
@@ -289,7 +292,7 @@ def test_a_nan_in_the_kernel_does_not_reach_through_the_padding(lowering: str) -
 
 
 @pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "conv"])
-def test_nor_in_a_window_of_many_taps(lowering: str) -> None:
+def test_nor_in_a_window_of_many_taps(lowering: Implementation) -> None:
     # More than 64: taps runs them in a loop. Tap 0 reads the input for the outputs from 34 on, tap 69 for the first 5.
     w = np.ones((70, 1, 1), np.float32)
     for tap, broken in ((0, lambda o: o >= 34), (69, lambda o: o < 5)):
@@ -301,7 +304,7 @@ def test_nor_in_a_window_of_many_taps(lowering: str) -> None:
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_separable(implementation: str, data_format: str, rank: int) -> None:
+def test_separable(implementation: Implementation, data_format: str, rank: int) -> None:
     spatial = (5, 4, 6)[:rank]
     shape = (2, 3, *spatial) if data_format == "channels_first" else (2, *spatial, 3)
     case = Case(
@@ -321,7 +324,7 @@ def test_separable(implementation: str, data_format: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [(), (2, 1, 3)], ids=str)
-def test_separable_with_any_batch_axes(implementation: str, batch: tuple[int, ...]) -> None:
+def test_separable_with_any_batch_axes(implementation: Implementation, batch: tuple[int, ...]) -> None:
     case = Case("separable-batch", (*batch, 5, 4, 3), (3, 3, 3, 2))
     x, w, _ = case.operands()
     pointwise = case.draw((1, 1, 6, 4), 7)
@@ -329,7 +332,7 @@ def test_separable_with_any_batch_axes(implementation: str, batch: tuple[int, ..
     assert_close(y, case.oracle.conv(x, w) @ widest(pointwise)[0, 0], 1e-5)
 
 
-def test_separable_in_bfloat16(implementation: str) -> None:
+def test_separable_in_bfloat16(implementation: Implementation) -> None:
     case = Case("separable-bf16", (2, 5, 4, 3), (3, 3, 3, 2))
     x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in case.operands())
     pointwise = jnp.asarray(case.draw((1, 1, 6, 4), 7), jnp.bfloat16)

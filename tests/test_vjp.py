@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CASES, CORE, LOWERINGS, SLOPES, SMALL_NETWORKS, Case, label, reduced
@@ -19,7 +20,7 @@ from workloads.layers import NETWORKS
 
 
 @pytest.mark.parametrize("case", CASES + SMALL_NETWORKS, ids=str)
-def test_vjp(case: Case, implementation: str) -> None:
+def test_vjp(case: Case, implementation: Implementation) -> None:
     x, w, g = case.operands()
     oracle = case.oracle
     y, dx, dw = jax.jit(maps.value_and_gradients(case.conv(implementation)))(x, w, g)
@@ -38,7 +39,7 @@ def test_vjp_of_the_chosen_implementation(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_vjp_in_eager_mode(case: Case, implementation: str) -> None:
+def test_vjp_in_eager_mode(case: Case, implementation: Implementation) -> None:
     x, w, g = case.operands()
     dx, dw = maps.gradients(case.conv(implementation))(x, w, g)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
@@ -46,7 +47,7 @@ def test_vjp_in_eager_mode(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_float64(case: Case, implementation: str, x64: None) -> None:
+def test_float64(case: Case, implementation: Implementation, x64: None) -> None:
     x, w, g = (a.astype(np.float64) for a in case.operands())
     dx, dw = jax.jit(maps.gradients(case.conv(implementation)))(x, w, g)
     assert dx.dtype == dw.dtype == jnp.float64
@@ -56,7 +57,9 @@ def test_float64(case: Case, implementation: str, x64: None) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, implementation: str, dtype: Any) -> None:
+def test_half_precision_is_accumulated_in_float32_and_rounded_once(
+    case: Case, implementation: Implementation, dtype: Any
+) -> None:
     x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
     dx, dw = jax.jit(maps.gradients(case.conv(implementation)))(x, w, g)
     for actual, exact in ((dx, case.oracle.input_grad(g, w)), (dw, case.oracle.kernel_grad(x, g))):
@@ -66,7 +69,7 @@ def test_half_precision_is_accumulated_in_float32_and_rounded_once(case: Case, i
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_narrow_accumulator_would_lose_the_ones(implementation: str, dtype: Any) -> None:
+def test_a_narrow_accumulator_would_lose_the_ones(implementation: Implementation, dtype: Any) -> None:
     large = 2 / float(jnp.finfo(dtype).eps)  # large + 1 rounds to large, large + 8 is a number
     pullback = jax.jit(maps.gradients(partial(depthwise_conv, implementation=implementation)))
     for place in (0, 4, 8):
@@ -83,7 +86,7 @@ def test_a_narrow_accumulator_would_lose_the_ones(implementation: str, dtype: An
             assert float(dx[0, rows - 1, columns - 1, 0]) == large + 8, (place, rows, columns, multiplier)
 
 
-def test_each_gradient_has_its_operands_dtype(implementation: str) -> None:
+def test_each_gradient_has_its_operands_dtype(implementation: Implementation) -> None:
     case = CORE[1]
     x, w, g = case.operands()
     x16 = jnp.asarray(x, jnp.bfloat16)
@@ -94,7 +97,7 @@ def test_each_gradient_has_its_operands_dtype(implementation: str) -> None:
     assert_close(dw, case.oracle.kernel_grad(x16, g), 1e-5)
 
 
-def test_preferred_element_type_does_not_change_the_gradients_dtypes(implementation: str) -> None:
+def test_preferred_element_type_does_not_change_the_gradients_dtypes(implementation: Implementation) -> None:
     case = CORE[1]
     x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in case.operands())
     g = case.operands()[2]
@@ -115,7 +118,7 @@ def test_complex_has_no_conjugate(case: Case, plain: str) -> None:
 
 
 @pytest.mark.parametrize("case", [CORE[2], CORE[3]], ids=str)
-def test_linear_transpose(case: Case, implementation: str) -> None:
+def test_linear_transpose(case: Case, implementation: Implementation) -> None:
     x, w, g = case.operands()
     f = case.conv(implementation)
     (dx,) = jax.linear_transpose(lambda x: f(x, w), x)(g)
@@ -125,7 +128,7 @@ def test_linear_transpose(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("case", [CORE[2], CORE[3]], ids=str)
-def test_the_transposes_transposed(case: Case, implementation: str) -> None:
+def test_the_transposes_transposed(case: Case, implementation: Implementation) -> None:
     # dx is linear in g and in w, dw in x and in g: four transposes that all lead back into the three maps.
     x, w, g = case.operands()
     f, oracle = case.conv(implementation), case.oracle
@@ -144,7 +147,7 @@ def test_the_transposes_transposed(case: Case, implementation: str) -> None:
 
 @pytest.mark.parametrize(("activation", "slope"), SLOPES, ids=label)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_bias_and_activation(implementation: str, data_format: str, activation: Any, slope: Any) -> None:
+def test_bias_and_activation(implementation: Implementation, data_format: str, activation: Any, slope: Any) -> None:
     shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
     case = Case("vjp-bias", shape, (3, 3, 3, 2), {"strides": 2, "padding": "same", "data_format": data_format})
     oracle = case.oracle
@@ -157,7 +160,7 @@ def test_bias_and_activation(implementation: str, data_format: str, activation: 
     assert_close(db, np.moveaxis(g, oracle.channel_axis, -1).reshape(-1, 6).sum(0), 1e-5, "db")
 
 
-def test_an_integer_input_beside_a_float_kernel(implementation: str) -> None:
+def test_an_integer_input_beside_a_float_kernel(implementation: Implementation) -> None:
     case = CORE[0]
     _, w, g = case.operands()
     x = np.arange(np.prod(case.x)).reshape(case.x) % 5
@@ -179,7 +182,7 @@ def test_a_nan_stays_where_it_is_read(case: Case, lowering: str) -> None:
     np.testing.assert_array_equal(np.isnan(dw), np.isnan(case.oracle.kernel_grad(x, g)))
 
 
-def test_jacrev_is_the_matrix_of_the_map(implementation: str) -> None:
+def test_jacrev_is_the_matrix_of_the_map(implementation: Implementation) -> None:
     case = Case("jacobian", (1, 4, 3, 2), (2, 2, 2, 2), {"strides": (2, 1), "padding": "same"})
     x, w, _ = case.operands()
     by_x, by_w = jax.jit(jax.jacrev(case.conv(implementation), argnums=(0, 1)))(x, w)
@@ -189,7 +192,7 @@ def test_jacrev_is_the_matrix_of_the_map(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_separable(implementation: str, data_format: str) -> None:
+def test_separable(implementation: Implementation, data_format: str) -> None:
     shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
     case = Case("vjp-separable", shape, (3, 3, 3, 2), {"padding": "same", "data_format": data_format})
     oracle, axis = case.oracle, case.oracle.channel_axis

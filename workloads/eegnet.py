@@ -55,7 +55,7 @@ def load() -> dict[str, tuple[jax.Array, np.ndarray]]:
     Accelerometer and gyroscope of a smart watch, from the UEA archive; the labels are badminton, running, standing and
     walking. Each channel is scaled to mean 0 and deviation 1 over the training part.
     """
-    loader: Any = load_basic_motions  # without annotations of its own
+    loader: Any = load_basic_motions  # it has no annotations
     split = {}
     for name in ("train", "test"):
         x, y = loader(split=name, return_type="numpy3d")

@@ -1,4 +1,4 @@
-"""What is read in the text of compiled programs."""
+"""Reads the text of compiled programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keras on its JAX backend, away from this user's Keras settings: the reference of the contract."""
+"""Imports Keras on its JAX backend without this user's settings, as the reference for the layers."""
 
 import importlib
 import os
@@ -8,5 +8,5 @@ from typing import Any
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-home-")
 
-# Any, for Keras' own annotations know only half of it.
+# Any, since Keras' own annotations are incomplete.
 keras: Any = importlib.import_module("keras")

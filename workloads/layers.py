@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from workloads.workload import Workload
 
 # Depthwise layers of known networks, channels last, each shape once, for images of 224 x 224 or the named lengths. The
-# batch sizes make a call take between about 0.03 and 10 ms on two cores. Strided layers are padded alike on both sides,
-# as all peers can, so that none of them needs a pass of its own for the padding.
+# batch sizes make a call take between about 0.03 and 10 ms on two cores. Strided layers are padded equally on both
+# sides, which all peers support without a separate pass.
 _NETWORKS_2D = (
     # network, (N, H, W, C), window, stride
     ("mobilenet-v1", (8, 112, 112, 32), 3, 1),
@@ -19,7 +21,7 @@ _NETWORKS_2D = (
     ("mobilenet-v1", (32, 112, 112, 32), 3, 1),  # 51 MB: fresh pages on every call
     ("mobilenet-v2", (8, 112, 112, 96), 3, 2),
     ("mobilenet-v2", (8, 56, 56, 144), 3, 1),
-    ("mobilenet-v2", (24, 56, 56, 144), 3, 1),  # 43 MB: likewise
+    ("mobilenet-v2", (24, 56, 56, 144), 3, 1),  # 43 MB: fresh pages too
     ("mobilenet-v2", (8, 28, 28, 192), 3, 1),
     ("mobilenet-v2", (8, 14, 14, 576), 3, 2),
     ("mobilenet-v2", (8, 7, 7, 960), 3, 1),
@@ -67,3 +69,30 @@ NETWORKS = (
         for network, x, k, stride in _NETWORKS_2D
     ),
 )
+
+_TITLES = {
+    "eegnet": "EEGNet",
+    "mamba": "Mamba",
+    "conformer": "Conformer",
+    "mobilenet-v1": "MobileNetV1",
+    "mobilenet-v2": "MobileNetV2",
+    "mobilenet-v3": "MobileNetV3",
+    "efficientnet-b0": "EfficientNet-B0",
+    "efficientnet-lite0": "EfficientNet-Lite0",
+    "convnext-t": "ConvNeXt-T",
+    "replknet-31b": "RepLKNet-31B",
+}
+
+
+def title(name: str) -> str:
+    """A layer's name for readers, such as "MobileNetV1 8x112x112x64, 3x3, stride 2"."""
+    parts = re.fullmatch(r"(.*)-(\d+(?:x\d+)+)-k(\d+(?:x\d+)*)(?:-s(\d+))?(?:-m(\d+))?", name)
+    if parts is None:
+        raise ValueError(f"name must be a layer's name in NETWORKS; got {name!r}")
+    network, shape, window, stride, multiplier = parts.groups()
+    if "x" not in window:
+        axes = shape.count("x") - 1
+        window = "x".join([window] * axes) if axes > 1 else f"window {window}"
+    described = [f"{_TITLES[network]} {shape}", window]
+    described += [f"stride {stride}"] * bool(stride) + [f"multiplier {multiplier}"] * bool(multiplier)
+    return ", ".join(described)

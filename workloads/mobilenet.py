@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import DepthwiseConv2D
 
-# Expansion, output channels, blocks and stride of the first of them.
+# Expansion, output channels, number of blocks, and stride of the first block.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 # A few blocks of each kind, for programs that take long to compile.
 FEW_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2))
@@ -22,7 +22,7 @@ class MobileNetV2(nn.Module):
 
     Attributes:
         classes: outputs.
-        plain: whether the depthwise convolutions are flax.linen.Conv, which is what the other one is compared with.
+        plain: whether the depthwise convolutions are flax.linen.Conv, as in the network for comparison.
         constraint: the constraint of the depthwise kernels, without `plain`.
         dtype: of the computation; parameters are float32.
         stages: STAGES, or fewer.
@@ -115,10 +115,10 @@ def is_depthwise(path: tuple[Any, ...], leaf: Any) -> bool:
 def channel_spec(path: tuple[Any, ...], value: Any, axis: str | None) -> P:
     """The sharding of a variable of the network with the wide channels, those of the depthwise steps, over a mesh axis.
 
-    The narrow channels between the blocks are whole: a block's one sum over channels is that of its projection.
+    The narrow channels between the blocks are not sharded: each block's only sum over channels is in its projection.
 
     Args:
-        path: the variable's path in the tree, as jax.tree_util.tree_map_with_path gives it.
+        path: the variable's path in the tree, as in jax.tree_util.tree_map_with_path.
         value: the variable, anything with a shape.
         axis: the mesh axis; None shards nothing.
     """

@@ -27,7 +27,7 @@ def keras_mobilenet(batch: int, size: int, alpha: float = 0.35) -> Model:
     def uniform(key: Any, shape: Any, dtype: Any, minval: float, maxval: float) -> jax.Array:
         return jnp.asarray(rng.uniform(minval, maxval, shape), dtype)
 
-    # The initializers draw from NumPy: JAX would compile each shape's draw, which takes longer than all the rest.
+    # The initializers draw from NumPy: JAX would compile each shape's draw, which takes longer than everything else.
     with mock.patch("jax.random.uniform", uniform):
         model = keras.applications.MobileNetV2(
             input_shape=(size, size, 3), alpha=alpha, weights=None, classes=5, classifier_activation=None

@@ -1,4 +1,4 @@
-"""What benchmarks measured: files of JSON, and the figures that are read out of their samples."""
+"""Reads and writes the results of benchmarks as JSON, and computes figures from their samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """Writes results; of "rows", each stands on a line of its own."""
+    """Writes results, with each of "rows" on a separate line."""
     text = json.dumps(results | {"rows": []} if "rows" in results else results, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in results.get("rows", ()))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 
 def milliseconds(samples: Iterable[float], calls: int = 1) -> list[float]:
-    """Samples in seconds, each of so many calls, as results hold them: milliseconds of a call, to four digits."""
+    """Samples in seconds, each of `calls` calls, as stored in results: milliseconds per call, to four digits."""
     return [float(f"{1e3 * sample / calls:.4g}") for sample in samples]
 
 
@@ -41,10 +41,10 @@ def mean(ratios: Iterable[float]) -> float:
 
 
 def memory_ms(limits: dict[str, Any], traffic: int) -> float:
-    """Milliseconds that a copy of so many bytes takes, read and written together; interpolated between the sizes.
+    """Milliseconds of a copy that reads and writes `traffic` bytes together; interpolated between the sizes.
 
     Args:
-        limits: what benchmarks/limits.py measured.
+        limits: the results of benchmarks/limits.py.
         traffic: the bytes.
     """
     sizes = np.log([point["bytes"] for point in limits["copy"]])
@@ -53,5 +53,5 @@ def memory_ms(limits: dict[str, Any], traffic: int) -> float:
 
 
 def arithmetic_ms(limits: dict[str, Any], multiplications: int) -> float:
-    """Milliseconds that so many float32 multiply-adds take on all threads; `limits` as for `memory_ms`."""
+    """Milliseconds of float32 multiply-adds on all threads; `limits` as for `memory_ms`."""
     return 1e3 * multiplications / (1e9 * max(limits["multiply_add"].values()))

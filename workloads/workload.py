@@ -1,4 +1,4 @@
-"""One call of depthwise_conv: the operands' shapes, what their geometry means, and numbers to fill them."""
+"""Describes one call of depthwise_conv: the operands' shapes, its geometry, and numbers for the operands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EmptyOutputError(ValueError):
 
 
 class Geometry:
-    """What the arguments of a convolution mean for its shapes, from their definitions and without the package.
+    """The shapes that a convolution's arguments imply, computed from the definitions without the package.
 
     For output position o and tap t, the input position is p = o*stride + t*dilation - low.
 
@@ -31,10 +31,10 @@ class Geometry:
         window, channels, multiplier: the kernel's shape, (*window, C, M).
         strides, dilation, low: for each spatial axis; low is the padding before the input.
         channel_axis: counted from the end.
-        again: "reflect", "circular" or "edge" where positions outside the input are read inside it, else None.
+        again: "reflect", "circular" or "edge" if positions outside the input repeat those inside, else None.
 
     Raises:
-        EmptyOutputError: the window fits nowhere.
+        EmptyOutputError: the window does not fit into the padded input.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Workload:
 
     @classmethod
     def of(cls, name: str, x: Sequence[int], kernel: Sequence[int], **geometry: Any) -> Self:
-        """The same with the geometry written as depthwise_conv takes it."""
+        """A workload with depthwise_conv's keyword arguments."""
         return cls(name, tuple(x), tuple(kernel), geometry)
 
     @property
     def resolved(self) -> Geometry:
-        """What the geometry means for these shapes."""
+        """The geometry for these shapes."""
         return Geometry(self.x, self.kernel, **self.geometry)
 
     def draw(self, shape: Sequence[int], stream: int = 0) -> np.ndarray:
@@ -119,7 +119,7 @@ class Workload:
         )
 
     def conv(self, implementation: str | None = None, **options: Any) -> Callable[..., Any]:
-        """depthwise_conv with this geometry, a function of the operands alone."""
+        """depthwise_conv with this geometry, as a function of the operands."""
         return partial(depthwise_conv, **self.geometry, implementation=implementation, **options)
 
     def __str__(self) -> str:

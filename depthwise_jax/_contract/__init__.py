@@ -1,1 +1,1 @@
-"""The contract of the layers, written once for Linen and NNX: their arguments and what these mean. Internal."""
+"""Internal: the layers' arguments and their meaning, shared by Linen and NNX."""

@@ -1,5 +1,6 @@
-"""The layers' arguments as dataclass fields, in Keras' order: those of Linen and of NNX. Defaults are Keras', but for
-the causal layer's, which Keras does not have.
+"""The layers' arguments as dataclass fields, which the Linen and the NNX layers inherit.
+
+Order and defaults are Keras', except for the causal layer, which Keras does not have.
 """
 
 import dataclasses
@@ -13,15 +14,17 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from depthwise_jax import initializers
-from depthwise_jax._core.window import Padding
+from depthwise_jax._core.layout import DataFormat
+from depthwise_jax._core.window import Padding, TransposedPadding
+from depthwise_jax.lowering import Implementation
 
-# PyTorch's for a convolution with one group per channel.
+# PyTorch's initializer for a convolution with one group per channel.
 CAUSAL_INITIALIZER = initializers.VarianceScaling(1 / 3, "fan_in", "uniform", fan="window")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Window:
-    """The arguments that come first in a depthwise layer."""
+    """The first arguments of a depthwise layer."""
 
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
@@ -29,18 +32,27 @@ class _Window:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
+class _TransposedWindow:
+    """The first arguments of a transposed layer, which has fewer paddings."""
+
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: TransposedPadding = "valid"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class _CausalWindow:
-    """The argument that comes first in a causal layer, which has neither strides nor padding."""
+    """The first argument of a causal layer, which has neither strides nor padding."""
 
     kernel_size: int | Sequence[int] = 4
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Depthwise:
-    """The arguments that follow in both."""
+    """The arguments after those of the window."""
 
     depth_multiplier: int = 1
-    data_format: str | None = None
+    data_format: DataFormat | None = None
     dilation_rate: int | Sequence[int] = 1
     activation: Any = None
     use_bias: bool = True
@@ -54,18 +66,18 @@ class _Depthwise:
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
     in_sharding: PartitionSpec | None = None
 
 
-# A dataclass takes the fields of its last base first.
+# The fields of a dataclass's last base come first.
 @dataclasses.dataclass(eq=False, repr=False)
 class DepthwiseFields(_Depthwise, _Window):
     """The arguments of a depthwise layer; `linen.DepthwiseConv2D` documents each."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class TransposedFields(DepthwiseFields):
+class TransposedFields(_Depthwise, _TransposedWindow):
     """The arguments of a transposed depthwise layer; `linen.DepthwiseConv2DTranspose` documents each."""
 
     output_padding: int | Sequence[int] | None = None
@@ -86,7 +98,7 @@ class SeparableFields:
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
     padding: Padding = "valid"
-    data_format: str | None = None
+    data_format: DataFormat | None = None
     dilation_rate: int | Sequence[int] = 1
     depth_multiplier: int = 1
     activation: Any = None
@@ -104,7 +116,7 @@ class SeparableFields:
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
     in_sharding: PartitionSpec | None = None
 
 

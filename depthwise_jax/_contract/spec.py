@@ -1,4 +1,4 @@
-"""The layers' contract, written once for every kind of module: arguments, checks, shapes, losses, configuration."""
+"""The layers' contract, shared by Linen and NNX: arguments, checks, shapes, losses, configuration."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from depthwise_jax import activations, constraints, initializers, regularizers
 from depthwise_jax._contract.fields import CAUSAL_INITIALIZER
 from depthwise_jax._core import hints
-from depthwise_jax._core.layout import DATA_FORMATS, Layout
+from depthwise_jax._core.layout import DATA_FORMATS, DataFormat, Layout
 from depthwise_jax._core.registry import check_depth, closest
 from depthwise_jax._core.window import (
     PADDINGS,
@@ -32,7 +32,7 @@ from depthwise_jax.sequences import causal_conv1d_state, convolve_causally
 
 Shape = tuple[int, ...]
 
-# Which arguments belong to which parameter, by the prefix of the arguments' names; in Keras' order of the weights.
+# The prefix of each parameter's arguments, in Keras' order of the weights.
 _DEPTHWISE = {"kernel": "depthwise", "bias": "bias"}
 _SEPARABLE = {"depthwise_kernel": "depthwise", "pointwise_kernel": "pointwise", "bias": "bias"}
 
@@ -45,7 +45,7 @@ class Parameter:
 
     Attributes:
         name: its name, "kernel".
-        prefix: what the names of its arguments begin with, "depthwise".
+        prefix: the prefix of its arguments' names, "depthwise".
         initializer: a function of (key, shape, dtype).
         regularizer: a function from the parameter to its penalty, or None.
         constraint: a function from the parameter to its projection, or None.
@@ -61,7 +61,7 @@ class Parameter:
         """The initializer's value, which may be in a metadata box.
 
         Raises:
-            ValueError: the initializer refuses the shape or gives another one.
+            ValueError: the initializer refuses the shape or returns another one.
         """
         if self.prefix == "depthwise" and shape[-2] > 1:
             initializers.warn_of_fans(self.initializer)
@@ -71,15 +71,15 @@ class Parameter:
             raise ValueError(f"{self.prefix}_initializer: {error}") from error
         for array in jax.tree.leaves(getattr(value, "raw_value", value)):  # of nnx.VariableMetadata
             if array.shape != shape:
-                raise ValueError(f"{self.prefix}_initializer must give the shape {shape}; got {array.shape}")
+                raise ValueError(f"{self.prefix}_initializer must return the shape {shape}; got {array.shape}")
         return value
 
     def check_shape(self, shape: Shape, expected: Shape) -> None:
-        """Raises ValueError where a stored parameter does not have the shape that the input asks for."""
+        """Raises ValueError if a stored parameter does not have the shape that the input requires."""
         if tuple(shape) != tuple(expected):
             raise ValueError(
-                f"the parameter {self.name!r} has the shape {tuple(shape)}; this layer expects {tuple(expected)} "
-                f"for the input's number of channels{self._hint(shape, expected)}"
+                f"the parameter {self.name!r} must have the shape {tuple(expected)} to fit the input's channels; got "
+                f"{tuple(shape)}{self._hint(shape, expected)}"
             )
 
     def _hint(self, shape: Shape, expected: Shape) -> str:
@@ -97,11 +97,11 @@ class Spec:
         Args:
             layer: the layer's class name, for messages and the configuration.
             rank: the number of spatial axes.
-            arguments: the layer's arguments by name, all of them; with "filters" for a separable layer, with
-                "output_padding" for a transposed one, and without "strides" and "padding" for a causal one.
+            arguments: all arguments of the layer by name. A separable layer has "filters", a transposed one
+                "output_padding", and a causal one neither "strides" nor "padding".
 
         Raises:
-            ValueError, TypeError: an argument is not valid; the message names it, what came and what is expected.
+            ValueError, TypeError: an argument is invalid; the message names it, what came and what is expected.
         """
         self.layer = layer
         self.arguments = dict(arguments)
@@ -141,7 +141,7 @@ class Spec:
             raise TypeError("param_dtype must be a floating dtype; got None")
 
     def values(self) -> dict[str, Any]:
-        """The arguments by name, each as a plain value that can be compared and hashed: configurations as objects."""
+        """The arguments by name as comparable and hashable values; configurations become objects."""
         names = ["kernel_size", "strides", "dilation_rate", "padding", "depth_multiplier", "dtype", "param_dtype"]
         names += ["output_padding"] * self.transposed
         return {
@@ -175,7 +175,7 @@ class Spec:
         axes = self.layout.arrange(
             ["*batch"], ["height", "width", "depth"][:rank] if rank > 1 else ["steps"], "channels"
         )
-        expected = f"{self.layer} takes an input of shape ({', '.join(axes)}) with at least {rank + 1} axes"
+        expected = f"the input of {self.layer} must have shape ({', '.join(axes)}) with at least {rank + 1} axes"
         if len(input_shape) <= rank:
             raise ValueError(f"{expected}; got the shape {tuple(input_shape)}")
         channels = input_shape[self.layout.channels]
@@ -198,11 +198,11 @@ class Spec:
             x: the input.
             values: the parameters' values by name.
             sharded: whether x is sharded as `in_sharding` says; an example input for shapes or parameters need not be.
-            **context: what `causal_conv1d` takes besides, of a causal layer.
+            **context: for a causal layer, the other arguments of `causal_conv1d`.
 
         Returns:
-            What `depthwise_conv`, `depthwise_conv_transpose`, `separable_conv` or `causal_conv1d` returns, computed in
-            `dtype`; without a `dtype`, in the dtype to which the input and the parameters promote.
+            The result of `depthwise_conv`, `depthwise_conv_transpose`, `separable_conv` or `causal_conv1d`, computed in
+            `dtype`, or without it in the dtype to which the input and the parameters promote.
         """
         operands = promote_dtype(x, *(values[p.name] for p in self.parameters), dtype=self.dtype)
         request = self.request if sharded else replace(self.request, in_sharding=None)
@@ -214,7 +214,7 @@ class Spec:
         return (convolve_transposed if self.transposed else convolve)(request, *operands)
 
     def initial_state(self, input_shape: Sequence[int], dtype: Any = None) -> Array:
-        """The state of a causal layer before the first token of an input of this shape: zeros, in the layer's dtype."""
+        """A causal layer's state before the first token of an input of this shape: zeros, in the layer's dtype."""
         self.shapes(input_shape)
         return causal_conv1d_state(
             jnp.zeros(self.layout.arrange(input_shape[:-2], (0,), input_shape[self.layout.channels])),
@@ -224,7 +224,7 @@ class Spec:
         ).astype(dtype or self.dtype or self.param_dtype)
 
     def activity_loss(self, y: Array) -> Array:
-        """The activity_regularizer's penalty on the output, divided by the batch size: that of all leading axes."""
+        """The activity_regularizer's penalty on the output, divided by the size of all batch axes together."""
         assert self.activity_regularizer is not None
         batch = math.prod(y.shape[: -self.layout.rank - 1])  # an int, or symbolic under jax.export
         if isinstance(batch, int) and batch == 0:
@@ -238,17 +238,17 @@ class Spec:
             input_shape: the input's shape, with None for every unknown axis.
 
         Returns:
-            The output's shape, with None for every axis that follows from an unknown one.
+            The output's shape, with None for every axis that depends on an unknown one.
 
         Raises:
-            ValueError: the layer takes no such input, or the output would be empty.
+            ValueError: the layer cannot take such an input, or the output would be empty.
             TypeError: an axis is neither an integer nor None.
         """
         sizes = tuple(input_shape)
         if not all(size is None or (isinstance(size, int | np.integer) and size >= 0) for size in sizes):
             raise TypeError(f"input_shape must hold integers and None; got {input_shape!r}")
-        # For an unknown axis: the window's length and the padding, for a non-empty output; two channels, which glu can
-        # halve.
+        # Stand-ins for unknown axes: the window's length and the padding, which give a non-empty output; two channels,
+        # which glu can halve.
         pads = ((0, 0),) * self.layout.rank if isinstance(self.padding, str) else self.padding
         window = [
             (k - 1) * d + 1 + low + high
@@ -274,17 +274,17 @@ class Spec:
             name: the layer's name, or None.
 
         Raises:
-            ValueError: Keras has no word for one of the arguments.
+            ValueError: Keras has no counterpart for one of the arguments.
         """
         if self.layout.rank == 3 or self.transposed or self.causal:
             raise ValueError(f"Keras has no {self.layer}, so this layer cannot be serialised for Keras")
         if self.padding not in ("valid", "same"):
             raise ValueError(
-                f"padding={self.arguments['padding']!r} has no Keras configuration; 'valid' and 'same' have"
+                f"padding must be 'valid' or 'same' for a Keras configuration; got {self.arguments['padding']!r}"
             )
         for argument in ("precision", "implementation", "in_sharding"):
             if self.arguments[argument] is not None:
-                raise ValueError(f"{argument}={self.arguments[argument]!r} has no Keras configuration; None has")
+                raise ValueError(f"{argument} must be None for a Keras configuration; got {self.arguments[argument]!r}")
         config = {
             "trainable": True,
             "dtype": {
@@ -320,25 +320,25 @@ class Spec:
 
 
 def check_spelling(layer: str, valid: Sequence[str], given: Iterable[str]) -> None:
-    """Raises TypeError for arguments that are another library's words for ours."""
+    """Raises TypeError for arguments that are another library's names for ours."""
     message = hints.of_arguments(layer, [name for name in given if name not in valid])
     if message is not None:
         raise TypeError(message)
 
 
-def data_format(value: Any) -> str:
+def data_format(value: Any) -> DataFormat:
     """A data_format argument in lower case.
 
     Raises:
-        ValueError: neither "channels_last" nor "channels_first", in any case.
+        ValueError: it is neither "channels_last" nor "channels_first", in lower or upper case.
     """
-    if not isinstance(value, str) or value.lower() not in DATA_FORMATS:
+    if not isinstance(value, str) or (name := value.lower()) not in DATA_FORMATS:
         raise ValueError(f"data_format must be None or one of {DATA_FORMATS}; got {value!r}")
-    return value.lower()
+    return name
 
 
 def serialize(layer: Any) -> dict[str, Any]:
-    """What Keras' `serialize_keras_object` gives for a layer of ours that has a Keras configuration."""
+    """The result of Keras' `serialize_keras_object` for one of our layers that has a Keras configuration."""
     return {
         "module": "keras.layers",
         "class_name": type(layer).__name__,
@@ -348,15 +348,15 @@ def serialize(layer: Any) -> dict[str, Any]:
 
 
 def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a Keras configuration means.
+    """The arguments that a Keras configuration describes.
 
     Args:
-        layer: the class name of the layer that is made.
+        layer: the class name of the layer to make.
         valid: the names of its arguments.
-        config: what Keras' `layer.get_config()` or `serialize_keras_object(layer)` returns, in Keras 3 or Keras 2.
+        config: the result of Keras' `layer.get_config()` or `serialize_keras_object(layer)`, of Keras 3 or Keras 2.
 
     Returns:
-        The arguments by name, the initializers, regularizers and constraints as objects. Arguments that `config` does
+        The arguments by name, with initializers, regularizers and constraints as objects. Arguments that `config` does
         not name are left out.
 
     Raises:
@@ -366,26 +366,26 @@ def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str,
         raise TypeError(f"config must be a dict; got {type(config).__name__}")
     check_depth(config, "config")
     if "class_name" in config:
-        name = str(config["class_name"]).replace("Convolution", "Conv")  # Keras has both
+        name = str(config["class_name"]).replace("Convolution", "Conv")  # Keras uses both names
         if name != layer or config.get("module") not in (None, "keras.layers") or config.get("registered_name"):
             described = {key: config.get(key) for key in ("module", "class_name", "registered_name")}
-            raise ValueError(f"config must be that of a built-in {layer}; got one of {described}")
+            raise ValueError(f"config must be that of a built-in {layer}; got that of {described}")
         if not isinstance(config.get("config"), Mapping):
-            raise ValueError(f"a configuration with 'class_name' has a dict as its 'config'; got {dict(config)!r}")
+            raise ValueError(f"config with a 'class_name' must have a dict as its 'config'; got {dict(config)!r}")
         config = config["config"]
     arguments = dict(config)
     if arguments.pop("groups", 1) != 1:
         raise ValueError(f"groups must be 1, since each channel is its own group; got {config['groups']!r}")
     for what in ("initializer", "regularizer", "constraint"):
-        # Keras 2 wrote those of its base class too; where it wrote both, it used the depthwise one.
+        # Keras 2 also wrote its base class's; if it wrote both, it used the depthwise one.
         value = arguments.pop(f"kernel_{what}", None)
         if value is not None:
             arguments.setdefault(f"depthwise_{what}", value)
-    arguments.pop("batch_input_shape", None)  # Keras 2: of the model's input, not of the layer
+    arguments.pop("batch_input_shape", None)  # Keras 2's, for the model's input rather than the layer
     if not arguments.pop("trainable", True):
         warnings.warn(
-            "trainable=False is not an argument of a Flax layer: keep its parameters out of the updates, "
-            "with optax.masked or optax.partition",
+            "trainable=False has no counterpart in a Flax layer: exclude its parameters from the updates with "
+            "optax.masked or optax.partition",
             stacklevel=3,
         )
     unknown = sorted(set(arguments) - {"name", *valid})
@@ -397,7 +397,7 @@ def arguments_from_config(layer: str, valid: Sequence[str], config: Mapping[str,
 
 
 def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name with objects for names and configurations, a name for an activation's, tuples for lists."""
+    """Arguments by name: names and configurations become objects (for an activation, a name), and lists tuples."""
     values = dict(arguments)
     for name, value in arguments.items():
         kind = name.rpartition("_")[2]
@@ -450,14 +450,14 @@ def _policy(dtype: Any, param_dtype: Any) -> str:
         name = f"mixed_{dtype.name}" if param_dtype == jnp.float32 else ""
     if name not in _PLAIN and name not in _MIXED:
         raise ValueError(
-            f"dtype={dtype} with param_dtype={param_dtype} has no Keras configuration; "
-            f"one dtype of {_PLAIN} has, and float16 or bfloat16 with param_dtype=float32"
+            f"for a Keras configuration dtype and param_dtype must both be in {_PLAIN}, or float16 or bfloat16 with "
+            f"param_dtype=float32; got dtype={dtype}, param_dtype={param_dtype}"
         )
     return name
 
 
 def _dtypes(policy: Any) -> dict[str, Any]:
-    """The arguments that a Keras dtype policy means."""
+    """The arguments that a Keras dtype policy describes."""
     name = policy
     if isinstance(policy, Mapping) and policy.get("class_name") in ("DTypePolicy", "Policy"):
         inner = policy.get("config", {})

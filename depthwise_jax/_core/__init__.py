@@ -1,1 +1,1 @@
-"""What everything else rests on: the geometry of a convolution, dtypes, sharding, names, error hints. Internal."""
+"""Internal basics: the geometry of a convolution, dtypes, sharding, names, error hints."""

@@ -1,4 +1,4 @@
-"""One depthwise convolution without its data: what the three maps share, and the shapes that they take and give."""
+"""Describes one depthwise convolution without its data: the geometry that the three maps share, and their shapes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Convolution:
     Attributes:
         window: the window.
         layout: the positions of channels and spatial axes.
-        spatial: the spatial shape of x. Several give the same output under a stride, so the transpose in x must know.
-        precision: as lax.conv_general_dilated takes it.
+        spatial: the spatial shape of x. Under a stride several sizes give the same output, so the transpose in x needs
+            it.
+        precision: as for lax.conv_general_dilated.
     """
 
     window: Window
@@ -58,7 +59,7 @@ class Convolution:
 
 
 def hashable_precision(precision: Any) -> Any:
-    """A precision that a jaxpr can hold, checked at once: lax takes lists too, and checks no earlier than at lowering.
+    """A precision in a form that a jaxpr can hold, checked at once; lax also takes lists, and checks only at lowering.
 
     Raises:
         ValueError: it is not a precision.

@@ -1,4 +1,4 @@
-"""The dtypes that this package computes in, under `jax_numpy_dtype_promotion="strict"` too."""
+"""Dtypes for computing, also under `jax_numpy_dtype_promotion="strict"`."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 
 def promoted(a: Any, b: Any) -> Any:
-    """The dtype to which two promote by JAX's standard rules, whatever the promotion mode is."""
+    """The dtype to which two promote by JAX's standard rules, in any promotion mode."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
 
 
 def added(a: Any, b: Any) -> Any:
-    """`a + b`, as JAX's standard rules promote them, whatever the promotion mode is."""
+    """`a + b`, promoted by JAX's standard rules in any promotion mode."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.add(a, b)
 

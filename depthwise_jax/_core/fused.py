@@ -1,6 +1,6 @@
-"""The activations that a lowering can apply at its store, together with the bias: a short closed list.
+"""The activations that a lowering can apply with the bias as it stores the result: a short closed list.
 
-The names' order is the order of csrc/depthwise.h: a name's position is its number in the calls of the compiled kernels.
+The order of the names is that of csrc/depthwise.h: a name's position is its number in the compiled kernels' calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jax import Array
 from depthwise_jax._core.layout import Layout
 
 ACTIVATIONS = ("linear", "relu", "relu6")
-# The functions that the names stand for, as depthwise_jax.activations gives them.
+# The functions behind the names, as depthwise_jax.activations returns them.
 _FUNCTIONS = {None: "linear", jax.nn.relu: "relu", jax.nn.relu6: "relu6"}
 
 
@@ -29,7 +29,7 @@ def apply(activation: str, y: Array) -> Array:
 
 
 def mask(activation: str, value: Array, tangent: Array) -> Array:
-    """The tangent of an activation's value, by what the value says of its argument: past a bound it is zero."""
+    """The tangent of an activation's value. The value shows whether its argument is past a bound: there it is zero."""
     if activation == "linear":
         return tangent
     inside = (value > 0) & (value < 6) if activation == "relu6" else value > 0

@@ -1,4 +1,4 @@
-"""What a user may have meant, for the ends of error messages: other libraries' kernels, arguments and layouts."""
+"""Hints for the ends of error messages: how to convert other libraries' kernels, arguments and layouts."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from depthwise_jax._core.layout import Layout
 
 _GROUPS = "leave it out: each channel is its own group"
-_FEATURES = "the output has depth_multiplier channels for each of the input's: give depth_multiplier"
+_FEATURES = "pass depth_multiplier, the number of output channels for each input channel"
 
-# Arguments of convolutions of Flax, PyTorch, lax, Haiku and Keras, with what a layer of ours has for them.
+# Arguments of Flax's, PyTorch's, lax's, Haiku's and Keras' convolutions, with their counterparts here.
 _SPELLINGS = {
     "features": _FEATURES,
     "out_features": _FEATURES,
     "out_channels": _FEATURES,
     "output_channels": _FEATURES,
     "channel_multiplier": "depth_multiplier",
-    "in_channels": "leave it out in Linen, whose layers read it off the input; in_features in NNX",
+    "in_channels": "leave it out in Linen, whose layers infer it from the input; in_features in NNX",
     "kernel_shape": "kernel_size",
     "stride": "strides",
     "window_strides": "strides",
@@ -37,12 +37,12 @@ _SPELLINGS = {
     "padding_mode": 'padding, which takes "reflect", "circular" and "edge" too',
 }
 
-# Paddings of PyTorch and NumPy, with what they are called here.
+# Paddings of PyTorch and NumPy, with their names here.
 _PADDINGS = {"replicate": "edge", "wrap": "circular"}
 
 
 def of_arguments(layer: str, names: Iterable[str]) -> str | None:
-    """The message for arguments of a layer that are another library's; None if no argument is.
+    """The message for arguments that belong to another library's layer; None if there are none.
 
     Args:
         layer: the layer's name.
@@ -53,7 +53,7 @@ def of_arguments(layer: str, names: Iterable[str]) -> str | None:
 
 
 def of_padding(padding: Any, rank: int, names: Sequence[str]) -> str:
-    """What a padding of another library is here, for the end of a message; "" where it is not like one.
+    """Another library's padding as it is written here, for the end of a message; "" if it does not look like one.
 
     Args:
         padding: the padding.
@@ -71,15 +71,15 @@ def of_padding(padding: Any, rank: int, names: Sequence[str]) -> str:
 
 
 def of_kernel(shape: Sequence[int], channels: int | None, name: str = "kernel") -> str:
-    """How to make a kernel `(*window, C, M)` of one that another library has, for the end of a message.
+    """How to turn another library's kernel into `(*window, C, M)`, for the end of a message.
 
     Args:
-        shape: the kernel's.
-        channels: those of the input, C; None where they are not known.
-        name: what the kernel is called.
+        shape: the kernel's shape.
+        channels: the input's channels, C; None if unknown.
+        name: the kernel's name in the message.
 
     Returns:
-        "" where it is not like one.
+        The hint; "" if the kernel does not look like another library's.
     """
     shape = tuple(shape)
     if len(shape) == 2:
@@ -108,12 +108,12 @@ def of_kernel(shape: Sequence[int], channels: int | None, name: str = "kernel") 
 
 
 def of_input(shape: Sequence[int], layout: Layout, channels: int) -> str:
-    """The other data format, where the input has its channels there, for the end of a message.
+    """The other data format, for the end of a message, if it would put the channels where the input has them.
 
     Args:
-        shape: the input's.
-        layout: where the channels were expected.
-        channels: how many there should be.
+        shape: the input's shape.
+        layout: the expected layout.
+        channels: the expected number of channels.
     """
     other = "channels_last" if layout.data_format == "channels_first" else "channels_first"
     axis = Layout(layout.rank, other).channels
@@ -123,7 +123,7 @@ def of_input(shape: Sequence[int], layout: Layout, channels: int) -> str:
 
 
 def of_window(size: Sequence[int], spatial: Sequence[int]) -> str:
-    """What a window larger than the whole input may have been meant for, for the end of a message.
+    """What a window that is larger than the whole input may have been meant to be, for the end of a message.
 
     Args:
         size: the window's taps along each axis.

@@ -1,8 +1,8 @@
-"""Introspection: which parameters of a Linen model carry a constraint or regularizer, and which axes lifting added.
+"""Finds the parameters of a Linen model that have a constraint or regularizer, and the axes that lifting added.
 
-A layer creates its parameters with `tagged`. While `collect` traces a model's init, and at no other time, `tagged` puts
-the parameter in a metadata box. `nn.vmap` and `nn.scan` tell such a box every axis that they add, so the lifted axes
-are known exactly, at any depth, whether the modules are shared, rematerialised, compact or set up.
+A layer creates its parameters with `tagged`. Only while `collect` traces a model's init does `tagged` put the parameter
+in a metadata box. `nn.vmap` and `nn.scan` tell such a box every axis that they add, so the lifted axes are known
+exactly, at any depth, whether the modules are shared, rematerialised, compact or set up.
 """
 
 import inspect
@@ -17,7 +17,7 @@ import numpy as np
 from flax.core import DenyList, Scope, init, meta
 from jax.tree_util import DictKey
 
-# A flag of the scope, because every lifting hands flags on and nn.jit keys its cache of traces by them.
+# A flag of the scope, because every lifting passes flags on and nn.jit keys its cache of traces by them.
 _FLAG = "depthwise_jax_introspection"
 
 
@@ -26,11 +26,11 @@ class Found:
     """A tagged parameter.
 
     Attributes:
-        constraint: the layer's constraint of the parameter, a callable, or None.
+        constraint: the layer's constraint on the parameter, a callable, or None.
         regularizer: the layer's regularizer of the parameter, a callable, or None.
-        shape: the whole parameter's shape, as it stands in the params.
+        shape: the whole parameter's shape in the params.
         dtype: its dtype.
-        instance_shape: the shape that the layer asked for, what its constraint and regularizer expect.
+        instance_shape: the shape that the layer requested, which its constraint and regularizer expect.
         lifted_axes: the axes of `shape` that nn.vmap and nn.scan added, ascending; () for a plain parameter.
     """
 
@@ -49,22 +49,22 @@ def collect(
     method: Callable[..., Any] | str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Finds the tagged parameters of a model. Nothing is computed: init is traced for its shapes alone.
+    """Finds the tagged parameters of a model. Nothing is computed: init is traced only for its shapes.
 
     Args:
         model: an unbound Linen module.
         *args: example inputs, arrays or `jax.ShapeDtypeStruct`s, as for `model.init`.
-        rngs: as for `model.init`; a key of no importance unless given.
+        rngs: as for `model.init`; any key will do, so it may be left out.
         method: as for `model.init`.
-        **kwargs: as for `model.init`; those that are not arrays stay as they are.
+        **kwargs: as for `model.init`; those that are not arrays stay unchanged.
 
     Returns:
-        A tree like `model.init(...)["params"]` whose leaves are `Found`, or None where a parameter has neither
-        constraint nor regularizer. Metadata boxes (`nn.Partitioned`) stand in it as one leaf, which makes it a tree
-        prefix of boxed params and the same tree as unboxed ones.
+        A tree like `model.init(...)["params"]` whose leaves are `Found`, or None for a parameter with neither
+        constraint nor regularizer. A metadata box (`nn.Partitioned`) becomes one leaf, so the tree is a prefix of
+        boxed params and the same tree as unboxed ones.
 
     Raises:
-        TypeError: not a Linen module, or example inputs that its method does not take.
+        TypeError: the model is not a Linen module, or its method does not take the example inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a flax.linen.Module; got {described(model)}")
@@ -72,7 +72,7 @@ def collect(
         try:
             inspect.signature(getattr(model, method or "__call__")).bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"a Linen model needs example inputs after it, as model.init does: {error}") from None
+            raise TypeError(f"a Linen model must be followed by example inputs, as for model.init: {error}") from None
     leaves, treedef = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
@@ -87,7 +87,7 @@ def collect(
         args, kwargs = treedef.unflatten(
             [next(remaining) if known else leaf for known, leaf in zip(is_array, leaves, strict=True)]
         )
-        # As model.init does, with the flags.
+        # Like model.init, but with the flags.
         initialise = init(run, mutable=DenyList("intermediates"), flags=flags)
         _, variables = initialise(jax.random.key(0) if rngs is None else rngs, *args, **kwargs)
         return variables.get("params", {})
@@ -96,15 +96,15 @@ def collect(
     boxed = jax.eval_shape(partial(trace_init, {_FLAG: True}), arrays)
     boxes = jax.tree.leaves_with_path(boxed, is_leaf=meta.is_axis_metadata)
     found = {path: box.found() for path, box in boxes if isinstance(box, _Box)}
-    # The tree itself without boxes: nn.WeightNorm names its parameters after the paths of others, a box's included.
+    # The tree comes from a trace without boxes: nn.WeightNorm names its parameters after others' paths, boxes included.
     params = jax.eval_shape(partial(trace_init, {}), arrays)
     return jax.tree.map_with_path(lambda path, _: found.get(path), params, is_leaf=meta.is_axis_metadata)
 
 
 def described(model: Any) -> str:
-    """What came in place of a module, for a message."""
+    """A description of an object passed in place of a module, for a message."""
     if isinstance(model, type):
-        return f"the class {model.__name__}: make a module of it first, {model.__name__}(...)"
+        return f"the class {model.__name__}: make a module first, {model.__name__}(...)"
     return f"an object of type {type(model).__name__}"
 
 
@@ -115,7 +115,7 @@ def tagged(
     constraint: Callable[..., Any] | None,
     regularizer: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """What a layer passes to `self.param` in place of the initializer `init`, for `collect` to find the parameter.
+    """Wraps the initializer `init` that a layer passes to `self.param`, so `collect` finds the parameter.
 
     Args:
         module: the layer, bound.
@@ -159,7 +159,7 @@ def per_instance(
 
 @dataclass(frozen=True)
 class _Tag:
-    """What `collect` looks for. It is part of the tree's structure, so hashable whatever the callables are."""
+    """The mark that `collect` looks for. As a part of the tree's structure it must be hashable for any callables."""
 
     constraint: Any = field(compare=False)
     regularizer: Any = field(compare=False)
@@ -213,7 +213,7 @@ class _Box(meta.AxisMetadata[Any]):
 
 
 def _flatten_box(box: _Box) -> Any:
-    # Under a key like a dict's: nn.SpectralNorm reads the keys of a parameter's path.
+    # With a key like a dict's, since nn.SpectralNorm reads the keys of a parameter's path.
     return ((DictKey("value"), box.value),), (box.tag, box.instance_shape, box.axes)
 
 

@@ -1,4 +1,4 @@
-"""Where the axes are: the two data formats, and the positions of channels and spatial axes counted from the end.
+"""Axis positions: the two data formats, with the channels and the spatial axes counted from the end.
 
 Counted from the end, the positions hold for any number of leading batch axes:
 
@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from jax import Array
 
-DATA_FORMATS = ("channels_last", "channels_first")
+DataFormat = Literal["channels_last", "channels_first"]
+DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Layout:
     """
 
     rank: int
-    data_format: str
+    data_format: DataFormat
 
     def __post_init__(self) -> None:
         if self.data_format not in DATA_FORMATS:
@@ -59,7 +60,7 @@ class Layout:
             return (*leading, *spatial, *channels)
         return (*leading, *channels, *spatial)
 
-    # Beside a kernel (*window, C, M) channels stand as two axes: (*batch, *spatial, C, M), (*batch, C, M, *spatial).
+    # With a kernel (*window, C, M), channels are two axes: (*batch, *spatial, C, M), (*batch, C, M, *spatial).
 
     def split(self, array: Array, *channels: int) -> Array:
         """An array whose channel axis is replaced by axes of these sizes."""

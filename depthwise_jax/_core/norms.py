@@ -1,4 +1,4 @@
-"""Norms along some axes of an array: which axes, how exactly, and rounding that does not undo a bound."""
+"""Norms along axes of an array, exact to a few ulp, and rounding that does not undo a bound."""
 
 import math
 import operator
@@ -12,10 +12,10 @@ Axis = int | tuple[int, ...] | Literal["window"] | None
 
 
 def checked_axis(axis: Any, name: str) -> Axis:
-    """An `axis` argument, a list as a tuple.
+    """An `axis` argument, with a list as a tuple.
 
     Raises:
-        TypeError: neither an int, nor several, nor "window", nor None; the message names `name`.
+        TypeError: it is not an int, several ints, "window" or None; the message names `name`.
     """
     if axis is None or (isinstance(axis, str) and axis == "window"):
         return axis
@@ -34,10 +34,10 @@ def _index(value: Any) -> int:
 
 
 def axes_of(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
-    """The axes that `axis` names in an array of rank `ndim`, not negative.
+    """The axes that `axis` names in an array of rank `ndim`, as non-negative numbers.
 
     Raises:
-        ValueError: the array does not have them, or one is named twice; the message names `name`.
+        ValueError: the array lacks an axis, or an axis is named twice; the message names `name`.
     """
     if axis == "window":
         if ndim < 3:
@@ -51,26 +51,26 @@ def axes_of(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
 
 
 def plain_norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Each slice's norm as Keras computes it: squares that overflow or underflow do so here too."""
+    """Each slice's norm as Keras computes it; its squares can overflow or underflow too."""
     return _sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
 
 
 def slice_norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Each slice's norm, right to a few eps; of short slices the cheap way, which overflows where Keras' does."""
+    """Each slice's norm, right to a few eps; for short slices computed cheaply, which overflows where Keras' does."""
     return plain_norms(x, axes) if _is_short(x, axes) else polar(x, axes)[2]
 
 
 def sum_error(x: jax.Array, axes: tuple[int, ...]) -> float:
-    """The eps by which the sum of squares in `slice_norms` may be off: half of one for each number of a plain sum."""
+    """The error in eps of the sum of squares in `slice_norms`: half an eps for each number of a plain sum."""
     return _count(x, axes) / 2 if _is_short(x, axes) else 0
 
 
 def polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each slice as direction / length, and its norm, whatever its magnitude and number of elements.
+    """Each slice as direction / length, and its norm, for any magnitude and number of elements.
 
     Returns:
-        direction, x over a power of two near its largest element; the direction's length, 1 instead of 0; the norm of
-        x. Both are right to 3 eps / 2 plus what little the last sum adds.
+        The direction, x over a power of two near its largest element; the direction's length, with 1 for 0; and the
+        norm of x. Length and norm are right to 3 eps / 2 plus the small error of the last sum.
     """
     info = jnp.finfo(x.dtype)
     x, unit = _without_subnormal_slices(x, axes)
@@ -78,8 +78,8 @@ def polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, ja
     power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
     power = lax.stop_gradient(jnp.clip(power, info.tiny, 1 / info.tiny))  # 1 / power is a normal number too
     direction = x * (1 / power)
-    # The squares, at most 16, are cut at a grid so coarse that the sum of the heads is exact in any order; the tails
-    # are tiny, and so is the error of their sum. A plain sum would lose many small elements beside one large one.
+    # The squares, at most 16, are cut at a grid coarse enough for the sum of the heads to be exact in any order; the
+    # tails are tiny, and so is the error of their sum. A plain sum would lose many small elements next to a large one.
     squares = jnp.square(direction)
     grid = 2.0 ** (info.nmant - 3 - math.ceil(math.log2(_count(x, axes))))
     heads = (squares * grid).astype(jnp.int32 if info.bits == 32 else jnp.int64)
@@ -91,7 +91,7 @@ def polar(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, ja
 
 def rounded(x: jax.Array, dtype: Any, down: jax.Array, up: jax.Array) -> jax.Array:
     """`x` in a narrower dtype: toward zero where `down`, away from it where `up`, else to nearest."""
-    # XLA may keep more precision than asked for; behind the barrier it does not.
+    # XLA may keep more precision than requested; the barrier prevents that.
     nearest = lax.optimization_barrier(x.astype(dtype))
     change = jnp.abs(nearest.astype(x.dtype)) - jnp.abs(x)
     inward = jnp.nextafter(nearest, jnp.zeros_like(nearest))
@@ -100,9 +100,9 @@ def rounded(x: jax.Array, dtype: Any, down: jax.Array, up: jax.Array) -> jax.Arr
 
 
 def _without_subnormal_slices(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """x, slices of subnormal numbers alone as multiples of the least one, and each slice's unit.
+    """x, where slices of only subnormal numbers become multiples of the least one, and each slice's unit.
 
-    Arithmetic may take a subnormal number for zero, as XLA's on CPU does; its bits are an integer multiple.
+    Arithmetic may treat a subnormal number as zero, as XLA does on CPU; its bits are an integer multiple of the least.
     """
     info = jnp.finfo(x.dtype)
     bits = lax.bitcast_convert_type(x, jnp.int32 if info.bits == 32 else jnp.int64)
@@ -114,15 +114,15 @@ def _without_subnormal_slices(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.
 
 
 def _sqrt(x: jax.Array) -> jax.Array:
-    """The square root, its derivative 0 at 0."""
+    """The square root, with derivative 0 at 0."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
 
 
 def _count(x: jax.Array, axes: tuple[int, ...]) -> int:
-    """The numbers in a slice."""
+    """The number of elements in a slice."""
     return max(1, math.prod(x.shape[axis] for axis in axes))
 
 
 def _is_short(x: jax.Array, axes: tuple[int, ...]) -> bool:
-    """Whether a plain sum over a slice is right to a few eps, whatever the numbers: windows up to 5 x 5."""
+    """Whether a plain sum over a slice is right to a few eps for any numbers: windows up to 5 x 5."""
     return _count(x, axes) <= 32

@@ -1,7 +1,7 @@
-"""Registry: a name, a Keras configuration or an object in, one callable out, and back into Keras' configuration.
+"""Resolves a name, a Keras configuration or an object into one callable, and back into Keras' configuration.
 
-Only what a registry lists is ever looked up. A configuration that names anything else (another module, a lambda, an
-unknown class) is refused by name; nothing is imported, evaluated or called on its behalf.
+Only the entries of a registry are ever looked up. A configuration that names anything else (another module, a lambda,
+an unknown class) is refused by name; nothing is imported, evaluated or called for it.
 """
 
 import difflib
@@ -12,12 +12,12 @@ from typing import Any
 _CONFIG_KEYS = frozenset({"module", "class_name", "config", "registered_name", "build_config", "shared_object_id"})
 
 
-# Containers inside each other in a configuration; Keras' own have 6 at most. Deeper ones cannot even be shown.
+# Nested containers in a configuration; Keras' own have at most 6. Deeper ones cannot even be shown.
 _DEEPEST = 32
 
 
 def check_depth(configuration: Any, argument: str) -> None:
-    """Raises ValueError for a configuration that holds itself or nests deeper than any that means something."""
+    """Raises ValueError for a configuration that contains itself or nests deeper than any valid one."""
     level = [configuration]
     for _ in range(_DEEPEST):
         entries = (e for node in level for e in (node.values() if isinstance(node, Mapping) else node))
@@ -27,12 +27,12 @@ def check_depth(configuration: Any, argument: str) -> None:
     raise ValueError(f"{argument} must be a configuration of at most {_DEEPEST} levels; got a deeper one")
 
 
-# Names that a message suggests, at most.
+# The most names that a message suggests.
 _LIKELY = 4
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """The valid names most like `name`, for the end of an error message; all of them where none is like it."""
+    """The valid names most similar to `name`, for the end of an error message; all of them if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
     likely = [candidate for candidate in by_lower if len(name) > 1 and candidate.startswith(name.lower())]
     likely += difflib.get_close_matches(name.lower(), by_lower, n=_LIKELY, cutoff=0.5)
@@ -43,7 +43,7 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 
 class _Short(reprlib.Repr):
-    """Long texts by their length alone: a configuration may hold the code of a function."""
+    """Shows only the length of long texts: a configuration may hold the code of a function."""
 
     def repr_str(self, x: str, level: int) -> str:
         return repr(x) if len(x) <= 80 else f"<text of {len(x)} characters>"
@@ -58,7 +58,7 @@ _SHORT.maxother = 200
 
 
 def shown(value: Any) -> str:
-    """A value that came from outside, short enough for a message: of an array its dtype and shape."""
+    """A value from outside, shortened for a message: an array by its dtype and shape."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array {value.dtype}{list(value.shape)}"
     return _SHORT.repr(value)
@@ -75,18 +75,18 @@ def named(error: Exception, what: str) -> Exception:
 class Registry:
     """The built-in callables of one kind, under Keras' names.
 
-    A class in the registry is configured by keyword arguments that are the keys of Keras' configuration, and offers
-    `get_config(window_axes: tuple[int, ...]) -> dict`, where `window_axes` are the axes of the parameter that an
-    `axis="window"` or `fan="window"` stands for.
+    The keyword arguments of a class in the registry are the keys of Keras' configuration. The class has a method
+    `get_config(window_axes: tuple[int, ...]) -> dict`, where `window_axes` are the parameter's axes that
+    `axis="window"` or `fan="window"` means.
     """
 
     def __init__(self, kind: str, module: str, names: Mapping[Callable[..., Any], tuple[str, ...]]):
         """Makes a registry.
 
         Args:
-            kind: what the messages call an entry, such as "constraint".
+            kind: an entry's name in messages, such as "constraint".
             module: the public Keras module of the entries, such as "keras.constraints".
-            names: each class or function, with its names; the first one is the one that a configuration carries.
+            names: each class or function with its names; the first one is its name in a configuration.
         """
         self.kind = kind
         self.module = module
@@ -107,11 +107,11 @@ class Registry:
             argument: the argument's name in messages; the kind unless given.
 
         Returns:
-            A callable, or None for None. Any callable that is not a class comes back as it is.
+            A callable, or None for None. A callable that is not a class is returned unchanged.
 
         Raises:
-            ValueError: an unknown name, or a configuration that this registry does not hold or cannot make.
-            TypeError: anything else that is not callable.
+            ValueError: a name is unknown, or a configuration is not in this registry or invalid.
+            TypeError: the identifier is anything else and not callable.
         """
         argument = argument or self.kind
         if isinstance(identifier, str):
@@ -133,10 +133,10 @@ class Registry:
         Args:
             entry: what `get` returned.
             argument: the argument's name in messages; the kind unless given.
-            window_axes: the axes of the parameter that "window" stands for, `(0, 1)` for a 2D depthwise kernel.
+            window_axes: the axes of the parameter that "window" means, `(0, 1)` for a 2D depthwise kernel.
 
         Raises:
-            ValueError: Keras has no word for `entry`, since it is not in this registry.
+            ValueError: Keras has no name for `entry`, since it is not in this registry.
         """
         if entry is None:
             return None
@@ -151,7 +151,7 @@ class Registry:
             return self._first_names[entry]
         except (KeyError, TypeError):  # TypeError: an unhashable callable
             raise ValueError(
-                f"{argument or self.kind}: {entry!r} has no Keras configuration; only the built-in ones have: "
+                f"{argument or self.kind}: {entry!r} has no Keras configuration; only these have: "
                 f"{', '.join(repr(name) for name in self._first_names.values())}"
             ) from None
 
@@ -160,7 +160,7 @@ class Registry:
         unknown = sorted(repr(key) for key in identifier if key not in _CONFIG_KEYS)
         if unknown or "class_name" not in identifier:
             raise ValueError(
-                f"{argument}: a configuration has the keys 'class_name' and 'config' (and 'module', "
+                f"{argument}: a configuration must have the keys 'class_name' and 'config' (and may have 'module' and "
                 f"'registered_name'); got {shown(dict(identifier))}"
             )
         module, name, config = (identifier.get(key) for key in ("module", "class_name", "config"))
@@ -171,7 +171,7 @@ class Registry:
         if module not in (None, self.module):
             raise ValueError(
                 f"{argument}: the configuration names the module {module!r}, which is never imported; "
-                f"a {self.kind} lies in {self.module!r}"
+                f"the module of a {self.kind} must be {self.module!r}"
             )
         if registered not in (None, name):
             raise ValueError(
@@ -195,7 +195,7 @@ class Registry:
 
 
 def _call(cls: type, config: dict[str, Any], message: str) -> Callable[..., Any]:
-    """`cls(**config)`, its argument errors prefixed with what was being made."""
+    """`cls(**config)`, with a prefix for errors about its arguments."""
     try:
         made = cls(**config)
     except (TypeError, ValueError) as error:

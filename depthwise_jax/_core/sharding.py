@@ -1,7 +1,7 @@
-"""Sharding: how the three maps' results are sharded, and what is known of a program that is spread over devices.
+"""Sharding of the three maps' results, and what is known about a program that is partitioned over devices.
 
-Batch and channels keep their sharding, spatial axes too (the compiler exchanges the halo). A window's axes and the
-multiplier are never sharded. The channels of x, y and kernel must agree where more than one is sharded.
+Batch, channels and spatial axes keep their sharding (the compiler exchanges the halo). A window's axes and the
+multiplier are never sharded. The channels of x, y and kernel must agree if more than one is sharded.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Entries = tuple[Entry, ...]
 
 @dataclass(frozen=True)
 class Partitioning:
-    """What is known of how the compiler spreads one map over devices, under automatic or explicit sharding.
+    """What is known about the partitioning of one map over devices, under automatic or explicit sharding.
 
-    The defaults are those of a program that is not partitioned: on one device, or in a `shard_map` over all mesh axes.
+    The defaults describe a program that is not partitioned: on one device, or in a `shard_map` over all mesh axes.
 
     Attributes:
         devices: the number of devices.
         several_axes: whether the devices may form more than one mesh axis.
         replicas: whether several devices may hold the same part of x or g.
-        sharded_rows: whether the first spatial axis is or may be sharded. Where types do not say how x or g is sharded,
-            it may be if the devices cannot share the batch equally.
+        sharded_rows: whether the first spatial axis is or may be sharded. If types do not say how x or g is sharded, it
+            may be if the devices cannot share the batch equally.
         whole_images: whether the batch can be cut without cutting an image: its size is known, and no spatial axis is
             known to be sharded.
-        batch: the product of the leading axes on one device, those that operands share included; None if it is unknown.
+        batch: the product of the leading axes on one device, including those that operands share; None if unknown.
         whole_channels: whether each device is known to hold all channels.
     """
 
@@ -64,7 +64,7 @@ class Partitioning:
 
     @classmethod
     def of_call(cls, direction: str, convolution: Convolution, avals: Sequence[Any]) -> Partitioning:
-        """The same for operands of these types, in a program under the mesh that `jax.set_mesh` has set."""
+        """What is known for operands of these types, in a program under the mesh that `jax.set_mesh` has set."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.manual_axes:
             sizes = _automatic(mesh.shape, mesh.manual_axes)
@@ -81,7 +81,7 @@ class Partitioning:
         avals: Sequence[Any],
         stacked: int = 0,
     ) -> Partitioning:
-        """The same for a mesh: the sizes of the axes over which the compiler partitions, or the number of devices."""
+        """What is known for a mesh: the sizes of the axes over which the compiler partitions, or the device count."""
         x = avals[0]
         batch = convolution.batch(x.shape[stacked:])
         known_batch = all(isinstance(n, int) for n in batch)
@@ -94,7 +94,7 @@ class Partitioning:
             entries(aval.sharding.spec, aval.ndim)[stacked:] for aval in avals[: 1 + (direction == "kernel_grad")]
         ]
         spatial = [convolution.layout.spatial_shape(spec) for spec in images]
-        # Nothing is held twice if all mesh axes shard the images, in the same way, and one batch axis at most.
+        # There are no replicas if all mesh axes shard the images, in the same way, along at most one batch axis.
         own = axis_names(images[0])
         over = tuple(size for name, size in x.sharding.mesh.shape.items() if name in own and size > 1)
         split = stacked == 0 and over == sizes and len(set(images)) == 1 and not any(convolution.batch(images[0])[1:])
@@ -112,12 +112,12 @@ class Partitioning:
 
 
 def _automatic(sizes: Mapping[str, int], manual: Collection[str]) -> Mapping[str, int]:
-    """The mesh over which the compiler partitions inside a shard_map: none if all axes are manual."""
+    """The mesh over which the compiler partitions inside a shard_map: empty if all axes are manual."""
     return {} if set(manual) == set(sizes) else sizes
 
 
 def _mesh_of(avals: Sequence[Any], devices: int) -> Mapping[str, int] | int:
-    """The mesh that the operands' types name; else the number of devices: in_shardings of jit reach no type."""
+    """The mesh in the operands' types; else the number of devices, since in_shardings of jit do not reach types."""
     if devices == 1:
         return {}
     return next((aval.sharding.mesh.shape for aval in avals if not aval.sharding.mesh.empty), devices)
@@ -162,7 +162,7 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
 
     Returns:
         The mesh axes that become explicit, and the specs of x, kernel and bias; None without a mesh. Inside a
-        shard_map over some axes the automatic ones stay so: JAX 0.10.2 cannot differentiate `explicit_axes` there.
+        shard_map over some axes the others stay automatic: JAX 0.10.2 cannot differentiate `explicit_axes` there.
 
     Raises:
         TypeError, ValueError: in_sharding is not a spec for x on this mesh.
@@ -179,7 +179,7 @@ def operand_specs(in_sharding: PartitionSpec, ndim: int, layout: Layout) -> tupl
         raise ValueError(
             "in_sharding must name automatic or explicit axes of the mesh; "
             f"got {in_sharding} on a mesh with the axes {mesh.axis_names}, where {mesh.manual_axes} are "
-            "manual (inside shard_map, where x is a shard already)"
+            "manual (inside shard_map, where x is already a shard)"
         )
     automatic_remain = bool(mesh.manual_axes) and AxisType.Auto in mesh.axis_types
     axes = () if automatic_remain else tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
@@ -196,13 +196,13 @@ def forward_spec(convolution: Convolution, x: Entries, kernel: Entries) -> Entri
 
 
 def kernel_grad_spec(convolution: Convolution, x: Entries, g: Entries) -> Entries:
-    """The spec of kernel from x and g: what is summed over is not sharded in the result."""
+    """The spec of kernel from x and g: the axes of the sum are not sharded in the result."""
     axis = convolution.layout.channels
     return (*(None,) * convolution.window.rank, agree("channels", x[axis], g[axis]), None)
 
 
 def agree(what: str, *entries: Entry) -> Entry:
-    """The one sharding of an axis that the operands share.
+    """The common sharding of an axis of the operands.
 
     Raises:
         ValueError: they shard it differently.
@@ -212,7 +212,7 @@ def agree(what: str, *entries: Entry) -> Entry:
         raise ValueError(
             f"the operands of a depthwise convolution shard the {what} differently, by "
             f"{' and '.join(map(repr, entries))}; "
-            "expected one sharding, or one operand that does not shard them (jax.sharding.reshard changes a sharding)"
+            "expected one sharding, or that only one of them shards it (jax.sharding.reshard changes a sharding)"
         )
     return given.pop() if given else None
 
@@ -221,7 +221,7 @@ def _kernel_channels(kernel: Sequence[Entry]) -> Entry:
     *window, channels, multiplier = kernel
     if any(entry is not None for entry in (*window, multiplier)):
         raise ValueError(
-            f"the kernel of a depthwise convolution, (*window, channels, multiplier), is sharded as {tuple(kernel)}; "
-            "expected a sharding of the channels alone"
+            "the kernel of a depthwise convolution, (*window, channels, multiplier), must be sharded only along its "
+            f"channels; got the sharding {tuple(kernel)}"
         )
     return channels

@@ -1,4 +1,4 @@
-"""The window of a convolution: every rule of shape arithmetic, and every geometry error, once.
+"""The window of a convolution: all rules of shape arithmetic, and all geometry errors.
 
 Along one axis of n positions, a window of k taps with dilation d spans e = (k - 1)*d + 1 positions; padded by (low,
 high) and moved in steps of s it gives (n + low + high - e) // s + 1 outputs, and output o reads input o*s + t*d - low
@@ -14,19 +14,25 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jax import lax
 from jax.core import Tracer
 
 from depthwise_jax._core import hints
 
-PADDINGS = ("valid", "same", "causal", "reflect", "circular", "edge")
-TRANSPOSED_PADDINGS = ("valid", "same")
-# What jnp.pad calls the paddings that read the input again.
-_PAD_MODES = {"reflect": "reflect", "circular": "wrap", "edge": "edge"}
+# Names count in any case; type checkers know these.
+TransposedPaddingName = Literal["valid", "same", "VALID", "SAME"]
+PaddingName = Literal[
+    TransposedPaddingName, "causal", "reflect", "circular", "edge", "CAUSAL", "REFLECT", "CIRCULAR", "EDGE"
+]
+TransposedPadding = TransposedPaddingName | int | Sequence[tuple[int, int]]
+Padding = PaddingName | int | Sequence[tuple[int, int]]
 
-Padding = str | int | Sequence[tuple[int, int]]
+PADDINGS: tuple[PaddingName, ...] = tuple(name for name in get_args(PaddingName) if name.islower())
+TRANSPOSED_PADDINGS: tuple[PaddingName, ...] = tuple(name for name in get_args(TransposedPaddingName) if name.islower())
+# jnp.pad's names for the paddings that repeat the input.
+_PAD_MODES = {"reflect": "reflect", "circular": "wrap", "edge": "edge"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Window:
 
 @dataclass(frozen=True)
 class InputPadding:
-    """Padding that reads the input again, applied before the convolution: jnp.pad's mode and (low, high) per axis."""
+    """Padding that repeats the input, applied before the convolution: jnp.pad's mode and (low, high) per axis."""
 
     mode: str
     amounts: tuple[tuple[int, int], ...]
@@ -90,8 +96,8 @@ def per_axis(value: Any, rank: int, argument: str, least: int = 1) -> tuple[int,
     """One integer of at least `least` per spatial axis, from an integer for all axes or a sequence of `rank` of them.
 
     Raises:
-        TypeError: not integers (booleans and floats do not count).
-        ValueError: the wrong number of them, or one below `least`.
+        TypeError: a value is not an integer (booleans and floats are not).
+        ValueError: the wrong number of values, or one below `least`.
     """
     expected = f"{argument} must be a {'positive' if least else 'non-negative'} integer or {rank} of them"
     values = tuple(value) if _is_sequence(value) else (value,) * rank
@@ -103,16 +109,18 @@ def per_axis(value: Any, rank: int, argument: str, least: int = 1) -> tuple[int,
     return numbers
 
 
-def canonical_padding(padding: Any, rank: int, names: Sequence[str] = PADDINGS) -> str | tuple[tuple[int, int], ...]:
-    """A padding argument as a lower-case name or as (low, high) pairs, whatever the input's size.
+def canonical_padding(
+    padding: Any, rank: int, names: tuple[PaddingName, ...] = PADDINGS
+) -> PaddingName | tuple[tuple[int, int], ...]:
+    """A padding argument as a lower-case name or as (low, high) pairs, independent of the input's size.
 
     Args:
         padding: the argument.
         rank: the number of spatial axes.
-        names: the names that it may have, PADDINGS or TRANSPOSED_PADDINGS.
+        names: the allowed names, PADDINGS or TRANSPOSED_PADDINGS.
 
     Raises:
-        TypeError: no name, integer or pairs of integers.
+        TypeError: neither a name, an integer nor pairs of integers.
         ValueError: an unknown name, a negative amount, the wrong number of pairs, or "causal" with several axes.
     """
     expected = (
@@ -125,9 +133,9 @@ def canonical_padding(padding: Any, rank: int, names: Sequence[str] = PADDINGS) 
             raise ValueError(expected)
         if name == "causal" and rank != 1:
             raise ValueError(
-                "padding='causal' is for sequences, where no output may see a later input: all zeros go before the one "
-                f"spatial axis, time; got {rank} spatial axes; for one of several give pairs, "
-                "((kernel_size - 1)*dilation_rate, 0) for the axis of time"
+                "padding='causal' is for sequences with one spatial axis, time: all zeros go before it, and no output "
+                f"sees a later input; got {rank} spatial axes: pass pairs instead, with "
+                "((kernel_size - 1)*dilation_rate, 0) for the time axis"
             )
         return name
     if not _is_sequence(padding):
@@ -151,8 +159,8 @@ def resolve(
 ) -> tuple[Window, InputPadding | None]:
     """The window that these arguments mean for an input of this spatial shape, and the padding to apply before it.
 
-    "same" gives ceil(n / s) outputs; of the zeros that this needs the odd one goes to the end. "reflect", "circular"
-    and "edge" add (e - 1) // 2 positions before and e // 2 after, whatever the stride.
+    "same" gives ceil(n / s) outputs; if this needs an odd number of zeros, the end gets one more. "reflect", "circular"
+    and "edge" add (e - 1) // 2 positions before and e // 2 after, for any stride.
 
     Args:
         spatial: the input's spatial shape; its length is the rank.
@@ -160,7 +168,7 @@ def resolve(
         padding: a name of PADDINGS in any case, an integer, or one (low, high) pair per axis.
 
     Raises:
-        TypeError, ValueError: an argument outside these values, or an output that would be empty.
+        TypeError, ValueError: an argument is not one of these, or the output would be empty.
     """
     rank = len(spatial)
     window = _unpadded(rank, kernel_size, strides, dilation_rate)
@@ -177,7 +185,7 @@ def resolve(
         input_padding = InputPadding(_PAD_MODES[kind], tuple(((e - 1) // 2, e // 2) for e in window.extent))
         if any(isinstance(n, int) and n == 0 for n in spatial):
             raise ValueError(
-                f"padding={kind!r} needs an input to read; got an input with spatial shape {tuple(spatial)}"
+                f"padding={kind!r} repeats the input, which must not be empty; got spatial shape {tuple(spatial)}"
             )
         spatial = [n + low + high for n, (low, high) in zip(spatial, input_padding.amounts, strict=True)]
     return _tightened(window, spatial, window.output_shape(spatial)), input_padding
@@ -197,14 +205,14 @@ def canonical_output_padding(
 
     Raises:
         TypeError: neither None nor integers.
-        ValueError: the wrong number of them, a negative one, or one that is larger than PyTorch takes.
+        ValueError: the wrong number of them, a negative one, or one larger than PyTorch accepts.
     """
     if output_padding is None:
         return None
     amounts = per_axis(output_padding, len(strides), "output_padding", least=0)
     if any(amount >= max(s, d) for amount, s, d in zip(amounts, strides, dilation, strict=True)):
         raise ValueError(
-            "output_padding must be smaller than the larger one of strides and dilation_rate along each axis; "
+            "output_padding must be smaller than the larger of strides and dilation_rate along each axis; "
             f"got {output_padding!r} with strides={tuple(strides)} and dilation_rate={tuple(dilation)}"
         )
     return amounts
@@ -212,12 +220,12 @@ def canonical_output_padding(
 
 @dataclass(frozen=True)
 class Transposed:
-    """What a transposed convolution computes: the transpose of a window's convolution, then zeros behind it.
+    """What a transposed convolution computes: the transpose of a window's convolution, followed by zeros.
 
     Attributes:
         window: the window, over the outputs.
         spatial: the outputs' spatial shape without those zeros.
-        beyond: how many zeros lie behind, per axis: outputs that are too far from the last input for this window.
+        beyond: how many zeros follow, per axis: outputs that are too far from the last input for this window.
     """
 
     window: Window
@@ -230,9 +238,9 @@ def resolve_transposed(
 ) -> Transposed:
     """What these arguments of a transposed convolution mean for an input of this spatial shape.
 
-    Input i adds to the outputs from i*s - low on, and there are (n - 1)*s + r of them. As Keras has them, "valid" cuts
-    nothing and "same" gives n*s outputs, what lacks or is too much at the end; with an output_padding p, r is e + p and
-    e % 2 + p. As PyTorch has them, pairs cut the outputs by (low, high), and r is e - low - high + p.
+    Input i adds to the outputs from i*s - low on, and there are (n - 1)*s + r outputs. As in Keras, "valid" cuts
+    nothing and "same" gives n*s outputs, cut or extended at the end; with an output_padding p, r is e + p and e % 2 +
+    p. As in PyTorch, pairs cut the outputs by (low, high), and r is e - low - high + p.
 
     Args:
         spatial: the input's spatial shape; its length is the rank.
@@ -241,7 +249,7 @@ def resolve_transposed(
         output_padding: None, or an integer or one per axis.
 
     Raises:
-        TypeError, ValueError: an argument outside these values, or an output that would be empty.
+        TypeError, ValueError: an argument is not one of these, or the output would be empty.
     """
     rank = len(spatial)
     window = _unpadded(rank, kernel_size, strides, dilation_rate)
@@ -270,17 +278,17 @@ def resolve_transposed(
             f"the output would be empty: input with spatial shape {tuple(spatial)}, kernel_size={window.size}, "
             f"strides={window.strides}, dilation_rate={window.dilation}, padding={padding!r}, "
             f"output_padding={output_padding!r}; "
-            "expected an input that is not empty, and a padding that does not cut all outputs"
+            "expected a non-empty input, and a padding that does not cut all outputs"
         )
     window = replace(window, padding=tuple(pairs))
     return Transposed(_tightened(window, outputs, spatial), tuple(outputs), tuple(beyond))
 
 
 def _tightened(window: Window, spatial: Sequence[int], out: Sequence[int]) -> Window:
-    """The window with strides and dilations no larger than they need be: each output reads what it read before.
+    """An equivalent window with strides and dilations no larger than necessary: each output reads the same inputs.
 
-    So 2**40 is as good as the numbers that an index along an array can hold. Both a stride and a dilation can stay
-    large where they are alike, and outputs of one meet taps of the other.
+    So a stride of 2**40 works like one that fits an array index. A stride and a dilation can both stay large if they
+    are similar, where outputs of one meet taps of the other.
     """
     size, strides, dilation, padding = window.size, list(window.strides), list(window.dilation), list(window.padding)
     for axis, (n, o) in enumerate(zip(spatial, out, strict=True)):
@@ -296,10 +304,11 @@ def _tightened(window: Window, spatial: Sequence[int], out: Sequence[int]) -> Wi
 
 
 def _tightened_step(step: int, count: int, low: int, width: int, n: int) -> tuple[int, int]:
-    """The least of a step and one that is large enough, and its low padding.
+    """The smaller of a step and one that is large enough, with its low padding.
 
-    Of `count` spans of `width` positions, `step` apart from -low on, a step above n + width leaves one at most that
-    meets the n positions of the input. That one stays where it is, and all others miss the input at n + width too.
+    There are `count` spans of `width` positions, `step` apart, starting at -low. With a step above n + width, at most
+    one of them meets the n positions of the input. That one stays in place, and the others also miss the input with a
+    step of n + width.
     """
     if step <= n + width:
         return step, low
@@ -310,7 +319,7 @@ def _tightened_step(step: int, count: int, low: int, width: int, n: int) -> tupl
 
 def _same(n: int, extent: int, stride: int) -> tuple[int, int]:
     if isinstance(n, int) and n == 0:
-        return 0, 0  # ceil(0 / s) outputs: none, which output_shape refuses
+        return 0, 0  # ceil(0 / s) is 0 outputs, which output_shape refuses
     total = -(-n // stride) * stride - stride + extent - n
     if not isinstance(total, int):
         return lax.padtype_to_pads([n], [extent], [stride], "SAME")[0]  # max(total, 0) of a symbolic total

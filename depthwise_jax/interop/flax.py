@@ -1,4 +1,4 @@
-"""Between flax's own Conv, grouped by channel, and our layers: single layers, and whole trees of parameters."""
+"""Converts between Flax's Conv with one group per channel and our layers: single layers and trees of parameters."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,34 +14,34 @@ from jax import lax
 
 from depthwise_jax._core import introspect
 from depthwise_jax.drop_in import conv_general_dilated
-from depthwise_jax.interop.modules import causal_arguments, make, overridden, parts
+from depthwise_jax.interop.modules import Framework, causal_arguments, make, overridden, parts
 
 Path = tuple[str, ...]
 
 
 def from_flax(
-    conv: Any, params: Mapping[str, Any] | None = None, *, causal: bool = False, framework: str | None = None
+    conv: Any, params: Mapping[str, Any] | None = None, *, causal: bool = False, framework: Framework | None = None
 ) -> tuple[Any, Any]:
-    """The layer of ours that computes what a flax Conv with one group per channel does.
+    """Converts a Flax Conv with one group per channel into the layer of ours that computes the same.
 
     Args:
         conv: a flax.linen.Conv, or an nnx.Conv, whose feature_group_count is the number of input channels.
-        params: the Linen Conv's parameters, kernel `(*window, 1, C*M)` and bias `(C*M,)`; an nnx.Conv has its own.
-        causal: True for a Conv over one spatial axis that the code around it makes causal, by padding it with
-            `(kernel_size - 1)*kernel_dilation` and cutting off the last outputs, by padding its input before, or by the
-            padding "CAUSAL". The layer is then a `CausalDepthwiseConv1D`, which also returns the state for the tokens
-            that follow. A Conv with the padding "CAUSAL" gives `DepthwiseConv1D(padding="causal")` otherwise, which has
-            the same parameters and returns the output alone.
+        params: the Linen Conv's parameters, kernel `(*window, 1, C*M)` and bias `(C*M,)`; None for an nnx.Conv.
+        causal: True for a Conv over one spatial axis that is causal: the code around it pads it by
+            `(kernel_size - 1)*kernel_dilation` and cuts off the last outputs, or pads its input first; or its padding
+            is "CAUSAL". The result is then a `CausalDepthwiseConv1D`, which also returns the state for the tokens that
+            follow. Otherwise a Conv with the padding "CAUSAL" becomes `DepthwiseConv1D(padding="causal")`, which has
+            the same parameters and returns only the output.
         framework: "linen" or "nnx", the kind of layer to make; that of `conv` by default.
 
     Returns:
-        `(module, params)`, the kernel as `(*window, C, M)` and every value as it was. The initializers stay behind,
-        since they are made for another shape.
+        `(module, params)`, with the kernel as `(*window, C, M)` and all values unchanged. Initializers are not
+        converted, since they are made for another shape.
 
     Raises:
-        TypeError: no Conv, or its parameters missing or given twice.
-        ValueError: the Conv is not depthwise, has what a layer of ours cannot express, or is of a subclass with a
-            `__call__`, `param` or another method of its own, lifted ones (nn.remat) too; the message names it.
+        TypeError: it is not a Conv, or its parameters are missing or given without need.
+        ValueError: the Conv is not depthwise, has a setting that our layers cannot express, or its subclass overrides
+            `__call__`, `param` or another method (also by lifting, as nn.remat); the message names it.
 
     Examples:
         >>> import flax.linen as nn
@@ -55,13 +55,13 @@ def from_flax(
     is_linen = isinstance(conv, nn.Conv)
     if is_linen:
         if not isinstance(params, Mapping):
-            raise TypeError(f"a flax.linen.Conv comes with its params; got params={params!r}")
+            raise TypeError(f"params must be given for a flax.linen.Conv; got params={params!r}")
         if "kernel" not in params and "params" in params:
             raise ValueError("params must hold 'kernel'; got 'params' in its place: pass variables['params']")
         values = dict(meta.unbox(params))
     elif _is_nnx_conv(conv):
         if params is not None:
-            raise TypeError("an nnx.Conv has its own parameters; params must be None")
+            raise TypeError("params must be None for an nnx.Conv, which holds its own parameters")
         values = {name: p[...] for name in ("kernel", "bias") if (p := getattr(conv, name)) is not None}
     else:
         raise TypeError(f"conv must be a flax.linen.Conv or an nnx.Conv; got {type(conv).__name__}")
@@ -102,20 +102,22 @@ def from_flax(
     return make(layer, arguments, values, framework or ("linen" if is_linen else "nnx"), what)
 
 
-def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: str | None = None) -> tuple[Any, Any]:
-    """The flax Conv that computes what a depthwise layer of ours does: the way back of `from_flax`.
+def to_flax(
+    module: Any, params: Mapping[str, Any] | None = None, *, framework: Framework | None = None
+) -> tuple[Any, Any]:
+    """Converts a depthwise layer of ours into the Flax Conv that computes the same: the inverse of `from_flax`.
 
     Args:
         module: a depthwise layer of `depthwise_jax.linen`, or of `depthwise_jax.nnx`.
-        params: the Linen layer's parameters; an NNX layer has its own.
+        params: the Linen layer's parameters; None for an NNX layer.
         framework: "linen" or "nnx", the kind of Conv to make; that of `module` by default.
 
     Returns:
-        `(conv, params)`, a flax.linen.Conv or an nnx.Conv, the latter with these parameters in it. Initializers,
-        regularizers and constraints stay behind, since a Conv has no place for them.
+        `(conv, params)`, a flax.linen.Conv, or an nnx.Conv that holds these parameters. Initializers, regularizers and
+        constraints are not converted, since a Conv cannot hold them.
 
     Raises:
-        TypeError: no layer of ours, or its parameters missing or given twice.
+        TypeError: it is not one of our layers, or its parameters are missing or given without need.
         ValueError: a Conv cannot express the layer; the message names the argument.
     """
     contract, values = parts(module, params)
@@ -152,21 +154,22 @@ def to_flax(module: Any, params: Mapping[str, Any] | None = None, *, framework: 
 
 
 def params_from_flax(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Moves a model's parameters over, path by path: every depthwise Conv's kernel becomes that of a layer of ours.
+    """Converts a model's parameters path by path: each depthwise Conv's kernel becomes that of one of our layers.
 
-    For a model whose depthwise Convs are to be replaced by our layers under the same names.
+    Use it for a model in which our layers replace the depthwise Convs under the same names.
 
     Args:
-        model: the Linen model with its flax.linen.Convs, unbound; or an nnx model.
-        params: its parameters, a tree of dicts; others' entries stay as they are.
-        *args, **kwargs: for a Linen model, example inputs and what else `model.init` takes; `jax.ShapeDtypeStruct`s do.
+        model: the unbound Linen model with its flax.linen.Convs; or an nnx model.
+        params: its parameters, a tree of dicts; the entries of other modules stay unchanged.
+        *args, **kwargs: for a Linen model, the arguments of `model.init`; example inputs may be
+            `jax.ShapeDtypeStruct`s.
 
     Returns:
-        A tree like `params`, each kernel `(*window, 1, C*M)` of a Conv with `feature_group_count = C > 1` as
+        A tree like `params`. The kernel `(*window, 1, C*M)` of each Conv with `feature_group_count = C > 1` becomes
         `(*window, C, M)`. Axes that nn.scan and nn.vmap added must be leading ones.
 
     Warns:
-        UserWarning: a depthwise Conv of a subclass that computes something else is left as it is; it names the path.
+        UserWarning: a depthwise Conv of a subclass that computes something else is left unchanged; it names the path.
 
     Raises:
         ValueError: a path of the model is not in `params`, or its kernel has another shape.
@@ -176,18 +179,19 @@ def params_from_flax(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def params_to_flax(params: Any, params_of_convs: Any) -> Any:
-    """Moves a tree of parameters back: what `params_from_flax` changed gets the shapes that the Convs have.
+    """Converts a tree of parameters back: each kernel that `params_from_flax` changed gets its Conv's shape.
 
     Args:
         params: a tree of dicts with kernels `(*window, C, M)`.
         params_of_convs: a tree like it, of anything with a shape, such as `jax.eval_shape(model.init, ...)["params"]`
-            of the model with its Convs; where a kernel's shape is `(*window, 1, C*M)` in it, `params`' kernel gets it.
+            of the model with its Convs. If a kernel has the shape `(*window, 1, C*M)` in it, the kernel of `params`
+            gets that shape.
 
     Returns:
         A tree like `params_of_convs` with the values of `params`.
 
     Raises:
-        ValueError: the trees differ in anything else than such kernels.
+        ValueError: the trees differ in more than such kernels.
     """
 
     ours, theirs = meta.unbox(params), meta.unbox(params_of_convs)
@@ -211,10 +215,10 @@ def params_to_flax(params: Any, params_of_convs: Any) -> Any:
 
 
 def kernel_from_flax(kernel: Any, channels: int) -> Any:
-    """`(..., 1, C*M)` as `(..., C, M)`; output channel `c*M + m` is the same number in both.
+    """`(..., 1, C*M)` as `(..., C, M)`; output channel `c*M + m` is the same in both.
 
     Args:
-        kernel: a kernel `(*window, 1, C*M)` of Flax' Conv, leading axes allowed.
+        kernel: a kernel `(*window, 1, C*M)` of Flax's Conv; it may have more leading axes.
         channels: the input's channels C.
     """
     return kernel.reshape((*kernel.shape[:-2], channels, kernel.shape[-1] // channels))
@@ -224,7 +228,7 @@ def kernel_to_flax(kernel: Any) -> Any:
     """`(..., C, M)` as `(..., 1, C*M)`.
 
     Args:
-        kernel: a kernel `(*window, C, M)` of depthwise_conv, leading axes allowed.
+        kernel: a kernel `(*window, C, M)` of depthwise_conv; it may have more leading axes.
     """
     return kernel.reshape((*kernel.shape[:-2], 1, kernel.shape[-2] * kernel.shape[-1]))
 
@@ -235,8 +239,8 @@ def _is_nnx_conv(conv: Any) -> bool:
     return isinstance(conv, nnx.Conv)
 
 
-# What a subclass of Flax' Conv may redefine without computing anything else: its arguments' defaults, and what Flax
-# gives each class.
+# What a subclass of Flax's Conv may redefine without changing the computation: its arguments' defaults, and the
+# attributes that Flax gives each class.
 _HARMLESS = frozenset(
     {"__dataclass_params__", "__dataclass_fields__", "__eq__", "__hash__", "__match_args__", "__post_init__", "parent"}
     | {"name", "scope", "_state", "_parent_ref", "_compact_name_scope_methods", "_pytree__is_pytree", "_pytree__nodes"}
@@ -245,27 +249,27 @@ _HARMLESS = frozenset(
 
 
 def _check_stock(conv: Any, what: str) -> None:
-    """Raises ValueError for a subclass that computes something else than its Conv."""
+    """Raises ValueError for a subclass that does not compute what its Conv does."""
     from flax import nnx
 
     stock = nn.Conv if isinstance(conv, nn.Conv) else nnx.Conv
     found = overridden(type(conv), stock, _HARMLESS)
     if found is not None:
         raise ValueError(
-            f"{what}: {type(conv).__module__}.{type(conv).__qualname__} overrides {found} of Flax' Conv; convert a "
-            "plain Conv with the parameters that it computes with (with causal=True where it pads or cuts to be "
-            "causal), or keep it and give it this package's conv_general_dilated"
+            f"{what}: {type(conv).__module__}.{type(conv).__qualname__} overrides {found} of Flax's Conv; convert a "
+            "plain Conv with the same parameters (with causal=True if the subclass pads or cuts to be causal), or keep "
+            "it and pass it this package's conv_general_dilated"
         )
 
 
 def _check_plain(conv: Any, what: str) -> None:
-    """Raises ValueError for what a Conv may have and a layer of ours does not."""
+    """Raises ValueError for a Conv's settings that our layers lack."""
     for name in ("mask", "preferred_element_type", "conv_general_dilated_cls"):
         if getattr(conv, name, None) is not None:
-            raise ValueError(f"{what}: {name} is not None, and a layer of depthwise_jax has no such argument")
+            raise ValueError(f"{what}: {name} must be None, since the layers of depthwise_jax have no such argument")
     dilation = conv.input_dilation
     if dilation is not None and any(step != 1 for step in ((dilation,) if isinstance(dilation, int) else dilation)):
-        raise ValueError(f"{what}: input_dilation={dilation!r} is a transposed convolution; a layer has none")
+        raise ValueError(f"{what}: input_dilation must be 1; got {dilation!r}, a transposed convolution")
     if conv.conv_general_dilated not in (None, lax.conv_general_dilated, conv_general_dilated):
         raise ValueError(
             f"{what}: conv_general_dilated={conv.conv_general_dilated!r} is a custom function; only lax's or this "
@@ -274,11 +278,11 @@ def _check_plain(conv: Any, what: str) -> None:
     from flax.nnx.nn.dtypes import promote_dtype as nnx_promote_dtype
 
     if conv.promote_dtype not in (promote_dtype, nnx_promote_dtype):
-        raise ValueError(f"{what}: promote_dtype={conv.promote_dtype!r} is not flax's own, which a layer follows")
+        raise ValueError(f"{what}: promote_dtype must be Flax's own, which our layers use; got {conv.promote_dtype!r}")
 
 
 def _padding(padding: Any) -> Any:
-    """Flax takes one integer per axis too."""
+    """Flax also takes one integer per axis."""
     if isinstance(padding, str | int):
         return padding
     return tuple((amount, amount) if isinstance(amount, int) else tuple(amount) for amount in padding)
@@ -313,7 +317,7 @@ def _nnx_groups(model: Any) -> dict[Path, int]:
 
 
 def _is_depthwise(conv: Any, channels: int, path: Sequence[Any]) -> bool:
-    """Whether a Conv is a depthwise one that a layer of ours can take the place of."""
+    """Whether a Conv is depthwise and one of our layers can replace it."""
     if not conv.feature_group_count == channels > 1:
         return False
     try:
@@ -336,7 +340,7 @@ def _with_kernels(params: Any, groups: Mapping[Path, int]) -> Any:
         shape = jnp.shape(value)
         if len(shape) < 3 or shape[-2] != 1 or shape[-1] % channels:
             raise ValueError(
-                f"the parameter {'/'.join((*conv, name))!r} of a depthwise Conv with {channels} channels must have a "
+                f"the parameter {'/'.join((*conv, name))!r} of a depthwise Conv with {channels} channels must have the "
                 f"shape (*window, 1, {channels}*M); got {shape}"
             )
         return kernel_from_flax(value, channels)
@@ -344,5 +348,5 @@ def _with_kernels(params: Any, groups: Mapping[Path, int]) -> Any:
     converted = jax.tree_util.tree_map_with_path(convert, meta.unbox(params))
     missing = sorted(set(groups) - found)
     if missing:
-        raise ValueError(f"params have no parameter {'/'.join((*missing[0], 'kernel'))!r}, which the model has")
+        raise ValueError(f"params must have the model's parameter {'/'.join((*missing[0], 'kernel'))!r}")
     return converted

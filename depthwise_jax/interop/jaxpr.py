@@ -1,12 +1,12 @@
 """accelerate: runs any function with the depthwise convolutions in its jaxpr computed by this package.
 
-For what has no place to put another convolution in, such as a Keras model on the JAX backend, Equinox or Haiku. Where
-there is one, it is the simpler way: `nnx.Conv(..., conv_general_dilated=depthwise_jax.conv_general_dilated)`, and
+Use it for code that does not accept another convolution, such as a Keras model on the JAX backend, Equinox or Haiku.
+For code that does, passing it is simpler: `nnx.Conv(..., conv_general_dilated=depthwise_jax.conv_general_dilated)`, and
 flax.linen.Conv's argument of the same name.
 
-Equations are replaced in the jaxpr itself, inside jit, scan, while, cond, remat and shard_map too; everything else in
-it stays as it is. So the function must be given before it is differentiated, `jax.grad(accelerate(f))`: the gradient of
-a convolution in the kernel is not a depthwise convolution, and is left as it is in `accelerate(jax.grad(f))`.
+Equations are replaced in the jaxpr itself, also inside jit, scan, while, cond, remat and shard_map; everything else
+stays unchanged. Accelerate a function before you differentiate it, `jax.grad(accelerate(f))`: the gradient of a
+convolution in the kernel is not a depthwise convolution, so `accelerate(jax.grad(f))` leaves it unchanged.
 """
 
 import functools
@@ -23,26 +23,26 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 
 from depthwise_jax.drop_in import conv_general_dilated
 
-# Which equations hold jaxprs to look into. All others, and so every custom derivative rule, stay as they are.
+# The equations whose jaxprs are searched. All others, including custom derivative rules, stay unchanged.
 _LOOKED_INTO = ("jit", "pjit", "closed_call", "core_call", "scan", "while", "cond", "checkpoint", "remat2", "shard_map")
 
 
 def accelerate(function: Callable[..., Any]) -> "Accelerated":
-    """A function that computes what `function` does, its depthwise convolutions by this package.
+    """A function that computes the same as `function`, with its depthwise convolutions computed by this package.
 
-    It can be differentiated, mapped and compiled as `function` can; what this package does not compute, symbolic sizes
-    with strides among it, stays as it is. Each call traces `function`: put it under jax.jit.
-    A remat policy that names lax's convolution does not know this package's; save "depthwise_conv" by name instead.
+    It can be differentiated, mapped and compiled like `function`. Convolutions that this package does not compute, such
+    as symbolic sizes with strides, stay unchanged. Each call traces `function`, so put it under jax.jit. A remat policy
+    that names lax's convolution does not recognise this package's; save "depthwise_conv" by name instead.
 
     Args:
-        function: a function of trees whose arrays are traced, and whose other leaves are given to it as they are; it
-            returns trees of arrays.
+        function: a function of trees that returns trees of arrays. Its arrays are traced, and its other leaves are
+            passed unchanged.
 
     Returns:
-        The function. Its `report(*args, **kwargs)` tells what it replaces and what it skips.
+        The function. Its `report(*args, **kwargs)` lists what it replaces and what it skips.
 
     Raises:
-        TypeError: not callable.
+        TypeError: `function` is not callable.
 
     Examples:
         >>> import flax.linen as nn
@@ -67,10 +67,10 @@ class Site:
     """A grouped convolution in a function's jaxpr.
 
     Attributes:
-        path: the equations that it lies in, from the outside, such as ("jit", "scan").
+        path: the enclosing equations, outermost first, such as ("jit", "scan").
         lhs, rhs: the operands' types, such as "float32[8,56,56,144]".
         feature_group_count, batch_group_count: its groups.
-        skipped: why it was left as it is; None where it was replaced.
+        skipped: why it was left unchanged; None if it was replaced.
     """
 
     path: tuple[str, ...]
@@ -90,7 +90,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` does with each grouped convolution of a call; prints as one line each.
+    """What `accelerate` does with each grouped convolution of a call. It prints one line for each.
 
     Attributes:
         sites: the grouped convolutions, in the order of the program.
@@ -100,12 +100,12 @@ class Report:
 
     @property
     def replaced(self) -> tuple[Site, ...]:
-        """Those computed by this package."""
+        """The convolutions computed by this package."""
         return tuple(site for site in self.sites if site.skipped is None)
 
     @property
     def skipped(self) -> tuple[Site, ...]:
-        """Those left as they are."""
+        """The convolutions left unchanged."""
         return tuple(site for site in self.sites if site.skipped is not None)
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class Report:
 
 
 class Accelerated:
-    """What `accelerate` returns: a function, with `report`.
+    """The result of `accelerate`: a function with a `report`.
 
     Args:
         function: the function whose convolutions are replaced.
@@ -128,10 +128,10 @@ class Accelerated:
         return treedef.unflatten(jaxpr_as_fun(_accelerated(closed))(*arrays))
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
-        """What becomes of each grouped convolution in a call with these arguments; nothing is computed.
+        """Whether each grouped convolution in a call with these arguments is replaced; nothing is computed.
 
         Args:
-            *args, **kwargs: as for the function; `jax.ShapeDtypeStruct`s do for arrays.
+            *args, **kwargs: as for the function; arrays may be `jax.ShapeDtypeStruct`s.
         """
         closed, _, _ = _traced(self._function, args, kwargs)
         return Report(tuple(_sites(closed, ())))
@@ -153,12 +153,13 @@ def _traced(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Close
     return closed, arrays, jax.tree.structure(shapes)
 
 
-# By the jaxpr that was rewritten: the same jaxpr gives the same one again, and JAX finds what it compiled for it.
+# Cached by the jaxpr that was rewritten: the same jaxpr gives the same result, for which JAX finds its compiled
+# program.
 _rewritten: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _accelerated(jaxpr: Any) -> Any:
-    """The jaxpr, closed or not, with its depthwise convolutions replaced; itself where it has none."""
+    """The jaxpr, closed or not, with its depthwise convolutions replaced; unchanged if it has none."""
     if jaxpr not in _rewritten:
         old = list(_open(jaxpr).eqns)
         new = [replacement for eqn in old for replacement in _replacements(eqn)]
@@ -168,7 +169,7 @@ def _accelerated(jaxpr: Any) -> Any:
 
 
 def _replacements(eqn: JaxprEqn) -> list[JaxprEqn]:
-    """The equations to compute instead of one."""
+    """The equations to compute in place of one."""
     if eqn.primitive is lax.conv_general_dilated_p:
         ours = _ours(eqn)
         return [eqn] if isinstance(ours, str) else ours
@@ -181,7 +182,7 @@ def _replacements(eqn: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | str:
-    """A convolution's equations in this package; or why it stays as it is."""
+    """A convolution's equations in this package, or why it stays unchanged."""
     params = {**eqn.params, "padding": _padding(eqn)}
     if params["padding"] is None:
         return "its padding depends on symbolic sizes"
@@ -189,9 +190,9 @@ def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | str:
         with eqn.ctx.manager:
             inner = jax.make_jaxpr(functools.partial(conv_general_dilated, **params))(*(v.aval for v in eqn.invars))
     except (TypeError, ValueError, NotImplementedError, InconclusiveDimensionOperation) as error:
-        return f"refused: {error}"  # the function worked before, and goes on working
+        return f"refused: {error}"  # the function worked before, and must keep working
     if any(new.primitive is lax.conv_general_dilated_p for new in inner.jaxpr.eqns):
-        return "not depthwise, or what conv_general_dilated leaves to lax"
+        return "not depthwise, or a call that conv_general_dilated leaves to lax"
     names = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
     names |= dict(zip(inner.jaxpr.outvars, eqn.outvars, strict=True))
     return [
@@ -206,7 +207,7 @@ def _ours(eqn: JaxprEqn) -> list[JaxprEqn] | str:
 
 
 def _padding(eqn: JaxprEqn) -> Any:
-    """A convolution's padding; where it is symbolic, its name or None, since lax takes no symbolic pairs."""
+    """A convolution's padding; if symbolic, its name or None, since lax takes no symbolic pairs."""
     padding = eqn.params["padding"]
     if all(isinstance(amount, int) for pair in padding for amount in pair):
         return padding
@@ -221,7 +222,7 @@ def _padding(eqn: JaxprEqn) -> Any:
 
 
 def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iterator[Site]:
-    """The grouped convolutions of a jaxpr; all skipped inside `custom`, an equation that is left alone."""
+    """The grouped convolutions of a jaxpr; all are skipped inside `custom`, an equation that is not searched."""
     for eqn in _open(jaxpr).eqns:
         if eqn.primitive is lax.conv_general_dilated_p:
             groups, batch_groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
@@ -229,9 +230,9 @@ def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iter
                 continue
             skipped = None
             if custom is not None:
-                skipped = f"inside {custom}, which is left alone"
+                skipped = f"inside {custom}, which is not searched"
             elif batch_groups > 1:
-                skipped = "the gradient of a convolution in its kernel; differentiate what accelerate returns instead"
+                skipped = "the gradient of a convolution in its kernel; differentiate the result of accelerate instead"
             elif isinstance(ours := _ours(eqn), str):
                 skipped = ours
             lhs, rhs = (v.aval.str_short() for v in eqn.invars)
@@ -248,7 +249,7 @@ def _sites(jaxpr: Any, path: tuple[str, ...], custom: str | None = None) -> Iter
 
 
 def _map_jaxprs(function: Callable[[Any], Any], value: Any) -> Any:
-    """A parameter of an equation with a function applied to the jaxprs in it; itself where nothing changes."""
+    """A parameter of an equation with a function applied to its jaxprs; unchanged if none changes."""
     if isinstance(value, ClosedJaxpr | Jaxpr):
         return function(value)
     if isinstance(value, tuple | list) and any(isinstance(entry, ClosedJaxpr | Jaxpr) for entry in value):

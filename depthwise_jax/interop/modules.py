@@ -1,7 +1,7 @@
-"""One of our layers with its parameters, for Linen or for NNX: made of its parts and taken apart."""
+"""Makes one of our layers with its parameters, for Linen or NNX, and takes it apart."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ from depthwise_jax import linen
 from depthwise_jax._contract.spec import Spec
 from depthwise_jax._core.registry import named
 
-FRAMEWORKS = ("linen", "nnx")
+Framework = Literal["linen", "nnx"]
+FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 
-# What every class has of its own and computes nothing with.
+# Attributes that every class has and that compute nothing.
 _BOOKKEEPING = frozenset(
     {"__init__", "__repr__", "__doc__", "__module__", "__qualname__", "__annotations__", "__dict__", "__weakref__"}
     | {"__slots__", "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__type_params__"}
@@ -24,10 +25,10 @@ _BOOKKEEPING = frozenset(
 
 
 class Converted(dict[str, Any]):
-    """What came over of a whole model, by path, with what did not.
+    """The converted parts of a whole model by path, and the reasons for those that were skipped.
 
     Attributes:
-        skipped: why each convolution that was passed over was, by its path.
+        skipped: the reason why a convolution was skipped, by its path.
     """
 
     def __init__(self, converted: Mapping[str, Any], skipped: Mapping[str, str]):
@@ -35,7 +36,7 @@ class Converted(dict[str, Any]):
         self.skipped = dict(skipped)
 
     def __str__(self) -> str:
-        """A line for each convolution, what became of it."""
+        """A line for each convolution, converted or skipped."""
         lines = [f"{path}: converted" for path in self] + [
             f"{path}: skipped: {why}" for path, why in self.skipped.items()
         ]
@@ -43,7 +44,7 @@ class Converted(dict[str, Any]):
 
 
 def overridden(cls: type, stock: type, harmless: Collection[str] = ()) -> str | None:
-    """What a subclass of a library's class redefines of it, for a message; None if it computes what the class does.
+    """What a subclass redefines of a library's class, for a message; None if it computes what the class does.
 
     Args:
         cls: the subclass.
@@ -63,7 +64,7 @@ def real_array(value: Any, what: str) -> Any:
     """An array in the machine's byte order, in a floating dtype that JAX has.
 
     Raises:
-        ValueError: it holds other numbers; the message begins with `what`.
+        ValueError: it does not hold real floating-point numbers; the message begins with `what`.
     """
     if value.dtype == np.longdouble and np.longdouble != np.float64:
         raise ValueError(
@@ -80,7 +81,7 @@ def real_array(value: Any, what: str) -> Any:
     return value
 
 
-def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], framework: str, what: str) -> Any:
+def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], framework: Framework, what: str) -> Any:
     """Makes a layer and its parameters.
 
     Args:
@@ -94,7 +95,7 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
         (module, params): `params` is a dict of the values as JAX arrays.
 
     Raises:
-        ValueError: framework is neither, the layer takes no such arguments, or the values do not fit it.
+        ValueError: framework is neither, an argument is invalid for the layer, or the values do not fit it.
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {FRAMEWORKS}; got {framework!r}")
@@ -114,7 +115,7 @@ def make(layer: str, arguments: Mapping[str, Any], values: Mapping[str, Any], fr
 
     arguments = {key: value for key, value in arguments.items() if key != "name"}
     cls = getattr(depthwise_jax.nnx, layer)
-    # Without the work of initializers, whose values are replaced.
+    # Skips the initializers, whose values are replaced.
     module = nnx.eval_shape(lambda: cls(channels, **arguments, rngs=nnx.Rngs(0)))
     nnx.update(module, params)
     return module, params
@@ -124,25 +125,25 @@ def causal_arguments(arguments: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The arguments of CausalDepthwiseConv1D for a convolution that the code around it makes causal.
 
     Args:
-        arguments: those of the DepthwiseConv1D that computes the convolution as it stands.
-        what: how the messages call the convolution.
+        arguments: those of the DepthwiseConv1D that computes the convolution without the code around it.
+        what: the convolution's name in messages.
 
     Raises:
-        ValueError: several spatial axes, strides, or a padding that no usual spelling of a causal convolution has.
+        ValueError: there are several spatial axes, strides, or a padding that is unusual for a causal convolution.
     """
     rest = dict(arguments)
     padding, strides, dilation = rest.pop("padding"), rest.pop("strides"), rest["dilation_rate"]
     rank = len(rest["kernel_size"])
     if rank != 1:
-        raise ValueError(f"{what}: causal=True is for one spatial axis, time; got {rank} spatial axes")
+        raise ValueError(f"{what}: causal=True needs one spatial axis, time; got {rank} spatial axes")
     if strides not in (1, (1,), [1]):
-        raise ValueError(f"{what}: causal=True is for strides of 1; got {strides!r}")
+        raise ValueError(f"{what}: causal=True needs strides of 1; got {strides!r}")
     span = (rest["kernel_size"][0] - 1) * (dilation if isinstance(dilation, int) else dilation[0])
     kind = padding.lower() if isinstance(padding, str) else padding
     if kind not in ("causal", "valid", 0, span, ((0, 0),), ((span, 0),), ((span, span),)):
         raise ValueError(
-            f"{what}: with causal=True the padding must be {span} = (kernel_size - 1)*dilation, where the last outputs "
-            f"are cut off, or 0, where the input is padded before; got {padding!r}"
+            f"{what}: with causal=True the padding must be {span} = (kernel_size - 1)*dilation, if the last outputs "
+            f"are cut off, or 0, if the input is padded first; got {padding!r}"
         )
     return rest
 
@@ -151,11 +152,11 @@ def parts(module: Any, params: Mapping[str, Any] | None) -> tuple[Spec, dict[str
     """A layer's contract, and its parameters' values in the layer's order.
 
     Args:
-        module: a layer of `depthwise_jax.linen`, with `params`; or one of `depthwise_jax.nnx`, which has its own.
+        module: a layer of `depthwise_jax.linen`, with `params`; or a layer of `depthwise_jax.nnx`, without.
         params: the Linen layer's parameters.
 
     Raises:
-        TypeError: no layer of ours, or `params` missing or too much.
+        TypeError: it is not one of our layers, or `params` is missing or given without need.
         ValueError: `params` do not fit the layer.
     """
     contract = getattr(module, "spec", None)
@@ -165,12 +166,12 @@ def parts(module: Any, params: Mapping[str, Any] | None) -> tuple[Spec, dict[str
         )
     if isinstance(module, nn.Module):
         if not isinstance(params, Mapping):
-            raise TypeError(f"{contract.layer} is a Linen module, whose params must be given; got {params!r}")
+            raise TypeError(f"params must be given for {contract.layer}, a Linen module; got {params!r}")
         values = dict(meta.unbox(params))
         values = {parameter.name: values.pop(parameter.name, None) for parameter in contract.parameters} | values
     else:
         if params is not None:
-            raise TypeError(f"{contract.layer} is an NNX module, which has its own parameters; params must be None")
+            raise TypeError(f"params must be None for {contract.layer}, an NNX module, which holds its parameters")
         values = {parameter.name: getattr(module, parameter.name)[...] for parameter in contract.parameters}
     what = getattr(module, "name", None) or contract.layer
     check_values(contract, channels_of(contract, values, what), values, what)
@@ -191,7 +192,7 @@ def check_values(contract: Spec, channels: int, values: Mapping[str, Any], what:
 
 
 def channels_of(contract: Spec, values: Mapping[str, Any], what: str) -> int:
-    """The input's channels, which the first parameter's shape tells."""
+    """The input's channels, by the first parameter's shape."""
     name = contract.parameters[0].name
     shape = jnp.shape(values[name]) if values.get(name) is not None else None
     rank = contract.layout.rank

@@ -1,6 +1,6 @@
-"""Between PyTorch's grouped convolutions and our layers: whole models, modules, state dicts or plain arrays.
+"""Converts between PyTorch's grouped convolutions and our layers: whole models, modules, state dicts, plain arrays.
 
-PyTorch itself is needed, and imported, by `to_torch` alone.
+Only `to_torch` imports PyTorch itself.
 """
 
 import copy
@@ -14,72 +14,75 @@ import numpy as np
 from jax import Array
 
 from depthwise_jax._contract.spec import Spec
+from depthwise_jax._core.layout import DataFormat
 from depthwise_jax._core.window import resolve_transposed
-from depthwise_jax.interop.modules import Converted, causal_arguments, make, overridden, parts, real_array
+from depthwise_jax.interop.modules import Converted, Framework, causal_arguments, make, overridden, parts, real_array
 
-# PyTorch's padding modes, with our paddings of half the window's span.
+# PyTorch's padding modes, and our paddings by half the window's span.
 _PADDING_MODES = {"zeros": "same", "reflect": "reflect", "replicate": "edge", "circular": "circular"}
 _CONVS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 _NAMES = "Conv1d, Conv2d, Conv3d or ConvTranspose1d, 2d or 3d"
 
-# What a subclass of torch.nn.Conv2d may redefine without computing anything else.
+# What a subclass of torch.nn.Conv2d may redefine without changing the computation.
 _HARMLESS = frozenset(
     {"extra_repr", "reset_parameters", "_get_name", "__constants__", "_version", "__setstate__", "__getstate__"}
     | {"__deepcopy__", "_load_from_state_dict", "_save_to_state_dict", "state_dict", "load_state_dict", "train"}
 )
-# What computes a module's output, and can be replaced on the module itself.
+# The methods that compute a module's output and can be replaced on the module itself.
 _CALLS = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_wrapped_call_impl")
 
 
 def from_torch(
-    conv: Any, *, causal: bool = False, data_format: str = "channels_first", framework: str = "linen"
+    conv: Any, *, causal: bool = False, data_format: DataFormat = "channels_first", framework: Framework = "linen"
 ) -> tuple[Any, Any]:
-    """The layer of ours that computes what a torch.nn.Conv1d, Conv2d or Conv3d with groups == in_channels does.
+    """Converts a torch.nn.Conv1d, Conv2d or Conv3d with groups == in_channels into the layer that computes the same.
 
-    A ConvTranspose1d, ConvTranspose2d or ConvTranspose3d gives a DepthwiseConv1DTranspose and so on.
+    A ConvTranspose1d, ConvTranspose2d or ConvTranspose3d becomes a DepthwiseConv1DTranspose and so on.
 
     Weights that torch.nn.utils computes before each call are taken as the next call would see them: weight_norm,
     spectral_norm (in eval mode), pruning, and every parametrization.
 
     Args:
-        conv: the torch module; a subclass may add what it likes if it leaves the computation alone.
-        causal: True for a Conv1d that the code around it makes causal, by padding it with `(kernel_size - 1)*dilation`
-            and cutting off the last outputs, or by padding its input before. The layer is then a
-            `CausalDepthwiseConv1D`, which needs neither and also returns the state for the tokens that follow; its
-            parameters are those of `DepthwiseConv1D(padding="causal")`, which returns the output alone. False converts
-            the module as it stands.
-        data_format: that of the layer; "channels_first" takes PyTorch's own inputs.
+        conv: the torch module; a subclass may add anything that does not change the computation.
+        causal: True for a Conv1d that the code around it makes causal: it pads by `(kernel_size - 1)*dilation` and cuts
+            off the last outputs, or pads the input first. The result is then a `CausalDepthwiseConv1D`, which needs
+            neither and also returns the state for the tokens that follow. Its parameters are those of
+            `DepthwiseConv1D(padding="causal")`, which returns only the output. False converts the module without
+            regard to the code around it.
+        data_format: the layer's data format; "channels_first" takes PyTorch's own inputs.
         framework: "linen" or "nnx", the kind of layer to make.
 
     Returns:
-        `(module, params)`, the weight `(C*M, 1, *window)`, or `(C, M, *window)` of a transposed one, as the kernel
-        `(*window, C, M)` and every value as it was.
+        `(module, params)`, with the weight `(C*M, 1, *window)`, or `(C, M, *window)` of a transposed convolution, as
+        the kernel `(*window, C, M)`, and all values unchanged.
 
     Raises:
-        TypeError: no such module.
-        ValueError: a subclass with a forward or another method of its own; other hooks that run before or after the
-            forward pass; a weight that differs each time it is read; a module without its weight yet; and as
-            `from_arrays`.
+        TypeError: it is not such a module.
+        ValueError: a subclass overrides the forward or another method; other hooks run before or after the forward
+            pass; the weight differs each time it is read, or does not exist yet; or as `from_arrays`.
     """
     return _from_module(conv, type(conv).__name__, causal, data_format, framework)
 
 
-def layers_from_torch(module: Any, *, data_format: str = "channels_first", framework: str = "linen") -> Converted:
-    """Every depthwise convolution of a PyTorch module, transposed ones too, each as `from_torch` gives it, by its path.
+def layers_from_torch(
+    module: Any, *, data_format: DataFormat = "channels_first", framework: Framework = "linen"
+) -> Converted:
+    """Converts every depthwise convolution of a PyTorch module as `from_torch` does, transposed ones too, by path.
 
-    A Conv1d that the code around it makes causal comes as it stands; `from_torch(conv, causal=True)` makes the causal
-    layer of it. A convolution that lies at several paths comes over at each of them; tied weights become copies.
+    A Conv1d that the code around it makes causal is converted without regard to that code; `from_torch(conv,
+    causal=True)` makes it a causal layer. A convolution at several paths is converted at each of them; tied weights
+    become copies.
 
     Args:
         module: a torch.nn.Module.
         data_format, framework: as for `from_torch`.
 
     Returns:
-        A dict of `(module, params)` by path, "features.3.0". Its attribute `skipped` says by path why a grouped
-        convolution, or one that is more than its stock class, was passed over; it prints as a line each.
+        A dict of `(module, params)` by path, "features.3.0". Its attribute `skipped` has the reason why a grouped
+        convolution, or one that differs from its library's class, was skipped, by path. The dict prints one line each.
 
     Raises:
-        TypeError: no torch.nn.Module.
+        TypeError: it is not a torch.nn.Module.
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(module, torch.nn.Module):
@@ -100,24 +103,24 @@ def layers_from_torch(module: Any, *, data_format: str = "channels_first", frame
 
 
 def params_from_state_dict(state: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Converted:
-    """The parameters of every depthwise convolution in a state dict, by its path, in our layers' shapes.
+    """The parameters of every depthwise convolution in a state dict, by path, in our layers' shapes.
 
-    A state dict holds weights alone. A weight of shape `(C*M, 1, *window)` is taken for a depthwise one; `groups` says
-    where M is not 1. A depthwise ConvTranspose with one kernel per channel has the same shape, and its parameters are
-    those of a transposed layer of ours. For the layers themselves, which need strides and padding too, see
+    A state dict holds only weights. A weight of shape `(C*M, 1, *window)` is taken for a depthwise one; `groups` gives
+    C if M is not 1. The weight of a depthwise ConvTranspose with one kernel per channel has the same shape, and its
+    parameters fit our transposed layer. For the layers themselves, which also need strides and padding, see
     `from_state_dict` and `layers_from_torch`.
 
     Args:
         state: a module's state dict, of tensors or arrays.
-        groups: the number of input channels by path, where it is not that of the output channels; 1 for a convolution
-            that has a single input channel and is not to be taken.
+        groups: the number of input channels by path, if it differs from that of the output channels; 1 for an ordinary
+            convolution of a single input channel, to skip it.
 
     Returns:
         A dict by path, "features.3.0", of `{"kernel": ..., "bias": ...}` with the kernel `(*window, C, M)`. Its
-        attribute `skipped` says by path what was passed over, and why.
+        attribute `skipped` has the reason why a convolution was skipped, by path.
 
     Raises:
-        ValueError: `groups` has a path that the state dict does not have, or a number that does not divide the outputs.
+        ValueError: `groups` has a path that the state dict lacks, or a number that does not divide the outputs.
 
     Examples:
         >>> import numpy as np
@@ -137,42 +140,43 @@ def params_from_state_dict(state: Mapping[str, Any], *, groups: Mapping[str, int
         if channels == 1:
             continue
         if end != "weight":
-            skipped[path] = f"its weight is computed from {key!r}; convert the module, by layers_from_torch"
+            skipped[path] = f"its weight is computed from {key!r}; convert the module with layers_from_torch"
             continue
         try:
             _, converted[path] = from_state_dict(state, path, groups=channels)
         except ValueError as error:
             skipped[path] = _without_name(error, path)
     if groups:
-        raise ValueError(f"groups has {next(iter(groups))!r}; the state dict has no such convolution")
+        raise ValueError(f"groups must name convolutions of the state dict; got {next(iter(groups))!r}")
     return Converted(converted, skipped)
 
 
-# Ends of keys with the shape of a weight that is computed from them: parametrizations, spectral_norm, pruning and
+# Endings of keys from which a weight of the same shape is computed: parametrizations, spectral_norm, pruning and
 # weight_norm, as modules and as hooks.
 _COMPUTED = ("parametrizations.weight.original", "parametrizations.weight.original1", "weight_orig", "weight_v")
 
 
 def _without_name(error: ValueError, name: str) -> str:
-    """A refusal for a table that has the name already."""
+    """A refusal's text, for a table that already shows the name."""
     return str(error).removeprefix(name).lstrip(": ").removeprefix("is ")
 
 
 def from_state_dict(state: Mapping[str, Any], name: str, *, groups: int, **arguments: Any) -> tuple[Any, Any]:
-    """The layer for the convolution called `name` in a state dict.
+    """Converts the convolution called `name` in a state dict into a layer.
 
     Args:
         state: a module's state dict, of tensors or arrays.
-        name: the convolution's name in it, "features.3.0", which its weight's key begins with; "" if it is the whole.
-        groups: as for `from_arrays`: a state dict holds weights alone.
-        **arguments: the other arguments of `from_arrays`, stride to framework; `causal=True` for a convolution that the
-            code around it makes causal, `transposed=True` for a ConvTranspose.
+        name: the convolution's name in it, "features.3.0", the prefix of its weight's key; "" for a state dict of the
+            convolution itself.
+        groups: as for `from_arrays`; a state dict holds only weights.
+        **arguments: the other arguments of `from_arrays`, from stride to framework; `causal=True` for a convolution
+            that the code around it makes causal, `transposed=True` for a ConvTranspose.
 
     Returns:
         `(module, params)`, as `from_torch`.
 
     Raises:
-        ValueError: no such convolution in `state`, and as `from_arrays`.
+        ValueError: `state` has no such convolution; or as `from_arrays`.
     """
     prefix = f"{name}." if name else ""
     if f"{prefix}weight" not in state:
@@ -193,32 +197,32 @@ def from_arrays(
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
     causal: bool = False,
-    data_format: str = "channels_first",
-    framework: str = "linen",
+    data_format: DataFormat = "channels_first",
+    framework: Framework = "linen",
     name: str = "the convolution",
 ) -> tuple[Any, Any]:
-    """The layer of ours that computes what PyTorch's convolution with these arrays and arguments does.
+    """Converts the arrays and arguments of PyTorch's convolution into the layer of ours that computes the same.
 
     Args:
         weight: `(C*M, 1, *window)`, with one to three window axes, or `(C, M, *window)` of a transposed convolution; a
             tensor or an array.
         bias: `(C*M,)`, or None.
-        groups: the number of groups, which must be that of the input's channels, C.
+        groups: the number of groups, which must equal that of the input's channels, C.
         stride, padding, dilation, padding_mode: as in torch.nn.Conv2d. padding_mode "reflect", "circular" and
-            "replicate" need a padding of half the window's span, which "same" is.
+            "replicate" need a padding of half the window's span, as "same" is.
         transposed: whether it is a torch.nn.ConvTranspose1d, ConvTranspose2d or ConvTranspose3d.
         output_padding: as in torch.nn.ConvTranspose2d.
         causal: as for `from_torch`.
-        data_format: that of the layer; "channels_first" takes PyTorch's own inputs.
+        data_format: the layer's data format; "channels_first" takes PyTorch's own inputs.
         framework: "linen" or "nnx", the kind of layer to make.
-        name: what the messages call it.
+        name: its name in messages.
 
     Returns:
         `(module, params)`, as `from_torch`.
 
     Raises:
-        ValueError: the convolution is not depthwise; the arrays do not fit; or a layer of ours cannot express an
-            argument, which `depthwise_conv` on a padded input computes. The message names it.
+        ValueError: the convolution is not depthwise; the arrays do not fit; or our layers cannot express an argument,
+            though `depthwise_conv` on a padded input can. The message names it.
 
     Examples:
         >>> import numpy as np
@@ -260,7 +264,7 @@ def from_arrays(
     if causal:
         if transposed or padding_mode != "zeros":
             what = "a transposed convolution" if transposed else f"padding_mode={padding_mode!r}"
-            raise ValueError(f"{name}: causal=True is for a convolution padded with zeros; got {what}")
+            raise ValueError(f"{name}: causal=True needs a convolution padded with zeros; got {what}")
         arguments, layer = causal_arguments(arguments, name), "CausalDepthwiseConv1D"
     kernel = weight.reshape(groups, multiplier, *window).transpose(*range(2, rank + 2), 0, 1)
     values = {"kernel": kernel} | ({} if bias is None else {"bias": bias})
@@ -268,20 +272,20 @@ def from_arrays(
 
 
 def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What PyTorch needs to compute a depthwise layer of ours: the way back of `from_arrays`.
+    """Converts a depthwise layer of ours into PyTorch's arguments and arrays: the inverse of `from_arrays`.
 
     Args:
         module: a depthwise layer of `depthwise_jax.linen`, or of `depthwise_jax.nnx`.
-        params: the Linen layer's parameters; an NNX layer has its own.
+        params: the Linen layer's parameters; None for an NNX layer.
 
     Returns:
-        `(arguments, state)`, the arguments of torch.nn.Conv1d, Conv2d or Conv3d, and the state dict's arrays, "weight"
-        `(C*M, 1, *window)` and "bias" `(C*M,)`. Of a transposed layer those of torch.nn.ConvTranspose1d,
-        ConvTranspose2d or ConvTranspose3d, with "weight" `(C, M, *window)`. PyTorch's input is channels first, whatever
-        the layer's data_format is.
+        `(arguments, state)`: the arguments of torch.nn.Conv1d, Conv2d or Conv3d, and the state dict's arrays, "weight"
+        `(C*M, 1, *window)` and "bias" `(C*M,)`. For a transposed layer, those of torch.nn.ConvTranspose1d,
+        ConvTranspose2d or ConvTranspose3d, with "weight" `(C, M, *window)`. PyTorch's input is channels first for any
+        data_format of the layer.
 
     Raises:
-        TypeError: no layer of ours, or its parameters missing or given twice.
+        TypeError: it is not one of our layers, or its parameters are missing or given without need.
         ValueError: PyTorch cannot express the layer; the message names the argument.
     """
     contract, values = parts(module, params)
@@ -314,11 +318,11 @@ def to_arrays(module: Any, params: Mapping[str, Any] | None = None) -> tuple[dic
 
 
 def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
-    """The torch.nn.Conv1d, Conv2d or Conv3d, or ConvTranspose, that computes a depthwise layer of ours, on the CPU.
+    """Converts a depthwise layer of ours into a torch.nn.Conv1d, Conv2d, Conv3d or ConvTranspose, on the CPU.
 
     Args:
         module: a depthwise layer of `depthwise_jax.linen`, or of `depthwise_jax.nnx`.
-        params: the Linen layer's parameters; an NNX layer has its own.
+        params: the Linen layer's parameters; None for an NNX layer.
 
     Raises:
         TypeError, ValueError: as `to_arrays`.
@@ -329,26 +333,26 @@ def to_torch(module: Any, params: Mapping[str, Any] | None = None) -> Any:
     dtype = getattr(torch, str(state["weight"].dtype))
     kind = "ConvTranspose" if "output_padding" in arguments else "Conv"
     conv = getattr(torch.nn, f"{kind}{state['weight'].ndim - 2}d")(**arguments, dtype=dtype)
-    # PyTorch does not take NumPy's bfloat16; going through float32 loses nothing.
+    # PyTorch does not accept NumPy's bfloat16; a detour through float32 is exact.
     wide = {name: a.astype(np.promote_types(a.dtype, np.float32)) for name, a in state.items()}
     conv.load_state_dict({name: torch.from_numpy(a).to(dtype) for name, a in wide.items()})
     return conv
 
 
-def _from_module(conv: Any, name: str, causal: bool, data_format: str, framework: str) -> tuple[Any, Any]:
-    """`from_torch` of a module that the messages call `name`."""
+def _from_module(conv: Any, name: str, causal: bool, data_format: DataFormat, framework: Framework) -> tuple[Any, Any]:
+    """`from_torch` of a module called `name` in messages."""
     if not _is_conv(conv):
         raise TypeError(f"conv must be a torch.nn.{_NAMES}; got {_class(conv)}")
     conv = _settled(conv, name)
     if conv.padding_mode != "zeros" and not isinstance(conv.padding, str):
-        # The amounts that the module's forward pads by were fixed when it was made.
+        # The module fixed the amounts by which its forward pads when it was made.
         amounts = tuple(
             amount for pad in reversed(_per_axis(conv.padding, conv.weight.ndim - 2)) for amount in (pad, pad)
         )
         if tuple(conv._reversed_padding_repeated_twice) != amounts:
             raise ValueError(
-                f"{name}: padding={conv.padding!r} was changed after the module was made, which its forward pass does "
-                f"not heed with padding_mode={conv.padding_mode!r}; make a new module"
+                f"{name}: padding={conv.padding!r} was changed after the module was made, and with "
+                f"padding_mode={conv.padding_mode!r} its forward pass ignores that; make a new module"
             )
     return from_arrays(
         conv.weight,
@@ -381,7 +385,7 @@ def _class(value: Any) -> str:
 
 
 def _settled(conv: Any, name: str) -> Any:
-    """The module with the weights that its next call uses, if it computes what its stock class does.
+    """The module with the weights that its next call uses, if it computes what its library's class does.
 
     Raises:
         ValueError: it does something else; the message says what, and what to do.
@@ -390,31 +394,29 @@ def _settled(conv: Any, name: str) -> Any:
     stock = next(cls for cls in _stock_classes(torch) if isinstance(conv, cls))
     advice = f"convert a plain torch.nn.{stock.__name__} with its weights, or write that part in JAX"
     if stock is torch.nn.Conv1d:
-        advice += "; where it pads or cuts to be causal, from_state_dict(..., causal=True) makes the causal layer"
+        advice += "; if it pads or cuts to be causal, from_state_dict(..., causal=True) makes the causal layer"
     if any(torch.nn.parameter.is_lazy(parameter) for parameter in conv.parameters()):
         raise ValueError(f"{name}: {_class(conv)} has no weight yet; call the lazy module once")
     parametrized = torch.nn.utils.parametrize.is_parametrized(conv)
-    # A parametrized module has a class of its own, whose weight computes the parametrization.
+    # A parametrized module has its own class, whose weight computes the parametrization.
     cls = torch.nn.utils.parametrize.type_before_parametrizations(conv)
     what = overridden(cls, stock, _HARMLESS) or next((f"forward ({key})" for key in _CALLS if key in vars(conv)), None)
     if what is not None:
         raise ValueError(f"{name}: {_class(conv)} overrides {what} of torch.nn.{stock.__name__}; {advice}")
     if parametrized and any(_is_unsettled(conv, key, steps) for key, steps in conv.parametrizations.items()):
-        raise ValueError(
-            f"{name}: {_class(conv)} has a parametrization that gives another value each time; call eval() first"
-        )
+        raise ValueError(f"{name}: {_class(conv)} has a parametrization whose value changes; call eval() first")
     if conv._forward_hooks:
         hook = next(iter(conv._forward_hooks.values()))
         raise ValueError(f"{name}: {_class(conv)} has the forward hook {_hook(hook)}; remove it, or {advice}")
     if not conv._forward_pre_hooks:
         return conv
-    conv = copy.copy(conv)  # the hooks set its weight, and the caller's is left alone
+    conv = copy.copy(conv)  # the hooks set its weight, and the caller's stays unchanged
     for hook in conv._forward_pre_hooks.values():
         recomputes = isinstance(hook, _recomputing_hooks())
         if not recomputes:
             raise ValueError(f"{name}: {_class(conv)} has the forward pre-hook {_hook(hook)}; remove it, or {advice}")
         if conv.training and type(hook).__name__ == "SpectralNorm":
-            raise ValueError(f"{name}: {_class(conv)} has spectral_norm, another weight each time; call eval() first")
+            raise ValueError(f"{name}: {_class(conv)} has spectral_norm, whose weight changes; call eval() first")
         hook(conv, ())
     return conv
 
@@ -440,7 +442,7 @@ def _array(value: Any, what: str) -> Any:
     """A tensor or an array in NumPy, its dtype kept.
 
     Raises:
-        ValueError: a tensor without numbers of its own; the message begins with `what`.
+        ValueError: the tensor holds no numbers itself; the message begins with `what`.
     """
     if not hasattr(value, "detach"):
         return value if isinstance(value, Array) else np.asarray(value)
@@ -457,10 +459,10 @@ def _array(value: Any, what: str) -> Any:
     if not value.is_floating_point():
         raise ValueError(f"{what} must hold real floating-point numbers; got {value.dtype}")
     value = value.detach().resolve_neg().cpu()
-    if value.dtype == torch.bfloat16:  # PyTorch does not give NumPy's; going through float32 loses nothing
+    if value.dtype == torch.bfloat16:  # NumPy cannot read PyTorch's bfloat16; a detour through float32 is exact
         return value.float().numpy().astype(jnp.bfloat16)
     if value.dtype not in (torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"{what} is {value.dtype}, which a layer does not compute with; convert it to bfloat16 first")
+        raise ValueError(f"{what} is {value.dtype}, in which layers cannot compute; convert it to bfloat16 first")
     return value.numpy().copy()
 
 
@@ -474,7 +476,7 @@ def _padding(padding: Any, mode: str, window: Sequence[int], dilation: Any, name
         raise ValueError(f"{name}: padding_mode must be one of {tuple(_PADDING_MODES)}; got {mode!r}")
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"{name}: padding must be 'same', 'valid', or numbers; got {padding!r}")
+            raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers; got {padding!r}")
         named, pairs = padding, None
     else:
         amounts = _per_axis(padding, len(window))
@@ -492,7 +494,7 @@ def _padding(padding: Any, mode: str, window: Sequence[int], dilation: Any, name
 def _transposed_arguments(
     padding: Any, mode: str, output_padding: Any, rank: int, name: str
 ) -> dict[str, tuple[Any, ...]]:
-    """Our arguments for the padding of a PyTorch ConvTranspose, which is numbers alone."""
+    """Our arguments for the padding of a PyTorch ConvTranspose, which is always numbers."""
     if isinstance(padding, str) or mode != "zeros":
         raise ValueError(
             f"{name}: a ConvTranspose must have numbers for padding and padding_mode='zeros'; "
@@ -503,7 +505,7 @@ def _transposed_arguments(
 
 
 def _half_spans(window: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """What "same" adds to each axis where the stride is 1."""
+    """The amounts that "same" adds to each axis at stride 1."""
     return tuple(((k - 1) * d // 2, (k - 1) * d - (k - 1) * d // 2) for k, d in zip(window, dilation, strict=True))
 
 
@@ -518,7 +520,7 @@ def _torch_padding(padding: Any, window: Sequence[int], strides: Any, dilation: 
     if isinstance(pairs, str) or any(low != high for low, high in pairs):
         raise ValueError(
             f"PyTorch has no equivalent of padding={padding!r} with strides={tuple(strides)}: it pads both ends "
-            "alike, and 'same' is for strides of 1"
+            "equally, and its 'same' needs strides of 1"
         )
     return tuple(low for low, _ in pairs), mode
 
@@ -526,7 +528,7 @@ def _torch_padding(padding: Any, window: Sequence[int], strides: Any, dilation: 
 def _torch_transposed_padding(contract: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """PyTorch's padding and output_padding of a ConvTranspose for those of a transposed layer.
 
-    PyTorch cuts as much off either end. What a layer cuts less at the end is output_padding.
+    PyTorch cuts equally at both ends. If a layer cuts less at the end, the difference is output_padding.
     """
     pads = ((0, 0),) * contract.layout.rank if isinstance(contract.padding, str) else contract.padding
     inputs = [2 + low + high for low, high in pads]  # enough for some output
@@ -541,6 +543,6 @@ def _torch_transposed_padding(contract: Spec) -> tuple[tuple[int, ...], tuple[in
     if not all(0 <= p < max(s, d) for p, s, d in zip(extra, contract.strides, contract.dilation_rate, strict=True)):
         raise ValueError(
             f"PyTorch has no equivalent of padding={contract.padding!r}, output_padding={contract.output_padding!r} "
-            f"and strides={contract.strides}: it cuts as much off both ends, and adds less than a stride at the end"
+            f"and strides={contract.strides}: it cuts equally at both ends, and adds less than a stride at the end"
         )
     return tuple(padding), tuple(extra)

@@ -1,7 +1,16 @@
-"""The lowerings of the three maps: what each computes, which serves which call, and the call of the chosen one."""
+"""The lowerings (ways to compute the three maps), the table that chooses one for a call, and the call to it."""
 
 from depthwise_jax.lowering.call import DIRECTIONS, MAPS, PLATFORMS, Call
-from depthwise_jax.lowering.choice import LOWERINGS, TABLE, Choice, Lowering, Rule, check_implementation, choose
+from depthwise_jax.lowering.choice import (
+    LOWERINGS,
+    TABLE,
+    Choice,
+    Implementation,
+    Lowering,
+    Rule,
+    check_implementation,
+    choose,
+)
 from depthwise_jax.lowering.run import run, run_fused
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "TABLE",
     "Call",
     "Choice",
+    "Implementation",
     "Lowering",
     "Rule",
     "check_implementation",

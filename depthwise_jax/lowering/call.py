@@ -1,4 +1,4 @@
-"""A call of one map: what the choice of a lowering depends on, and what the lowerings are given beside the operands."""
+"""Describes a call of one map, on which the choice of a lowering and its computation depend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from depthwise_jax._core.convolution import Convolution
 from depthwise_jax._core.dtypes import widened
 from depthwise_jax._core.sharding import Partitioning
 
-# The three maps by their short names, which reports and results have.
+# The three maps by their short names in reports and results.
 DIRECTIONS = {"forward": "forward", "dx": "input_grad", "dw": "kernel_grad"}
 MAPS = tuple(DIRECTIONS.values())
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -23,13 +23,13 @@ class Call:
         direction: one of MAPS.
         convolution: the convolution.
         platform: one of PLATFORMS.
-        dtype: one that holds the operands and the result.
+        dtype: a dtype that holds the operands and the result.
         partitioning: how the compiler spreads the program over devices.
         exported: whether the program is exported, to run where this package may not be installed.
         channels: the number of input channels, over all devices.
         multiplier: the number of kernels per channel.
         differentiated: whether the result is the value of a function that is being differentiated.
-        packed: whether each output sums the taps within its own reach alone.
+        packed: whether each output sums only the taps within its own reach.
     """
 
     direction: str

@@ -1,6 +1,7 @@
-"""Which lowering serves which call: the lowerings by name, one table, and the choice.
+"""Chooses the lowering of a call: the lowerings by name, one table, and the choice.
 
-A lowering is a module with the functions of `Lowering`, an entry of LOWERINGS and a row of TABLE.
+A lowering is a module with the functions of `Lowering`, a name in `Implementation`, an entry of LOWERINGS and a row of
+TABLE.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,14 +19,14 @@ from depthwise_jax.lowering.call import Call
 
 
 class Lowering(Protocol):
-    """What a lowering must have."""
+    """The functions that every lowering has."""
 
     def refusal(self, call: Call) -> str | None:
-        """Why it cannot serve a call, or None."""
+        """Why it cannot compute a call, or None."""
         ...
 
     def operand_dtype(self, call: Call) -> Any:
-        """The dtype to which the operands of a call are brought; the results may be wider."""
+        """The dtype to which a call's operands are cast; the results may be wider."""
         ...
 
     def forward(self, x: Array, kernel: Array, call: Call) -> Array:
@@ -43,7 +44,7 @@ class Lowering(Protocol):
 
 @runtime_checkable
 class FusedLowering(Protocol):
-    """What a lowering has that applies bias and activation at its store."""
+    """A lowering that applies bias and activation as it stores the result."""
 
     def fused(self, x: Array, kernel: Array, bias: Array | None = None, *, activation: str, call: Call) -> Array:
         """activation(y + bias)."""
@@ -52,7 +53,7 @@ class FusedLowering(Protocol):
 
 @runtime_checkable
 class KeepingLowering(Protocol):
-    """What a lowering has whose values XLA would compute anew in a backward pass."""
+    """A lowering whose values XLA would recompute in a backward pass."""
 
     def keeps_value(self, call: Call) -> bool:
         """Whether a value must be kept."""
@@ -61,7 +62,7 @@ class KeepingLowering(Protocol):
 
 @runtime_checkable
 class PackedLowering(Protocol):
-    """What a lowering has that computes packed maps by itself, rather than as packed.py has them of its others."""
+    """A lowering that computes packed maps itself; for the others packed.py makes them from their plain maps."""
 
     def packed_forward(self, x: Array, kernel: Array, reach: Array, call: Call) -> Array:
         """y, each output of the taps that it reaches."""
@@ -76,6 +77,7 @@ class PackedLowering(Protocol):
         ...
 
 
+Implementation = Literal["conv", "taps", "native"]  # the names in LOWERINGS, as the public functions take them
 LOWERINGS: dict[str, Lowering] = {"conv": conv, "taps": taps, "native": native}
 
 
@@ -91,20 +93,20 @@ class Choice:
 
 
 def all_calls(call: Call) -> bool:
-    """What a row serves that is for all calls on its platforms."""
+    """The condition of a row for all calls on its platforms."""
     del call
     return True
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table: the lowering to take on some platforms, and why.
+    """A row of the table: the lowering to choose on some platforms, and why.
 
     Attributes:
         platforms: the platforms.
         lowering: the name of the lowering.
         reason: why.
-        serves: which of the calls on those platforms the row is for.
+        serves: whether the row applies to a call on those platforms.
     """
 
     platforms: tuple[str, ...]
@@ -116,20 +118,20 @@ class Rule:
 # Up to these windows over sequences an elementwise sum takes fewer cycles on a TPU v5e than XLA's convolution, by the
 # compiler's schedules (benchmarks/results/tpu_floor.md, "Windows", "Dilation" and "Images"): at any batch, and at fewer
 # than 8 sequences or images a device, where the convolution copies its operands to bring the batch into sublanes.
-# At (8, 2048, 2048), thousands of cycles: of a window of 9 the gradient of x alone would be faster by convolution, 407
-# against 413, but a training step has both gradients, 697 as sums and 1,131 by convolution. Of a window of 16 the
-# kernel's gradient alone takes 921 by convolution and 924 as a sum, both gradients 1,612 by convolution and 1,113 where
-# only the kernel's is a sum. Of 8 images and more of 3x3 in float32 the two tie.
+# At (8, 2048, 2048), in thousands of cycles: for a window of 9 the gradient of x on its own would be faster by
+# convolution, 407 against 413, but a training step has both gradients, 697 as sums and 1,131 by convolution. For a
+# window of 16 the kernel's gradient on its own takes 921 by convolution and 924 as a sum; both gradients take 1,612 by
+# convolution, and 1,113 if only the kernel's is a sum. For 8 or more images and 3x3 in float32 the two tie.
 _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
-# Of fewer sequences, and of four bytes a value: there the convolution moves each byte twice, and a sum of up to 9 taps
-# once.
+# For fewer sequences, and for values of four bytes: there the convolution moves each byte twice, and a sum of up to 9
+# taps moves it once.
 _SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
-# Of one image the convolution takes as long for the kernel's gradient as of 8. At 28 x 28 and 256 channels, thousands of
-# cycles by convolution and as a sum: 3x3 11.3 and 3.5, 5x5 28.1 and 7.9, 7x7 49.4 and 14.0; of two images of 56 x 56
-# and 128 channels 5x5 80.9 and 29.3; of one volume of 16 x 56 x 56 and 64 channels 3x3x3 1,091 and 358. More images have
-# this for 3x3 alone. Of the other maps only 3x3 is faster as a sum: forward, 7x7 of one image of 28 x 28 takes 12.2 by
-# convolution and 23.1 as a sum, 3x3x3 of that volume 180 and 382.
+# The convolution takes as long for the kernel's gradient of one image as for that of 8. At 28 x 28 and 256 channels, in
+# thousands of cycles by convolution and as a sum: 3x3 11.3 and 3.5, 5x5 28.1 and 7.9, 7x7 49.4 and 14.0; for two images
+# of 56 x 56 and 128 channels 5x5 80.9 and 29.3; for one volume of 16 x 56 x 56 and 64 channels 3x3x3 1,091 and 358. With
+# more images only 3x3 gains. Of the other maps only 3x3 is faster as a sum: forward, 7x7 of one image of 28 x 28 takes
+# 12.2 by convolution and 23.1 as a sum, and 3x3x3 of that volume 180 and 382.
 _SUMMED_IMAGE_TAPS = 49
 _FEWEST = 2
 # The rows of a TPU's registers. XLA lays images there along their width, or, where that is no multiple of the rows, an
@@ -168,24 +170,24 @@ def is_summed_on_tpu(call: Call) -> bool:
 def is_product(call: Call) -> bool:
     """Whether y is an elementwise product of x and several kernels, which XLA computes in one pass over memory.
 
-    On CPU, to (8, 28, 28, 64) of 32 channels, it takes 0.06 ms, the compiled kernels 0.40: they interleave the kernels'
-    results.
+    On CPU, from 32 channels to (8, 28, 28, 64), it takes 0.06 ms and the compiled kernels 0.40 ms, because they
+    interleave the kernels' results.
     """
     window = call.convolution.window
     inside = window.taps == max(window.strides) == 1 and not any(map(any, window.padding))
     return call.direction == "forward" and call.multiplier > 1 and inside
 
 
-# Products for each element of dx up to which a strided dx in float32 is an elementwise sum on a GPU. By what XLA
-# compiles for an H100 (benchmarks/results/gpu_compiler.md) the sum moves each byte once, where the convolution writes g
-# with zeros between its elements and reads that: 2.7 times the bytes at 3x3 and stride 2, 4.1 ps an element at 3.35
+# On a GPU a strided dx in float32 is an elementwise sum up to this many products for each element of dx. By what XLA
+# compiles for an H100 (benchmarks/results/gpu_compiler.md), the sum moves each byte once. The convolution writes g with
+# zeros between its elements and reads that again: 2.7 times the bytes at 3x3 and stride 2, 4.1 ps an element at 3.35
 # TB/s. The sum's 2.25 products are about 50 instructions, 1.7 ps at one a cycle and lane. At 5x5 (6.25 products), and
-# at 3x3 in bfloat16, the instructions take as long as the convolution's bytes: without a measurement those stay.
+# at 3x3 in bfloat16, the instructions take as long as the convolution's bytes, so without a measurement those stay.
 _SUMMED_PRODUCTS = 3
 
 
 def is_summed_on_gpu(call: Call) -> bool:
-    """Whether an elementwise sum over the taps does less of everything on a GPU."""
+    """Whether an elementwise sum over the taps moves fewer bytes on a GPU without taking longer to compute."""
     window = call.convolution.window
     return (
         call.direction == "input_grad"
@@ -198,14 +200,14 @@ def is_summed_on_gpu(call: Call) -> bool:
 
 _COMPILED = "as compiled for an H100; no time was measured on a GPU"
 
-# Of the rows for a platform the first whose lowering does not refuse the call decides; benchmarks/peers.py measures
-# what they say.
+# The first row for a platform that applies and whose lowering does not refuse the call decides; benchmarks/peers.py
+# measures the rows' claims.
 TABLE = [
     Rule(("cpu",), "taps", "several kernels of one tap: a product, in one pass over memory", is_product),
     Rule(("cuda", "rocm"), "taps", "several kernels of one tap: a product; no time was measured on a GPU", is_product),
     Rule(("cpu",), "native", "the compiled kernels are the fastest on CPU"),
     Rule(("cpu",), "taps", "XLA's grouped convolution is many times slower on CPU"),
-    Rule(("cpu",), "conv", "XLA's grouped convolution serves every call"),
+    Rule(("cpu",), "conv", "XLA's grouped convolution computes every call"),
     Rule(
         ("tpu",),
         "taps",
@@ -219,28 +221,28 @@ TABLE = [
     ),
     Rule(("cuda", "rocm"), "taps", "a packed sum is one loop; by convolutions it is one for each tap", is_packed),
     Rule(("cuda",), "taps", f"a sum of few taps moves each byte once, {_COMPILED}", is_summed_on_gpu),
-    Rule(("cuda",), "conv", f"XLA's grouped convolution runs no more than flax.linen.Conv does, {_COMPILED}"),
-    Rule(("rocm",), "conv", "XLA's grouped convolution serves every call; nothing was measured or compiled for it"),
-    Rule(("tpu", "cuda", "rocm"), "taps", "shifted products serve every platform"),
+    Rule(("cuda",), "conv", f"XLA's grouped convolution runs no more kernels than flax.linen.Conv, {_COMPILED}"),
+    Rule(("rocm",), "conv", "XLA's grouped convolution computes every call; nothing was measured or compiled for it"),
+    Rule(("tpu", "cuda", "rocm"), "taps", "shifted products work on every platform"),
 ]
 
 
-def choose(call: Call, implementation: str | None) -> Choice:
+def choose(call: Call, implementation: Implementation | None) -> Choice:
     """The lowering for a call.
 
     Args:
         call: the call.
-        implementation: a lowering that the caller insists on, or None.
+        implementation: a lowering that the caller requires, or None.
 
     Raises:
-        ValueError: the lowering cannot serve the call; without one, no lowering can.
+        ValueError: that lowering cannot compute the call; or without one, no lowering can.
     """
     where = f"this {call.direction} on {call.platform}"
     if implementation is not None:
         refusal = LOWERINGS[implementation].refusal(call)
         if refusal is not None:
-            raise ValueError(f"implementation={implementation!r} cannot serve {where}: {refusal}")
-        return Choice(implementation, "asked for by implementation=")
+            raise ValueError(f"implementation={implementation!r} cannot compute {where}: {refusal}")
+        return Choice(implementation, "required by implementation=")
     refusals: list[str] = []
     for rule in TABLE:
         if call.platform in rule.platforms and rule.serves(call):
@@ -248,10 +250,10 @@ def choose(call: Call, implementation: str | None) -> Choice:
             if refusal is None:
                 return Choice(rule.lowering, "; ".join([rule.reason, *refusals]))
             refusals.append(f"not {rule.lowering}: {refusal}")
-    raise ValueError(f"no lowering can serve {where}: {'; '.join(refusals)}")
+    raise ValueError(f"no lowering can compute {where}: {'; '.join(refusals)}")
 
 
-def check_implementation(implementation: str | None) -> None:
+def check_implementation(implementation: Implementation | None) -> None:
     """Raises ValueError unless `implementation` is None or the name of a lowering."""
     if implementation is not None and not (isinstance(implementation, str) and implementation in LOWERINGS):
         raise ValueError(f"implementation must be None or one of {tuple(LOWERINGS)}; got {implementation!r}")

@@ -1,6 +1,6 @@
-"""The three maps on lax.conv_general_dilated with feature_group_count and its linear transposes, on any platform.
+"""The three maps by lax.conv_general_dilated with feature_group_count and its linear transposes, on any platform.
 
-For finite data this is what the maps mean.
+For finite data these define the maps.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from depthwise_jax._core.layout import Layout
 from depthwise_jax._core.window import Window
 from depthwise_jax.lowering.call import Call
 
-# Positions that a window may span along an axis. XLA's CPU convolution reads outside of its arrays where a window of
-# four taps spans 257,949,472 positions, and one of three 268,435,449; half of that was right in all that was tried.
+# Positions that a window may span along an axis. XLA's CPU convolution reads outside its arrays if a window of four
+# taps spans 257,949,472 positions, or one of three 268,435,449; half of that was right in every case tried.
 _EXTENT = 2**27
-# Channels that a matrix product spreads over the outputs' channels together: a TPU register's, and its matrix units'.
+# Channels that one matrix product copies to the outputs' channels: the width of a TPU's registers and matrix units.
 _BLOCK = 128
 
 
 def refusal(call: Call) -> str | None:
-    """Why lax's convolution cannot serve a call, or None."""
+    """Why lax's convolution cannot compute a call, or None."""
     extents = call.convolution.window.extent
     if call.platform == "cpu" and max(extents) > _EXTENT:
-        return f"XLA's convolution is wrong where a window spans more than about {_EXTENT} positions: {extents}"
+        return f"XLA's convolution is wrong for windows that span more than about {_EXTENT} positions: {extents}"
     if call.direction != "forward" and not jnp.issubdtype(call.dtype, jnp.inexact):
-        return f"jax.linear_transpose, which it is computed by, has no transposes for {call.dtype}"
+        return f"it is computed by jax.linear_transpose, which cannot transpose {call.dtype}"
     if call.direction == "kernel_grad" and _counts_replicas(call):
-        # kernel_grad has the details.
+        # kernel_grad explains this.
         reason = "XLA's sum of a partitioned convolution counts replicas over the other mesh axes more than once"
         if not call.partitioning.whole_images:
             return f"{reason}, and the batch has no slabs to sum over: its size is symbolic or its images are sharded"
@@ -46,9 +46,9 @@ def refusal(call: Call) -> str | None:
 
 
 def operand_dtype(call: Call) -> Any:
-    """float32 for narrow floats on CPU, where XLA would sum them in steps that round; else the call's.
+    """float32 for narrow floats on CPU, where XLA would round at each step of their sum; else the call's dtype.
 
-    float32 too where the taps of a packed map are summed outside of the convolution.
+    float32 also for packed maps, whose taps are summed outside the convolution.
     """
     return widened(call.dtype) if call.platform == "cpu" or call.packed else call.dtype
 
@@ -80,8 +80,8 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
 def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the operands' common dtype.
 
-    With several kernels per channel it is a sum of single-kernel transposes: lax's own transpose is not a depthwise
-    convolution then, and partitions with an all-gather. On one GPU it is one call of cuDNN, and nothing is copied.
+    With several kernels per channel it is a sum of single-kernel transposes, because lax's own transpose is then not a
+    depthwise convolution, and is partitioned with an all-gather. On one GPU it is one call of cuDNN without copies.
     """
     x = jax.ShapeDtypeStruct(call.convolution.input_grad_shape(g.shape, kernel.shape), g.dtype)
     if _spreads(call) or (call.platform == "cuda" and call.partitioning.devices == 1):
@@ -96,15 +96,15 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
 
 
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
-    """dw, in the operands' common dtype, or float32 where it is summed over slabs.
+    """dw, in the operands' common dtype, or float32 if it is summed over slabs.
 
-    XLA's partitioner adds up a convolution's partial sums over all devices, also over those that hold the same part: on
-    a mesh of several axes a gradient whose batch is sharded over one of them comes out multiplied by the size of the
-    others. A sum over an array's axis it partitions rightly. So there each slab of the batch has a gradient of its own,
-    and those are summed.
+    XLA's partitioner adds up a convolution's partial sums over all devices, even over devices that hold the same part:
+    on a mesh of several axes, a gradient whose batch is sharded over one of them comes out multiplied by the size of
+    the others. It does partition a sum over an array's axis rightly. So in that case each slab of the batch has its own
+    gradient, and the gradients are summed.
 
-    With several kernels per channel it is one gradient for each of them: the TPU compiler does not know their joint
-    gradient as depthwise. On a GPU the joint gradient is one call of cuDNN, and nothing is copied.
+    With several kernels per channel there is one gradient for each kernel: the TPU compiler does not recognise their
+    joint gradient as depthwise. On a GPU the joint gradient is one call of cuDNN without copies.
     """
     convolution, devices = call.convolution, call.partitioning.devices
     size = convolution.window.size
@@ -115,9 +115,9 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
         return jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)(g)[0]
     if _spreads(call):
         single = dataclasses.replace(call, channels=call.channels * call.multiplier, multiplier=1)
-        # XLA would fuse what stands before and after into a slower convolution. By benchmarks/tpu_floor.py, with and
-        # without them, thousands of cycles for 2 kernels of 3x3 per channel: the first barrier takes (32, 56, 56, 64)
-        # from 312 to 135, the second (32, 28, 28, 128) from 83 to 75.
+        # Without the barriers XLA would fuse the operations before and after into a slower convolution. By
+        # benchmarks/tpu_floor.py, in thousands of cycles for 2 kernels of 3x3 per channel: the first barrier takes
+        # (32, 56, 56, 64) from 312 to 135, the second (32, 28, 28, 128) from 83 to 75.
         x = lax.optimization_barrier(_spread(x, call.multiplier))
         gradient = kernel_grad(x, g, single).reshape(*size, 1, single.channels)
         gradient = lax.optimization_barrier(gradient).reshape(*size, single.channels)
@@ -130,27 +130,27 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
         transpose = jax.linear_transpose(lambda kernel: forward(x, kernel, call), kernel)
         parts = [transpose(part)[0].reshape(*size, 1, channels) for part in _single(g, channels, convolution)]
     if call.partitioning.several_axes:
-        # (*window, 1, C) is how XLA has them. Where shardings are stated besides, it would move the reshape behind what
-        # follows, the optimizer's arithmetic in two layouts.
+        # XLA computes them as (*window, 1, C). If shardings are also stated, it would move the reshape past the
+        # optimizer's arithmetic that follows, which would then run in two layouts.
         parts = lax.optimization_barrier(parts)
     return lax.concatenate([part.reshape(*size, channels, 1) for part in parts], len(size) + 1)
 
 
 def _spreads(call: Call) -> bool:
-    """Whether x is spread over the outputs' channels first, as _spread has it."""
+    """Whether _spread first copies x to the outputs' channels."""
     return (
         call.platform == "tpu"
         and call.multiplier > 1
         and call.convolution.layout.channels == -1
         and jnp.issubdtype(call.dtype, jnp.floating)
-        # Of sharded channels a product over all channels would gather x.
+        # With sharded channels, a product over all channels would gather x.
         and call.partitioning.whole_channels
         and (call.channels % _BLOCK == 0 or call.channels < _BLOCK)
     )
 
 
 def _has_phases(call: Call) -> bool:
-    """Whether the kernel gradient is taken in phases, as _in_phases has them."""
+    """Whether the kernel gradient is computed in the phases of _in_phases."""
     window = call.convolution.window
     strides = [s for s, d in zip(window.strides, window.dilation, strict=True) if d > 1]
     return (
@@ -165,10 +165,11 @@ def _has_phases(call: Call) -> bool:
 def _in_phases(x: Array, g: Array, call: Call) -> tuple[Array, Array, Call]:
     """Operands and call of the same kernel gradient without dilation.
 
-    Along an axis of dilation d and stride 1 the outputs o with o % d = p read one phase of the input, in which the taps
-    lie side by side. So the phases become d times as many images, 1/d as long. XLA makes a dilated kernel gradient a
-    convolution on GPU whose window is as large as the image, and the others cuDNN's own; either moves x and g once.
-    In one dimension the phases stay where they are, as a spatial axis of a window of one, and nothing is moved.
+    Along an axis of dilation d and stride 1, the outputs o with o % d = p read one phase of the input, in which the
+    taps are adjacent. So the phases become d times as many images, 1/d as long. On GPU XLA turns a dilated kernel
+    gradient into a convolution with a window as large as the image, and an undilated one into cuDNN's own gradient;
+    both move x and g once. In one dimension the phases stay in place, as a spatial axis with a window of one, and
+    nothing moves.
     """
     convolution = call.convolution
     window, layout, rank = convolution.window, convolution.layout, convolution.window.rank
@@ -176,7 +177,7 @@ def _in_phases(x: Array, g: Array, call: Call) -> tuple[Array, Array, Call]:
     shifts = [low % d for d, (low, _) in zip(window.dilation, window.padding, strict=True)]
 
     def split(array: Array, shifts: Sequence[int]) -> tuple[Array, list[int]]:
-        """The array with each spatial axis as (sizes, dilation), behind `shifts` zeros, and the sizes."""
+        """The array with each spatial axis as (size, dilation), after `shifts` zeros, and the sizes."""
         spatial = layout.spatial_shape(array.shape)
         sizes = [-(-(n + shift) // d) for n, shift, d in zip(spatial, shifts, window.dilation, strict=True)]
         pads = [
@@ -208,17 +209,16 @@ def _in_phases(x: Array, g: Array, call: Call) -> tuple[Array, Array, Call]:
 
 
 def _spread(x: Array, multiplier: int) -> Array:
-    """x (*batch, *spatial, C) with M copies of each channel side by side, (*batch, *spatial, C*M).
+    """x (*batch, *spatial, C) with M adjacent copies of each channel, (*batch, *spatial, C*M).
 
-    On TPU channels lie side by side in registers, and a copy of one beside itself is a shuffle of every register. A
-    matrix product with zeros and ones does the same on the matrix units. It goes by blocks of channels: its work grows
-    with C, not with C*C, and a NaN or an infinity in x (0 * NaN) reaches no more than the block of its channel, at its
-    own position.
+    On TPU channels are adjacent in registers, and copying a channel next to itself shuffles every register. A matrix
+    product with zeros and ones does the same on the matrix units. It runs in blocks of channels, so its work grows with
+    C, not with C*C, and a NaN or an infinity in x (0 * NaN) reaches only the block of its channel, at its own position.
     """
     channels = x.shape[-1]
     block = min(channels, _BLOCK)
     matrix = jnp.repeat(jnp.eye(block, dtype=x.dtype), multiplier, axis=1)
-    # A product with one is exact in as many passes as the dtype has parts.
+    # At the highest precision a product with one is exact.
     spread = lax.dot_general(
         x.reshape(*x.shape[:-1], channels // block, block),
         matrix,
@@ -230,18 +230,18 @@ def _spread(x: Array, multiplier: int) -> Array:
 
 
 def _one_per_channel(kernel: Array) -> Array:
-    """A kernel (*window, C, M) as that of C*M channels, (*window, C*M, 1)."""
+    """A kernel (*window, C, M) as a kernel of C*M channels, (*window, C*M, 1)."""
     *size, channels, multiplier = kernel.shape
     return kernel.reshape(*size, channels * multiplier, 1)
 
 
 def _counts_replicas(call: Call) -> bool:
-    """Whether XLA's own kernel gradient may be multiplied; over one mesh axis what is sharded has no replicas."""
+    """Whether XLA's own kernel gradient may come out multiplied; on one mesh axis sharded arrays have no replicas."""
     return call.partitioning.several_axes and call.partitioning.replicas
 
 
 def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
-    """For each of a channel's kernels the part of g (*batch, *out, C*M) that is its own: M arrays (*batch, *out, C)."""
+    """The part of g (*batch, *out, C*M) that belongs to each of a channel's kernels: M arrays (*batch, *out, C)."""
     layout, batch = convolution.layout, convolution.batch(g.shape)
     multiplier = convolution.channels(g.shape) // channels
     split = g.reshape(layout.arrange(batch, convolution.out, channels, multiplier))
@@ -252,26 +252,26 @@ def _single(g: Array, channels: int, convolution: Convolution) -> list[Array]:
 def _summed_over_slabs(x: Array, g: Array, convolution: Convolution, devices: int) -> Array:
     """The sum of the kernel gradients of slabs of the batch, (*window, 1, C), in float32 for narrower floats.
 
-    They are one convolution in which the slabs are a spatial axis. Over S slabs a window of S, in steps of S - 1, of
-    which the input has S - 1 zeros between neighbours, meets slab i of x with slab i of g alone: XLA knows this as a
-    batch axis, computes no more than that, and partitions it without communication.
+    They are one convolution in which the slabs are a spatial axis. Over S slabs it has a window of S in steps of S - 1,
+    and S - 1 zeros between the input's neighbours, so slab i of x meets only slab i of g. XLA recognises this as a
+    batch axis, computes only that, and partitions it without communication.
 
     Args:
         x: (*batch, *spatial, C), or channels first.
-        g: (*batch, *out, C), likewise.
+        g: (*batch, *out, C), or channels first.
         convolution: the convolution.
-        devices: over how many devices the compiler partitions the program.
+        devices: the number of devices over which the compiler partitions the program.
     """
     window, layout = convolution.window, convolution.layout
     channels, rank = convolution.channels(x.shape), window.rank
     x, g = (a.reshape(-1, *a.shape[a.ndim - rank - 1 :]) for a in (x, g))
-    # XLA takes an axis of one or two slabs for another kind of axis: there are at least three.
+    # XLA mistakes an axis of one or two slabs for another kind of axis, so there are at least three.
     missing = max(0, 3 - x.shape[0])
     x, g = (lax.pad(a, jnp.zeros((), a.dtype), [(0, missing, 0), *[(0, 0, 0)] * (a.ndim - 1)]) for a in (x, g))
     slabs = _slabs(x.shape[0], devices)
     x, g = (a.reshape(slabs, -1, *a.shape[1:]) for a in (x, g))
     padding = [
-        (low, (k - 1) * d + (o - 1) * s + 1 - low - n)  # so much, or so little, that there are k outputs
+        (low, (k - 1) * d + (o - 1) * s + 1 - low - n)  # as much as gives k outputs
         for k, s, d, (low, _), n, o in zip(
             window.size,
             window.strides,
@@ -282,8 +282,8 @@ def _summed_over_slabs(x: Array, g: Array, convolution: Convolution, devices: in
             strict=True,
         )
     ]
-    # The images of a slab are what is summed over, and the channels are the batch. The slabs are the last of the
-    # spatial axes: that is next to the images, where they are in memory, and the TPU compiler copies neither x nor g.
+    # The sum runs over the images of a slab, and the channels are the batch. The slabs are the last spatial axis, next
+    # to the images as in memory, so the TPU compiler copies neither x nor g.
     image = (x.ndim + layout.channels, 1, *(x.ndim + axis for axis in layout.spatial), 0)
     gradients = lax.conv_general_dilated(
         x,
@@ -303,6 +303,6 @@ def _summed_over_slabs(x: Array, g: Array, convolution: Convolution, devices: in
 
 
 def _slabs(batch: int, devices: int) -> int:
-    """The fewest slabs of a batch of at least three that any shards of it, over some of the devices, do not cut."""
+    """The fewest slabs, at least three, that no sharding of a batch over some of the devices cuts."""
     shards = math.gcd(batch, devices)
     return next(slabs for slabs in range(shards, batch + 1, shards) if slabs >= 3 and batch % slabs == 0)

@@ -1,4 +1,4 @@
-"""Where the library of the compiled kernels lies, and why it is missing where it is."""
+"""Finds the library of the compiled kernels, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ NAME = "libdepthwise_jax.so"
 
 
 def find() -> Path | str:
-    """The library, or why there is none.
+    """The library's path, or the reason why there is no library.
 
-    It lies in this package, or where the package was installed: Python imports the sources in the current folder, which
-    have no library, rather than the installed package.
+    The library is in this package, or where the package was installed. The two differ if Python imports the sources in
+    the current folder, which have no library, rather than the installed package.
     """
     try:
         distribution = importlib.metadata.distribution("depthwise_jax")
     except importlib.metadata.PackageNotFoundError:
         distribution = None
-    # distribution.files leaves out what is gone, from Python 3.12 on.
+    # From Python 3.12 on, distribution.files leaves out files that are gone.
     record = (distribution.read_text("RECORD") if distribution else None) or ""
     names = [line.split(",")[0] for line in record.splitlines()]
     installed = [
@@ -40,19 +40,19 @@ def find() -> Path | str:
     if path is not None:
         return path
     if installed:
-        return f"{installed[0]} was installed and is gone: install depthwise_jax again"
+        return f"{installed[0]} was installed but is gone: install depthwise_jax again"
     return (
-        f"{where}, and was installed without its library, as happens where there is no C++ compiler or the build "
-        "fails: `pip install --verbose` shows why"
+        f"{where}, and was installed without its library, because there was no C++ compiler or the build failed: "
+        "`pip install --verbose` shows why"
     )
 
 
 def check_whole(path: Path) -> None:
-    """Raises OSError for an ELF file that is cut off, which would end the process when it is loaded."""
+    """Raises OSError for a truncated ELF file, which would end the process when loaded."""
     with path.open("rb") as file:
         header = file.read(64)
     if header[:6] == b"\x7fELF\x02\x01" and len(header) == 64:  # 64 bits, little-endian
-        (start,) = struct.unpack_from("<Q", header, 40)  # the section headers, which stand at the end
+        (start,) = struct.unpack_from("<Q", header, 40)  # the section headers, which are at the end
         size, number = struct.unpack_from("<HH", header, 58)
         if path.stat().st_size < start + size * number:
             raise OSError(f"it has {path.stat().st_size} bytes of {start + size * number}")

@@ -1,14 +1,14 @@
 """The three maps in compiled CPU kernels, called through jax.ffi.
 
-The library is built when the package is installed (CMakeLists.txt), from the sources in csrc/; it needs no Python. It
-picks the instruction set when it is loaded, or takes the one that the environment variable DEPTHWISE_JAX_ISA names:
-"avx512", "avx2" or "baseline" on x86-64, "neon" on aarch64; "none" turns it off. Where there is no library, status()
-says why, and the other lowerings serve.
+The library is built when the package is installed (CMakeLists.txt), from the sources in csrc/; it does not use Python.
+It selects the instruction set when it is loaded, or takes that in the environment variable DEPTHWISE_JAX_ISA: "avx512",
+"avx2" or "baseline" on x86-64, "neon" on aarch64; "none" turns it off. Without a library, status() says why, and the
+other lowerings are used.
 
-The kernels know one form: channels last, and a channel's M kernels outermost in kernel and y; axes that stand elsewhere
-are moved. Where M is 1 that axis is left out, and nothing stands between a program's arrays and the call: XLA
-copies narrow floats where an axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once.
-Operands and result have one dtype: what is to be converted is converted inside, for XLA would wake its threads for it.
+The kernels support one layout: channels last, and a channel's M kernels outermost in kernel and y; other axes are
+moved. If M is 1 that axis is left out, and a program's arrays are passed as they are: XLA copies narrow floats if an
+axis of size 1 is added or moved. Narrow floats are summed in float32 and rounded once. Operands and result have one
+dtype: the kernels convert inside, because XLA would wake its threads for a conversion.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from depthwise_jax._core.fused import ACTIVATIONS
 from depthwise_jax.lowering import library
 from depthwise_jax.lowering.call import MAPS, Call
 
-# What the shapes and attributes of the calls mean; csrc/ffi.cc has the same number in its symbols' names.
+# The version of the calls' shapes and attributes; csrc/ffi.cc has the same number in its symbols' names.
 _ABI = 4
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
-# What the kernels count along an axis, and the steps in it, are at most this.
+# The largest size or step along an axis that the kernels accept.
 _LARGEST = 2**31
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether the compiled kernels are there.
+    """Whether the compiled kernels are available.
 
     Attributes:
-        instruction_set: the one that they use; None if they are not there.
-        reason: why they are not there, or "".
+        instruction_set: the one that they use; None if they are not available.
+        reason: why they are not available, or "".
     """
 
     instruction_set: str | None
@@ -53,7 +53,7 @@ class Status:
 
 @functools.cache
 def status() -> Status:
-    """Loads the library at the first call, and tells which instruction set it uses or why it is not used."""
+    """Loads the library at the first call; returns its instruction set, or why it is not used."""
     asked = os.environ.get("DEPTHWISE_JAX_ISA", "")
     if asked == "none":
         return Status(None, "turned off by DEPTHWISE_JAX_ISA=none")
@@ -73,14 +73,14 @@ def status() -> Status:
         for target, handler in handlers.items():
             jax.ffi.register_ffi_target(_target(target), jax.ffi.pycapsule(handler), platform="cpu")
     except AttributeError as error:
-        return Status(None, f"{path} is of another version of depthwise_jax, install it again: {error}")
-    except (OSError, RuntimeError) as error:  # no library, or refused by XLA
+        return Status(None, f"{path} belongs to another version of depthwise_jax, install it again: {error}")
+    except (OSError, RuntimeError) as error:  # it is not a library, or XLA refuses it
         return Status(None, f"{path} could not be used, install depthwise_jax again: {error}")
     return Status(name.decode())
 
 
 def refusal(call: Call) -> str | None:
-    """Why the compiled kernels cannot serve a call, or None."""
+    """Why the compiled kernels cannot compute a call, or None."""
     if call.platform != "cpu":
         return "the kernels are compiled for CPUs"
     if call.exported:
@@ -88,14 +88,14 @@ def refusal(call: Call) -> str | None:
     if call.partitioning.devices > 1:
         return "the compiler cannot partition a compiled kernel over a mesh; jax.shard_map can"
     if call.dtype not in _DTYPES:
-        return f"there are kernels for {', '.join(_DTYPES)}, not for {call.dtype}"
+        return f"there are kernels for {', '.join(_DTYPES)}, but not for {call.dtype}"
     if call.symbolic:
         return f"the kernels need known spatial sizes, not the symbolic {call.convolution.spatial}"
     return _too_large(call.convolution) or status().reason or None
 
 
 def _too_large(convolution: Convolution) -> str | None:
-    """Which number of a convolution is larger than the kernels count, or None; csrc/depthwise.cc checks the same."""
+    """Which number of a convolution is too large for the kernels, or None; csrc/geometry.cc checks the same."""
     window = convolution.window
     numbers = {
         "spatial sizes": convolution.spatial,
@@ -107,12 +107,12 @@ def _too_large(convolution: Convolution) -> str | None:
     }
     for name, values in numbers.items():
         if max(values) > _LARGEST:
-            return f"the kernels take {name} up to 2**31, not {values}"
+            return f"the kernels take {name} up to 2**31, but not {values}"
     return None
 
 
 def operand_dtype(call: Call) -> Any:
-    """The call's: the kernels convert narrow floats themselves."""
+    """The call's dtype: the kernels convert narrow floats themselves."""
     return call.dtype
 
 
@@ -153,7 +153,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
 
 
 def packed_forward(x: Array, kernel: Array, reach: Array, call: Call) -> Array:
-    """y, each output of the taps that it reaches."""
+    """y, where each output sums the taps within its reach."""
     convolution = call.convolution
     *_, channels, multiplier = kernel.shape
     operands = [_from_x(x, convolution), _from_kernel(kernel), _from_reach(reach)]
@@ -193,12 +193,12 @@ def _kernel_grad(target: str, x: Array, g: Array, call: Call, *reach: Array) -> 
 
 
 def _multiplied(multiplier: int) -> tuple[int, ...]:
-    """The axis of a channel's kernels, if it is there."""
+    """The axis of a channel's kernels, unless it is left out."""
     return () if multiplier == 1 else (multiplier,)
 
 
 def _last(a: Array, multiplier: int) -> Array:
-    """a (M, ..., C) as (..., C, M); where M is 1, it is left out of both."""
+    """a (M, ..., C) as (..., C, M); if M is 1, both lack the axis."""
     return a if multiplier == 1 else jnp.moveaxis(a, 0, -1)
 
 
@@ -209,12 +209,12 @@ def _from_x(x: Array, convolution: Convolution) -> Array:
 
 
 def _from_kernel(kernel: Array) -> Array:
-    """A kernel (*window, C, M) as (M, *window, C), or (*window, C) where M is 1."""
+    """A kernel (*window, C, M) as (M, *window, C), or (*window, C) if M is 1."""
     return kernel.reshape(kernel.shape[:-1]) if kernel.shape[-1] == 1 else jnp.moveaxis(kernel, -1, 0)
 
 
 def _from_y(y: Array, channels: int, convolution: Convolution) -> Array:
-    """A y or g as (M, batch, *out, C), or (batch, *out, C) where M is 1."""
+    """A y or g as (M, batch, *out, C), or (batch, *out, C) if M is 1."""
     y = jnp.moveaxis(y, convolution.layout.channels, -1)
     shape = (math.prod(convolution.batch(y.shape)), *convolution.out, channels)
     multiplier = y.shape[-1] // channels
@@ -227,7 +227,7 @@ def _from_reach(reach: Array) -> Array:
 
 
 def _to_y(y: Array, x: Array, multiplier: int, convolution: Convolution) -> Array:
-    """The y of an x, of one as (M, batch, *out, C), or (batch, *out, C) where M is 1."""
+    """The y of an x from one of shape (M, batch, *out, C), or (batch, *out, C) if M is 1."""
     y = _last(y, multiplier)
     y = y.reshape(*convolution.batch(x.shape), *convolution.out, convolution.channels(x.shape) * multiplier)
     return jnp.moveaxis(y, -1, convolution.layout.channels)
@@ -242,7 +242,7 @@ def _call(
     **attributes: Any,
 ) -> Array:
     window = convolution.window
-    # Axes that both operands are mapped over lead all shapes, each index a convolution of its own.
+    # Axes over which both operands are mapped lead all shapes; each index is a separate convolution.
     call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(shape, dtype), vmap_method="broadcast_all")
     return call(
         *operands,

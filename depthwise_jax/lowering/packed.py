@@ -1,11 +1,11 @@
-"""The packed maps on any lowering: the sum over taps of its maps of one tap each, masked by what each output reaches.
+"""The packed maps on any lowering: the sum over taps of its maps of one tap each, masked by each output's reach.
 
     forward       y[o]  = sum over t with K-1-t <= reach[o] of x[o + t*d - low] * kernel[t]
     input_grad    dx[i] = sum over t with K-1-t <= reach[o] of g[o] * kernel[t], o = i + low - t*d
     kernel_grad   dw[t] = sum over o with K-1-t <= reach[o] of x[o + t*d - low] * g[o]
 
-The mask goes over values, not over weights: what is not reached may be NaN. On `taps`, whose maps of one tap are
-products, each sum is elementwise, and XLA fuses it with what stands around it.
+The mask applies to values, not weights: values out of reach may be NaN. On `taps`, whose maps of one tap are products,
+each sum is elementwise, and XLA fuses it with the operations around it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def input_grad(lowering: _Maps, g: Array, kernel: Array, reach: Array, call: Cal
 def kernel_grad(lowering: _Maps, x: Array, g: Array, reach: Array, call: Call) -> Array:
     """dw.
 
-    g moves and x stands, as in input_grad, and XLA computes both gradients of a training step in one loop that reads x
-    and g once. Through the last tap alone, which needs no mask, x moves: where no output reads it, it may be NaN.
+    g moves and x stays, as in input_grad, so XLA computes both gradients of a training step in one loop that reads x
+    and g once. Only for the last tap, which needs no mask, does x move: positions of x that no output reads may be NaN.
     """
 
     def gradient(back: int, by: int) -> Array:
@@ -71,7 +71,7 @@ def kernel_grad(lowering: _Maps, x: Array, g: Array, reach: Array, call: Call) -
 
 
 def _taps(convolution: Convolution) -> Iterator[tuple[int, int, int]]:
-    """Each tap, how many taps before the last it is, and where output 0 reads through it.
+    """Each tap, its distance in taps to the last one, and the position that output 0 reads through it.
 
     From the last to the first: by benchmarks/tpu_packed.py both gradients of (8, 2048, 2048) take 466 thousand cycles
     in this order, and 476 in the other.
@@ -82,7 +82,7 @@ def _taps(convolution: Convolution) -> Iterator[tuple[int, int, int]]:
 
 
 def _one_tap(call: Call, spatial: tuple[int, ...]) -> Call:
-    """The call of one tap's map, where x has as many positions as y."""
+    """The call of one tap's map, with as many positions in x as in y."""
     window = Window((1,), (1,), ((0, 0),), (1,))
     return dataclasses.replace(
         call, convolution=dataclasses.replace(call.convolution, window=window, spatial=spatial), packed=False
@@ -90,7 +90,7 @@ def _one_tap(call: Call, spatial: tuple[int, ...]) -> Call:
 
 
 def _ends(by: int, convolution: Convolution) -> int:
-    """How many positions after the last one of x the last output reads, from an output 0 that reads position `by`."""
+    """How far beyond x's last position the last output reads, if output 0 reads position `by`."""
     (size,), (dilation,), ((low, high),) = (
         convolution.window.size,
         convolution.window.dilation,
@@ -100,12 +100,12 @@ def _ends(by: int, convolution: Convolution) -> int:
 
 
 def _moved(x: Array, by: int, call: Call) -> Array:
-    """What each output reads of x through a tap; zeros outside of it."""
+    """The value of x that each output reads through a tap; zero outside x."""
     return _padded(x, _axis(x, call), (-by, _ends(by, call.convolution)))
 
 
 def _met(g: Array, reach: Array, by: int, call: Call) -> tuple[Array, Array]:
-    """What each position of x meets of g through a tap, and of reach; zeros outside of them."""
+    """The values of g and reach that each position of x meets through a tap; zeros outside them."""
     ends = (by, -_ends(by, call.convolution))
     return _padded(g, _axis(g, call), ends), _padded(reach, reach.ndim - 1, ends)
 
@@ -116,14 +116,14 @@ def _axis(a: Array, call: Call) -> int:
 
 
 def _padded(a: Array, axis: int, ends: tuple[int, int]) -> Array:
-    """An array with so many zeros more at either end of an axis, or positions fewer."""
+    """An array with zeros added at the ends of an axis, or positions removed."""
     padding = [(0, 0, 0)] * a.ndim
     padding[axis] = (*ends, 0)
     return lax.pad(a, jnp.zeros((), a.dtype), padding)
 
 
 def _where(reach: Array, back: int, a: Array, call: Call) -> Array:
-    """An array of values, zeros where outputs do not reach so many taps back. All reach the last tap."""
+    """An array of values, zero where outputs do not reach that many taps back. All reach the last tap."""
     if back == 0:
         return a
     return jnp.where(jnp.expand_dims(reach >= back, call.convolution.layout.channels), a, jnp.zeros((), a.dtype))

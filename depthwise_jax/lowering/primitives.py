@@ -11,20 +11,20 @@ nesting: every derivative of any order runs on the same three maps. A fourth,
 
     conv_fused_p    activation(conv(x, kernel) + bias)
 
-is for what a compiled kernel can do at its store. Its value stays fused where it is differentiated, and its derivative
-is the three maps' times a mask that its value tells.
+is for bias and activations that a compiled kernel can apply as it stores the result. Its value stays fused when it is
+differentiated. Its derivative is that of the three maps times a mask, which its value determines.
 
-Each of the three maps takes a third operand too, `reach` (*stacked, *batch, out): a packed map, of one axis at stride
-one. Output o then sums only the taps that lie at most reach[o] >= 0 taps before its last one:
+Each of the three maps also takes a third operand, `reach` (*stacked, *batch, out), for a packed map of one axis at
+stride one. Output o then sums only the taps at most reach[o] >= 0 taps before its last one:
 
     y[o] = sum over t with K-1-t <= reach[o] of x[o + t*d - low] * kernel[t]
 
-For a fixed reach, which is integer and has no derivative, the maps are as bilinear as without it, and the transposes of
-each are the other two with the same reach.
+For a fixed reach, which is integer and has no derivative, the maps are still bilinear, and the transposes of each are
+the other two with the same reach.
 
 Their parameters: `convolution`, the static Convolution; `stacked`, the number of leading axes that both operands share,
-where each index is a convolution of its own (vmap over both makes them); `dtype`, the result's; `implementation`, the
-name of a lowering or None; and `differentiated`, True where derivatives are taken at a value, and absent elsewhere.
+as from vmap over both, where each index is a separate convolution; `dtype`, the result's; `implementation`, the name of
+a lowering or None; and `differentiated`, True if derivatives are taken at a value, and absent otherwise.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from depthwise_jax._core import dtypes, fused, sharding
 from depthwise_jax._core.convolution import Convolution
 from depthwise_jax._core.sharding import Partitioning
 
-# What remat policies call a convolution's value, such as
+# The name of a convolution's value in remat policies, such as
 # jax.checkpoint_policies.save_only_these_names("depthwise_conv").
 CHECKPOINT_NAME = "depthwise_conv"
 
@@ -65,7 +65,7 @@ def bind(
     *operands: Array,
     convolution: Convolution,
     dtype: Any,
-    implementation: str | None,
+    implementation: lowering.Implementation | None,
     stacked: int = 0,
     **params: Any,
 ) -> Array:
@@ -74,13 +74,13 @@ def bind(
     Args:
         primitive: conv_p, input_grad_p or kernel_grad_p; or conv_fused_p, which takes x, kernel and perhaps a bias
             (*stacked, C*M), and the parameter `activation`, one of fused.ACTIVATIONS.
-        *operands: two of x (*stacked, *batch, *spatial, C), kernel (*stacked, *window, C, M) and g, shaped as y,
-            (*stacked, *batch, *out, C*M), in the order of the primitive; channels_first as Layout has it. They may
-            differ in dtype. Of a packed map reach, (*stacked, *batch, out), int32, follows.
+        *operands: two of x (*stacked, *batch, *spatial, C), kernel (*stacked, *window, C, M) and g, shaped like y,
+            (*stacked, *batch, *out, C*M), in the order of the primitive; with channels_first as in Layout. They may
+            differ in dtype. For a packed map, reach (*stacked, *batch, out) in int32 follows.
         convolution, dtype, implementation, stacked, **params: the parameters.
 
     Returns:
-        The third, in `dtype`.
+        The third of x, kernel and g or y, in `dtype`.
     """
     # shard_map's type check demands operands that vary over the same manual axes.
     varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
@@ -102,7 +102,7 @@ def _abstract_eval(
     *avals: Any,
     convolution: Convolution,
     dtype: Any,
-    implementation: str | None,
+    implementation: lowering.Implementation | None,
     stacked: int,
     differentiated: bool = False,
 ) -> Any:
@@ -112,12 +112,12 @@ def _abstract_eval(
     specs = [sharding.entries(aval.sharding.spec, aval.ndim) for aval in avals]
     stack = [sharding.agree("mapped axes", *(spec[axis] for spec in specs)) for axis in range(stacked)]
     spec = PartitionSpec(*stack, *spec_rule(convolution, *(spec[stacked:] for spec in specs[:2])))
-    # update() keeps what else an aval has: the manual axes over which it varies, and its memory.
+    # update() keeps an aval's other properties: the manual axes over which it varies, and its memory.
     return model.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(model.sharding.mesh, spec))
 
 
 def result_type(operand: Any, kernel: Any, convolution: Convolution, dtype: Any, transposed: bool) -> Any:
-    """The type of y, with its sharding, for the types of x and kernel; transposed, that of x for y and kernel."""
+    """The type of y, with its sharding, from the types of x and kernel; if transposed, that of x from y and kernel."""
     return _abstract_eval(
         Convolution.input_grad_shape if transposed else Convolution.forward_shape,
         sharding.forward_spec,
@@ -131,14 +131,14 @@ def result_type(operand: Any, kernel: Any, convolution: Convolution, dtype: Any,
 
 
 def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) -> Callable[..., Array]:
-    """The transpose in the operand at a position, as a primitive of the cotangent and the other operand."""
+    """The transpose in the operand at a position: a primitive of the cotangent and the other operand."""
 
     def rule(cotangent: Array, *operands: Any, dtype: Any, differentiated: bool = False, **params: Any) -> Array:
         del dtype, differentiated  # the cotangent's
         aval, other = operands[position].aval, operands[1 - position]
         arguments = (cotangent, other) if cotangent_first else (other, cotangent)
         result = bind(primitive, *arguments, *operands[2:], dtype=aval.dtype, **params)
-        # Under explicit sharding a cotangent is sharded as its operand is, which may differ from this result.
+        # Under explicit sharding a cotangent has its operand's sharding, which may differ from this result's.
         mesh = jax.typeof(result).sharding.mesh
         if jax.typeof(result).sharding.spec != aval.sharding.spec:
             result = jax.sharding.reshard(result, NamedSharding(mesh, aval.sharding.spec))
@@ -150,9 +150,9 @@ def _transpose_rule(primitive: Primitive, position: int, cotangent_first: bool) 
 def _batching_rule(
     primitive: Primitive, operands: Sequence[Array], dims: Sequence[int | None], *, stacked: int, **params: Any
 ) -> tuple[Array, int]:
-    """One more batch axis where only x or g is mapped, over a map that keeps it; one more stacked axis otherwise.
+    """Adds a batch axis if only x or g is mapped and the map keeps it, and a stacked axis otherwise.
 
-    The reach of a packed map has the batch axes of x and g, and goes with them.
+    The reach of a packed map has the batch axes of x and g, and is mapped with them.
     """
     first, *others = operands
     size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
@@ -178,10 +178,10 @@ def _batching_rule(
 def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
     config: Any = jax.config
     checked = config.jax_debug_nans, config.jax_debug_infs
-    with jax.disable_jit(False):  # a primitive is the smallest thing that runs: without jit it would call itself
+    with jax.disable_jit(False):  # without jit a primitive would call itself
         if not any(checked):
             return _compiled(primitive, **params)(*operands)
-        # JAX's own check of a jitted function that fails calls it without jit, and that would be this function again.
+        # If JAX's own check of a jitted function fails, it calls it without jit, which would be this function again.
         with jax.debug_nans(False), jax.debug_infs(False):
             result = _compiled(primitive, **params)(*operands)
     _check_finite(primitive, result, *checked)
@@ -189,7 +189,7 @@ def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
 
 
 def _check_finite(primitive: Primitive, result: Array, nans: bool, infs: bool) -> None:
-    """Raises FloatingPointError as jax_debug_nans and jax_debug_infs ask."""
+    """Raises FloatingPointError as jax_debug_nans and jax_debug_infs require."""
     if not jnp.issubdtype(result.dtype, jnp.inexact):
         return
     for shard in result.addressable_shards:
@@ -233,9 +233,9 @@ def _lowering_rule(
         differentiated=differentiated,
         packed=packed,
     )
-    # Traced without shardings, which lax's own rules would refuse: the compiler propagates them from the operands.
+    # Traced without shardings, because lax's own rules would refuse them; the compiler propagates the operands'.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals]
-    # What the operands' types may be was decided where the call was made, so strict promotion asks nothing here.
+    # The operands' dtypes were checked when the call was made, so strict promotion need not apply here.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.numpy_dtype_promotion("standard"):
         lower = mlir.lower_fun(functools.partial(run, call=call), multiple_results=False)
         return lower(ctx.replace(avals_in=plain), *operands, dtype=dtype, stacked=stacked, **params)
@@ -250,7 +250,7 @@ def _register(
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(_impl, primitive))
     batching.primitive_batchers[primitive] = functools.partial(_batching_rule, primitive)
-    # One platform per rule: a rule that two platforms share is indexed wrongly in an export for several platforms.
+    # One rule per platform: JAX indexes a rule that two platforms share wrongly in an export for several platforms.
     for platform in lowering.PLATFORMS:
         rule = functools.partial(_lowering_rule, run, direction, platform)
         mlir.register_lowering(primitive, rule, platform=platform)
@@ -272,7 +272,7 @@ def _define(
     jet.jet_rules[primitive] = functools.partial(_bilinear_jet, primitive)
 
 
-# JAX's own rules for bilinear maps know of no third operand.
+# JAX's own rules for bilinear maps do not allow a third operand.
 
 
 def _tangent(primitive: Primitive, primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> Any:
@@ -291,7 +291,7 @@ def _bilinear_jvp(
 def _bilinear_transpose(
     rules: Sequence[Callable[..., Array]], cotangent: Any, *operands: Any, **params: Any
 ) -> list[Array | None]:
-    """The cotangent of the operand that is not known, by its rule; None for the others."""
+    """The cotangent of the unknown operand, by its rule; None for the others."""
     results: list[Array | None] = [None] * len(operands)
     position = next(i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand))
     if type(cotangent) is not ad.Zero:
@@ -344,13 +344,13 @@ def _value_jvp(
     differentiated: bool = False,
     **params: Any,
 ) -> tuple[Array, Any]:
-    """Names the value where it is differentiated, the only place where policies ask: JAX cannot transpose a name."""
+    """Names a value that is differentiated. Policies ask only there, and JAX cannot transpose a name elsewhere."""
     del differentiated
     y = checkpoint_name(bind(primitive, *primals, differentiated=True, **params), CHECKPOINT_NAME)
     return y, _tangent(primitive, primals, tangents, **params)
 
 
-# The two that are values of functions: of depthwise_conv, and of depthwise_conv_transpose.
+# The two primitives that are values of functions: of depthwise_conv, and of depthwise_conv_transpose.
 for _primitive in (conv_p, input_grad_p):
     ad.primitive_jvps[_primitive] = functools.partial(_value_jvp, _primitive)
 
@@ -360,7 +360,7 @@ def _name_jet(primals: Sequence[Array], series: Sequence[Sequence[Array]], **par
     return name_p.bind(primal, **params), list(terms)
 
 
-# jet has no rule for a name, so it could not go over a gradient in which _value_jvp has named a value.
+# jet has no rule for a name, so without one it fails on a gradient in which _value_jvp has named a value.
 jet.jet_rules.setdefault(name_p, _name_jet)
 
 

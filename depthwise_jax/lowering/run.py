@@ -1,4 +1,4 @@
-"""The call of the chosen lowering: what the primitives are lowered to."""
+"""Calls the chosen lowering: the functions to which the primitives are lowered."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from jax import Array, lax
 from depthwise_jax._core import fused
 from depthwise_jax.lowering import packed
 from depthwise_jax.lowering.call import Call
-from depthwise_jax.lowering.choice import LOWERINGS, FusedLowering, KeepingLowering, Lowering, PackedLowering, choose
+from depthwise_jax.lowering.choice import (
+    LOWERINGS,
+    FusedLowering,
+    Implementation,
+    KeepingLowering,
+    Lowering,
+    PackedLowering,
+    choose,
+)
 
 
-def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: str | None) -> Array:
+def run(*operands: Array, call: Call, stacked: int, dtype: Any, implementation: Implementation | None) -> Array:
     """One map, on the chosen lowering.
 
     Args:
-        *operands: the map's two operands, and the reach of a packed one.
+        *operands: the map's two operands, and for a packed map the reach.
         call: the call.
-        stacked: the number of leading axes that both operands share; each index is a convolution of its own.
+        stacked: the number of leading axes that both operands share; each index is a separate convolution.
         dtype: the result's dtype.
         implementation: as in choose.
     """
@@ -44,13 +52,13 @@ def run_fused(
     call: Call,
     stacked: int,
     dtype: Any,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> Array:
-    """activation(y + bias), in one pass over memory where the chosen lowering can.
+    """activation(y + bias), in one pass over memory if the chosen lowering supports it.
 
     Args:
         x, kernel: as in run.
-        *bias: (*stacked, C*M), or none.
+        *bias: (*stacked, C*M), or absent.
         activation: one of fused.ACTIVATIONS.
         call, stacked, dtype, implementation: as in run.
     """
@@ -72,7 +80,7 @@ def _mapped(
     stacked: int,
     dtype: Any,
 ) -> Array:
-    """A lowering's function of operands in its own dtype, over their leading axes, in the result's dtype."""
+    """Maps a lowering's function over the leading axes of operands in its dtype; the result has the result's dtype."""
     function = functools.partial(function, call=call)
     for _ in range(stacked):
         function = jax.vmap(function)

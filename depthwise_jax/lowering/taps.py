@@ -1,17 +1,17 @@
-"""The three maps as shifted multiply-adds in plain XLA: no convolution; portable, and partitioned without help.
+"""The three maps as shifted multiply-adds in plain XLA, without a convolution: portable, and partitioned by XLA itself.
 
-Taps that fall outside the input contribute nothing, whatever they hold: a NaN in the kernel does not spread through the
-padding. (On TPU it does, see masks_padding.) Windows of many taps run in a loop of unrolled rows: a program's size does
-not grow with the window.
+Taps that fall outside the input contribute nothing, whatever their value: a NaN in the kernel does not spread through
+the padding. (On TPU it does, see masks_padding.) Windows of many taps run in a loop of unrolled rows, so a program's
+size does not grow with the window.
 
-One operand is padded once, as it is, and each tap reads a slice of it. Narrow floats are widened after that: then XLA
-fuses padding, slices and sum into one loop that reads the operands once, and nothing wide is ever in memory.
+One operand is padded once, in its own dtype, and each tap reads a slice of it. Narrow floats are widened after that:
+XLA then fuses padding, slices and sum into one loop that reads the operands once, and no wide array is ever in memory.
 
 Inside, the channels of every array are split as (C, M) if there are several kernels per channel, and each map is a sum
 of broadcast products:
 
     forward       y[o, c, m]  = sum over t of x[o*s + t*d - low, c] * kernel[t, c, m]
-    input_grad    dx[i, c]    = sum over t, m with (i + low - t*d) / s = o whole of g[o, c, m] * kernel[t, c, m]
+    input_grad    dx[i, c]    = sum over t, m with an integer o = (i + low - t*d) / s of g[o, c, m] * kernel[t, c, m]
     kernel_grad   dw[t, c, m] = sum over o of x[o*s + t*d - low, c] * g[o, c, m]
 """
 
@@ -33,17 +33,17 @@ from depthwise_jax._core.convolution import Convolution
 from depthwise_jax._core.dtypes import widened
 from depthwise_jax.lowering.call import Call
 
-# Windows of more taps than this run in a loop: from there on unrolling gains nothing and compiles for seconds.
+# Windows of more taps run in a loop: beyond this, unrolling gains nothing and compiles for seconds.
 _UNROLLED = 64
 # Positions along an axis, padding included, are counted in int32.
 _POSITIONS = 2**31 - 1
-# Positions of a mask that is a constant of the program, a byte each.
+# The most positions of a mask that is a constant of the program, a byte each.
 _CONSTANT = 2**16
 # kernel_grad adds up this many parts of a product before each contraction.
 _PARTS = 8
 # XLA's TPU compiler computes both gradients of windows of up to 8 taps in one loop. That pays up to this many. By
-# benchmarks/tpu_floor.py, with this number at 8 and at 0, thousands of cycles for (8, 2048, 2048): a window of 6 takes
-# 472 in one loop and 492 in two, one of 7 takes 774 and 580, one of 8 takes 1,029 and 638.
+# benchmarks/tpu_floor.py, with this number at 8 and at 0, in thousands of cycles for (8, 2048, 2048): a window of 6
+# takes 472 in one loop and 492 in two, a window of 7 takes 774 and 580, a window of 8 takes 1,029 and 638.
 _JOINED = 6
 
 # An index along one axis: an int, or an array traced inside a loop over taps.
@@ -52,12 +52,12 @@ Index = Any
 AxisTaps = tuple[range, range]
 # One tap's position in the window, and where output 0 reads through it.
 Tap = tuple[tuple[Index, ...], tuple[Index, ...]]
-# From where output 0 reads, to what all outputs read there and a mask of those that read inside, None if all do.
+# Maps the position that output 0 reads to the values that all outputs read, and a mask of those inside (None if all).
 Read = Callable[[Sequence[Index]], tuple[Array, Array | None]]
 
 
 def refusal(call: Call) -> str | None:
-    """Why taps cannot serve a call, or None."""
+    """Why taps cannot compute a call, or None."""
     convolution, window = call.convolution, call.convolution.window
     if call.symbolic:
         return f"it needs known spatial sizes, not the symbolic {convolution.spatial}"
@@ -65,14 +65,14 @@ def refusal(call: Call) -> str | None:
     spans = tuple(low + n + (o - 1) * s + e for n, o, s, (low, _), e in axes)
     if max(spans) > _POSITIONS:
         return (
-            f"it counts positions in 32 bits, and strides={window.strides} and dilation_rate={window.dilation} move "
-            f"{convolution.out} outputs over {spans} of them"
+            f"it counts positions in 32 bits, but with strides={window.strides} and dilation_rate={window.dilation} "
+            f"{convolution.out} outputs over {spans} positions are read"
         )
     return None
 
 
 def operand_dtype(call: Call) -> Any:
-    """float32 for narrow floats on CPU, else the call's: then what is read is widened where it is multiplied.
+    """float32 for narrow floats on CPU, else the call's dtype; values are then widened where they are multiplied.
 
     XLA's CPU compiler would widen each position once for every tap that reads it.
     """
@@ -82,18 +82,17 @@ def operand_dtype(call: Call) -> Any:
 def keeps_value(call: Call) -> bool:
     """Whether a value must be kept for the backward pass.
 
-    XLA's TPU compiler would compute an elementwise sum once more there, within a matrix product that gains nothing from
-    it: a training step around a window of 4 takes 1.18 times as long (benchmarks/results/tpu_floor.md,
-    "Blocks").
+    XLA's TPU compiler would recompute an elementwise sum there, within a matrix product that gains nothing from it: a
+    training step with a window of 4 takes 1.18 times as long (benchmarks/results/tpu_floor.md, "Blocks").
     """
     return call.differentiated and call.platform == "tpu"
 
 
 def masks_padding(call: Call) -> bool:
-    """Whether products with the padding are masked, so that a kernel that is not finite gives no NaN there.
+    """Whether products with the padding are masked, to keep a kernel that is not finite from giving NaN there.
 
-    On TPU the padding's zeros are multiplied like any. With masks each map of a window of 4 takes as long alone, but
-    both gradients in one loop 1.23 times as long (benchmarks/results/tpu_floor.md, "Training").
+    On TPU the padding's zeros are multiplied too. With masks each map of a window of 4 takes as long on its own, but
+    both gradients in one loop take 1.23 times as long (benchmarks/results/tpu_floor.md, "Training").
     """
     return call.platform != "tpu"
 
@@ -119,15 +118,15 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     """dx, in the dtype of the sums.
 
     Along an axis of stride s, the input positions i with i % s = p form phase p. Each phase meets its own taps, those
-    with (p + low - t*d) % s = 0, at stride one; the phases are computed apart and interleaved: no dilated g is ever
-    made.
+    with (p + low - t*d) % s = 0, at stride one. The phases are computed separately and interleaved, without a dilated
+    g.
     """
     convolution = call.convolution
     window, layout = convolution.window, convolution.layout
     channels, outputs, axes = _channels(kernel.shape)
     g = layout.split(g, *outputs)
     counts = [-(-n // s) for n, s in zip(convolution.spatial, window.strides, strict=True)]
-    # Phases beyond the input have no position; an axis of none keeps one phase, which is as empty.
+    # Phases beyond the input have no position; an empty axis keeps one phase, which is empty too.
     numbers = [max(1, min(n, s)) for n, s in zip(convolution.spatial, window.strides, strict=True)]
     lead = g.shape[: g.ndim - window.rank - axes]
     spatial_axes = layout.split_spatial(g.ndim, axes)
@@ -136,8 +135,8 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
     def phase(phases: tuple[int, ...]) -> Array:
         taps = _phases_taps(convolution, phases)
         if _is_joined(call):
-            # From the lowest position up: for a window of 4 at (16, 1024, 1024) the loop of both gradients takes 199
-            # thousand cycles, in the taps' order 216.
+            # From the lowest position up: for a window of 4 at (16, 1024, 1024) the loop of both gradients then takes
+            # 199 thousand cycles, and in the taps' order 216.
             taps = [(positions[::-1], starts[::-1]) for positions, starts in taps]
         read = _reader(g, spatial_axes, taps, counts, (1,) * window.rank, call)
 
@@ -152,7 +151,7 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
         return _sum(taps, product)
 
     def interleave(phases: tuple[int, ...]) -> Array:
-        """The phases of the axes that follow, interleaved, for one phase each of those that go before."""
+        """The phases of the following axes, interleaved, for one phase of each preceding axis."""
         index = len(phases)
         if index == window.rank:
             return phase(phases)
@@ -165,7 +164,7 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
         def zeros(phases: int) -> Array:
             return jnp.zeros((*shape[: axis + 1], phases, *shape[axis + 1 :]), call.sum_dtype)
 
-        # Of a stride above the window most phases meet no tap: each run of those is one piece.
+        # With a stride above the window most phases meet no tap: each run of them is one piece of zeros.
         parts, end = [], 0
         for p in _met_phases(window.size[index], window.dilation[index], window.strides[index], window.padding[index]):
             if p < number:
@@ -184,19 +183,19 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
 def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     """dw, in the dtype of the sums.
 
-    At stride one g moves and x stands, as in input_grad, and XLA computes both gradients of a training step in one loop
+    At stride one g moves and x stays, as in input_grad, so XLA computes both gradients of a training step in one loop
     that reads x and g once:
 
         dw[t, c, m] = sum over i of x[i, c] * g[i + low - t*d, c, m]
 
-    XLA's CPU compiler makes a sum over positions for each channel a strided scalar loop, but a matrix product with ones
-    fast. So there a few parts of the batch and of the first spatial axis are added up elementwise, and the rows that
-    remain are contracted with ones.
+    XLA's CPU compiler turns a sum over positions for each channel into a strided scalar loop, but a matrix product with
+    ones is fast. So on CPU a few parts of the batch and of the first spatial axis are added up elementwise, and the
+    remaining rows are contracted with ones.
 
     Args:
         x: (*batch, *spatial, C), or channels first.
-        g: (*batch, *out, C*M), likewise.
-        call: the call. Parts would cut across the shards of a partitioned program, which sums as it stands.
+        g: (*batch, *out, C*M), or channels first.
+        call: the call. A partitioned program is summed without parts, which would cut across shards.
     """
     convolution = call.convolution
     window, layout = convolution.window, convolution.layout
@@ -244,14 +243,14 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
 
 
 def _is_joined(call: Call) -> bool:
-    """Whether XLA is to compute both gradients in one loop."""
+    """Whether XLA should compute both gradients in one loop."""
     return call.platform == "tpu" and math.prod(call.convolution.window.size) <= _JOINED
 
 
 def _channels(kernel: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """The channel axes of x and of y, for a kernel of this shape, and how many they are.
+    """The channel axes of x and of y for a kernel of this shape, and their number.
 
-    With one kernel per channel there is one: XLA's TPU compiler does not fuse some sums over an axis of one.
+    With one kernel per channel there is one axis: XLA's TPU compiler does not fuse some sums over an axis of size one.
     """
     *_, channels, multiplier = kernel
     if multiplier == 1:
@@ -284,7 +283,7 @@ def _met_phases(k: int, d: int, s: int, padding: tuple[int, int]) -> list[int]:
 
 
 def _phase_taps(k: int, d: int, s: int, r: int) -> AxisTaps:
-    """The taps t with (r - t*d) % s = 0, every s / gcd(d, s), and where position r, the phase's first, reads g."""
+    """The taps t with (r - t*d) % s = 0, s / gcd(d, s) apart, and where position r, the phase's first, reads g."""
     step = s // math.gcd(d, s)
     first = next((t for t in range(min(k, step)) if (r - t * d) % s == 0), k)
     positions = range(first, k, step)
@@ -293,7 +292,7 @@ def _phase_taps(k: int, d: int, s: int, r: int) -> AxisTaps:
 
 
 def _blocks(taps: Sequence[AxisTaps]) -> tuple[int, Callable[[Any], list[Tap]]]:
-    """The taps of a window in equal blocks, in order: how many, and the taps of the i-th."""
+    """The number of equal blocks of a window's taps, in order, and a function from i to the taps of the i-th."""
     sizes = [len(positions) for positions, _ in taps]
     if math.prod(sizes) <= _UNROLLED:
         return 1, lambda i: [_tap(taps, index) for index in itertools.product(*map(range, sizes))]
@@ -329,13 +328,13 @@ def _sum(taps: Sequence[AxisTaps], term: Callable[[Tap], Array]) -> Array:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A spatial axis of an array, and what is read along it: from each start `count` positions, `step` apart.
+    """A spatial axis of an array, along which `count` positions, `step` apart, are read from each start.
 
     Attributes:
-        axis: which axis of the array it is.
+        axis: its number in the array.
         size: the array's size along it.
-        starts: of all taps.
-        count, step: the positions.
+        starts: the starts of all taps.
+        count, step: the number of positions, and their distance.
         constant: whether the masks of known starts are constants of the program.
     """
 
@@ -348,16 +347,16 @@ class _Axis:
 
     @property
     def span(self) -> int:
-        """How far one start's positions reach."""
+        """The span of one start's positions."""
         return (self.count - 1) * self.step + 1
 
     @property
     def padding(self) -> tuple[int, int]:
-        """How far they reach beyond the array on either side."""
+        """How far the positions reach beyond the array on either side."""
         return max(0, -min(self.starts)), max(0, max(self.starts) + self.span - self.size)
 
     def inside(self, start: Index, ndim: int) -> Array:
-        """Which of one start's positions are positions of the array."""
+        """Which of one start's positions lie inside the array."""
         shape = [self.count if axis == self.axis else 1 for axis in range(ndim)]
         if self.constant:
             position = start + self.step * np.arange(self.count, dtype=np.int32).reshape(shape)
@@ -376,7 +375,7 @@ def _reader(
 ) -> Read:
     """The function that reads `counts` positions, `steps` apart, from the starts of one of the taps."""
     axes = [
-        # XLA's GPU compiler computes a mask in a kernel of its own, and starts it at every call.
+        # XLA's GPU compiler computes a mask in a separate kernel, and starts it at every call.
         _Axis(axis, array.shape[axis], starts, count, step, call.platform == "cuda" and count <= _CONSTANT)
         for axis, (_, starts), count, step in zip(spatial_axes, taps, counts, steps, strict=True)
     ]
@@ -401,10 +400,10 @@ def _read_slices(array: Array, axes: Sequence[_Axis], masked: bool) -> Read:
 
 
 def _read_shards(array: Array, axes: Sequence[_Axis], masked: bool) -> Read:
-    """The same of an array whose first spatial axis is sharded.
+    """Reads an array whose first spatial axis is sharded.
 
-    Slices of one padded array would send more than the halo, and more on more devices. So along that axis the array is
-    moved for each start.
+    Slices of one padded array would send more than the halo, growing with the number of devices. So along that axis the
+    array is moved for each start.
     """
     first, *others = axes
     inside = _insides(axes, array.ndim)
@@ -425,7 +424,7 @@ def _read_shards(array: Array, axes: Sequence[_Axis], masked: bool) -> Read:
 
 
 def _read_in_loop(array: Array, axes: Sequence[_Axis]) -> Read:
-    """Slices of the padded array from starts that are known when the program runs."""
+    """Slices of the padded array from starts that are known only when the program runs."""
     padded = _pad(array, axes)
 
     def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
@@ -449,7 +448,7 @@ def _pad(array: Array, axes: Sequence[_Axis]) -> Array:
 
 
 def _insides(axes: Sequence[_Axis], ndim: int) -> Callable[[Sequence[int]], Array | None]:
-    """The function that tells which positions read from known starts are positions of the array; None if all are."""
+    """The function that tells which positions read from known starts lie inside the array; None if all do."""
     # The taps share an axis' masks: making each once takes a sixth off the time to lower a call.
     masks = functools.cache(lambda index, start: axes[index].inside(start, ndim))
 
@@ -468,7 +467,7 @@ def _both(inside: Array | None, mask: Array) -> Array:
 
 
 def _shift(array: Array, along: _Axis, start: int) -> Array:
-    """What is read along an axis from a start, zeros outside the array: if it is sharded only the halo moves."""
+    """The values read along an axis from a start, with zeros outside the array; if sharded, only the halo moves."""
     axis, step = along.axis, along.step
     offset, phase = divmod(start, step)
     zero = jnp.zeros((), array.dtype)

@@ -1,1 +1,1 @@
-"""What a machine without a GPU can know of programs for one."""
+"""Programs for a GPU, compiled and read on a machine without one."""

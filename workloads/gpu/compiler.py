@@ -1,8 +1,8 @@
-"""The CUDA compiler of XLA on a machine without a GPU: programs for one H100, and the figures of what it makes of them.
+"""Runs XLA's CUDA compiler on a machine without a GPU: programs for one H100, and figures of the compiled programs.
 
-Needs JAX's CUDA plugin, ptxas and libdevice, as in the virtual environment of `make test-gpu-compiler`. Nothing can be
-run: what is compiled here is read. The libraries' algorithms are not chosen, which would mean to time them: what cuDNN
-does within a call, and the memory that it needs for it, is not in these figures.
+Needs JAX's CUDA plugin, ptxas and libdevice, as in the virtual environment of `make test-gpu-compiler`. Programs cannot
+be run here, only read. The libraries' algorithms are not chosen, since that would require timing them: the figures
+exclude what cuDNN does within a call, and the memory that it needs for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 CONFIG = Path(__file__).parent / "h100.pbtxt"
-# Bytes from which on an array is a tensor of the data, not a kernel: those of the cases are below 64 KiB.
+# An array of at least this many bytes is data, not a kernel: the cases' kernels are below 64 KiB.
 WHOLE = 2**20
 
 
 def _toolkit() -> Path:
-    """The folder of ptxas and libdevice: that of the packages of CUDA's compiler, or an installation's."""
+    """The folder of ptxas and libdevice, from the packages of CUDA's compiler or from an installation."""
     found = importlib.util.find_spec("nvidia")
     folders = [Path(folder) / "cu13" for folder in (found and found.submodule_search_locations) or ()]
     return next((folder for folder in folders if (folder / "bin" / "ptxas").exists()), Path("/usr/local/cuda"))
@@ -43,11 +43,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 # The plugin then asks for neither a driver nor CUDA's libraries.
 jax.config.update("jax_platforms", "cpu")
 
-# Operations that start nothing on the device: names of what is in memory already, and the ends of asynchronous ones.
+# Operations that start nothing on the device: names of existing memory, and the ends of asynchronous operations.
 _FREE = re.compile("parameter|constant|bitcast|tuple|get-tuple-element|after-all|opt-barrier|[a-z]+-(done|id)")
-# Operations that run the computations that they name.
+# Operations that run named computations.
 _CONTROL = frozenset({"while", "conditional", "call"})
-# Operations within a kernel that move elements and compute none.
+# Operations within a kernel that move elements without computing.
 _MOVES = re.compile(
     "parameter|constant|bitcast|reshape|tuple|get-tuple-element|copy|copy-start|transpose|pad|slice|dynamic-slice|"
     "dynamic-update-slice|concatenate|reverse|broadcast|gather|convert|iota"
@@ -78,7 +78,7 @@ class Array:
         return math.prod(self.shape) * self.bits // 8
 
     def order(self, axes: Sequence[int]) -> tuple[int, ...]:
-        """Of some axes in logical order, those longer than one, the slowest first in memory."""
+        """The axes longer than one among some axes, the slowest in memory first."""
         return tuple(axes[axis] for axis in reversed(self.layout) if self.shape[axis] > 1)
 
 
@@ -100,7 +100,7 @@ def arrays(type_: str) -> list[Array]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One operation of a compiled program: its result, what it is, the names of its operands, and its attributes."""
+    """One operation of a compiled program: its result, its kind, the names of its operands, and its attributes."""
 
     arrays: list[Array]
     opcode: str
@@ -118,7 +118,7 @@ Computation = dict[str, Instruction]
 
 
 def read(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a compiled program's text by name, and the name of the one that is the program."""
+    """The computations of a compiled program's text by name, and the name of the main one."""
     found: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -140,7 +140,7 @@ def _instruction(text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Behind the parenthesis that closes the one at `start`."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -151,16 +151,17 @@ def _closing(text: str, start: int) -> int:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler made of a program.
+    """The figures of a compiled program.
 
     Attributes:
-        kernels: what it starts on the device: its own kernels, copies, and calls of libraries.
-        libraries: how many library calls of each kind, such as "forward 3x3": a convolution's direction and its window.
-        copies: kernels and copies that move elements of a tensor and compute nothing.
-        transposes: those, and kernels that compute too, which write a tensor in another order of its axes.
-        bytes: of the operands and results of all that it starts.
-        temporaries: bytes of memory beside arguments and results, without what libraries ask for.
-        seconds: how long the compiler took.
+        kernels: the number of starts on the device: its own kernels, copies, and calls of libraries.
+        libraries: the number of library calls of each kind, such as "forward 3x3": a convolution's direction and
+            window.
+        copies: kernels and copies that move elements of a tensor without computing.
+        transposes: copies and other kernels that write a tensor in another order of its axes.
+        bytes: the bytes of the operands and results of everything that it starts.
+        temporaries: bytes of memory in addition to arguments and results, without the libraries' own.
+        seconds: the compiler's time.
     """
 
     kernels: int
@@ -195,7 +196,7 @@ def _unique_bytes(instruction: Instruction, computation: Computation) -> Iterato
 
 
 def _started(computations: dict[str, Computation], name: str) -> Iterator[tuple[Instruction, Computation]]:
-    """All that a computation starts on the device, that of a loop's body as often as it runs."""
+    """Everything that a computation starts on the device; a loop's body counts as often as it runs."""
     for instruction in computations[name].values():
         if instruction.opcode in _CONTROL:
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
@@ -209,7 +210,7 @@ def _started(computations: dict[str, Computation], name: str) -> Iterator[tuple[
 
 
 def _kind(instruction: Instruction, outer: Computation, computations: dict[str, Computation]) -> str:
-    """ "transpose" or "copy", as Figures has them, or "" for what computes."""
+    """ "transpose" or "copy" as in Figures, or "" for a kernel that computes."""
     if instruction.opcode == "custom-call" or instruction.bytes < WHOLE:
         return ""
     if instruction.opcode == "fusion":
@@ -248,13 +249,13 @@ def _library(call: Instruction) -> str:
 
 @cache
 def devices(count: int) -> Sequence[Any]:
-    """So many H100 that are not there, on one machine."""
+    """A number of H100s that need not exist, on one machine."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=CONFIG.read_text(), topology=f"1x1x{count}")
     return topology.devices
 
 
 def compile_for_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[str, Figures]:
-    """The compiled text of a function of shapes, and its figures; on one GPU where the shapes have no shardings."""
+    """The compiled text of a function of shapes, and its figures; on one GPU if the shapes have no shardings."""
     place = SingleDeviceSharding(devices(1)[0])
     placed = jax.tree.map(
         lambda a: a if a.sharding is not None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments

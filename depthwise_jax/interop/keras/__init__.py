@@ -1,8 +1,8 @@
-"""Between Keras' depthwise and separable layers and ours: single layers, whole models, and the files that Keras writes.
+"""Converts between Keras' depthwise and separable layers and ours: single layers, whole models, and Keras' files.
 
-Keras itself is needed, and imported, by `to_keras` alone; files are read with h5py. What is read is checked, and sizes
-are bounded before anything is inflated; but the HDF5 library beneath can be led into a loop by a damaged file: read
-strangers' files in a process with a time limit.
+Only `to_keras` imports Keras itself; files are read with h5py. All data read is checked, and sizes are bounded before
+anything is inflated. But a damaged file can send the underlying HDF5 library into a loop, so read untrusted files in a
+process with a time limit.
 """
 
 from depthwise_jax.interop.keras.files import read_weights as read_weights

@@ -1,4 +1,4 @@
-"""A model's configuration as Keras writes it: its depthwise layers, by the names of what they lie in and their own."""
+"""Finds the depthwise layers in a model's configuration, with their names and those of the enclosing models."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 Names = tuple[str, ...]
 
 LAYERS = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
-# Depthwise where its groups are as many as its input's channels.
+# Depthwise if it has as many groups as input channels.
 CONVS = ("Conv1D", "Conv2D", "Conv3D")
 # Built into Keras, with weights that look like those of a depthwise layer; older files do not say what is built in.
 _BUILT_IN = frozenset(
@@ -19,7 +19,7 @@ _BUILT_IN = frozenset(
     | {"Functional", "Model", "Sequential", "TimeDistributed", "Bidirectional", "SpectralNormalization", "Lambda"}
 )
 
-# Where a configuration has named objects that are no layers, or none at all.
+# Entries of a configuration whose named objects are not layers.
 _ELSEWHERE = ("dtype", "compile_config", "build_config", "inbound_nodes")
 
 
@@ -28,12 +28,12 @@ class Entry:
     """A layer or model in a configuration.
 
     Attributes:
-        names: its name after those of the models and wrappers that it lies in, without the whole model's.
+        names: its name after those of the enclosing models and wrappers, without the whole model's.
         class_name: its class.
         config: its own configuration.
-        custom: whether its class is not built into Keras; None where the configuration does not tell.
-        inside_custom: whether it lies in one of a class that is not, which may do with it as it likes.
-        shared: what Keras calls an object that is there more than once; the first time it may not, and then has None.
+        custom: whether its class is not built into Keras; None if the configuration does not tell.
+        inside_custom: whether an enclosing layer's class is not built in, which may use this layer in any way.
+        shared: Keras' name for an object that occurs more than once; its first occurrence may lack it, and has None.
     """
 
     names: Names
@@ -52,14 +52,14 @@ class Entry:
         return self.class_name in LAYERS or (self.class_name in CONVS and isinstance(groups, int) and groups > 1)
 
     def content(self) -> str:
-        """What it says of itself, without Keras' numbers of objects."""
+        """Its configuration without Keras' numbers of objects."""
         return json.dumps([self.class_name, _without_numbers(self.config)], sort_keys=True)
 
 
 def entries(config: dict[str, Any]) -> list[Entry]:
-    """Every layer and model in a configuration that has a name, in its order."""
+    """Every named layer and model in a configuration, in order."""
     found: list[Entry] = []
-    # Without recursion: a configuration may be nested as deeply as JSON is read.
+    # Without recursion: a configuration may be nested as deeply as JSON allows.
     waiting: list[tuple[Any, Names, bool]] = [(config, (), False)]
     while waiting:
         node, names, inside_custom = waiting.pop()
@@ -72,7 +72,7 @@ def entries(config: dict[str, Any]) -> list[Entry]:
                 found.append(
                     Entry(
                         names[1:] or names,
-                        class_name.rpartition(">")[2].replace("Convolution", "Conv"),  # Keras has both
+                        class_name.rpartition(">")[2].replace("Convolution", "Conv"),  # Keras writes both
                         inner,
                         custom,
                         inside_custom,
@@ -99,15 +99,15 @@ def _is_custom(node: dict[str, Any], class_name: str) -> bool | None:
     module = node.get("module")
     if isinstance(module, str):
         return module.split(".")[0] != "keras"
-    if "module" in node and "registered_name" in node:  # Keras 3, which names the modules of its own
+    if "module" in node and "registered_name" in node:  # Keras 3, which names its own modules
         return True
     return False if class_name in _BUILT_IN or class_name in LAYERS else None
 
 
 def group_names(config: dict[str, Any]) -> dict[Names, str]:
-    """The layers' names by the groups that Keras writes them into, for files whose groups do not have the names.
+    """The layers' names by the groups that Keras writes them into, for files whose groups lack the names.
 
-    Keras calls a group after the layer's class, and numbers those of one class.
+    Keras names a group after the layer's class, and numbers the groups of one class.
     """
     found: dict[Names, str] = {}
     waiting: list[tuple[Any, Names]] = [(config, ())]
@@ -130,7 +130,7 @@ def group_names(config: dict[str, Any]) -> dict[Names, str]:
 
 
 def class_of_group(step: str, name: str) -> str | None:
-    """The class that Keras called a group, or else a layer, after: "depthwise_conv2d_1"; None where it did not."""
+    """The class after which Keras named a group, or else a layer, such as "depthwise_conv2d_1"; None if it did not."""
     for given in (step, name):
         match = re.fullmatch(r"(depthwise_|separable_)?conv([123])d(_transpose)?(_\d+)?", given)
         if match:
@@ -147,12 +147,12 @@ def _snake_case(class_name: str) -> str:
 
 
 def named(classes: Mapping[str, str], names: Iterable[str]) -> str | None:
-    """The class that a mapping gives for one of some names, by a key with wildcards; None if no key fits."""
+    """The class to which a mapping assigns one of several names, by a key with wildcards; None if no key fits."""
     return next((cls for key, cls in classes.items() if any(fnmatchcase(name, key) for name in names)), None)
 
 
 def in_order(shorter: Names, longer: Names) -> int:
-    """How many names of one come in the other in the same order: the longest common subsequence."""
+    """The length of the longest common subsequence of two lists of names."""
     lengths = [0] * (len(longer) + 1)
     for name in shorter:
         previous = 0
@@ -164,7 +164,7 @@ def in_order(shorter: Names, longer: Names) -> int:
 
 
 def tell(names: list[str], limit: int = 5) -> Iterator[str]:
-    """The first few of some names, for a message."""
+    """The first few names, for a message."""
     yield from map(repr, names[:limit])
     if len(names) > limit:
         yield f"{len(names) - limit} more"

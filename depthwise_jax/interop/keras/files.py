@@ -1,4 +1,4 @@
-"""The files that Keras writes: .keras archives, .weights.h5, and the legacy .h5, each told by its content."""
+"""Reads the files that Keras writes: .keras archives, .weights.h5 and legacy .h5, recognised by their content."""
 
 import io
 import json
@@ -31,21 +31,22 @@ from depthwise_jax.interop.modules import channels_of, check_values
 
 
 def read_weights(path: str | PathLike[str], *, classes: Mapping[str, str] | None = None) -> dict[str, SavedLayer]:
-    """Reads the depthwise and separable layers out of a file that Keras wrote; nothing is run, and nothing written.
+    """Reads the depthwise and separable layers from a file that Keras wrote, without running or writing anything.
 
     A Conv1D, Conv2D or Conv3D with as many groups as input channels is a depthwise layer too.
 
     Args:
-        path: a `.keras` or `.weights.h5` file of Keras 3, or a legacy `.h5` file of Keras 2 or 3, told by its content.
-        classes: what the file does not tell: the layer of ours or of Keras, such as "DepthwiseConv3D" or "Conv2D", by
-            the name of a custom class, or of a layer as it is returned; both may hold the wildcards `*` and `?`.
+        path: a `.keras` or `.weights.h5` file of Keras 3, or a legacy `.h5` file of Keras 2 or 3; its content decides.
+        classes: what the file does not record: the layer of ours or of Keras, such as "DepthwiseConv3D" or "Conv2D", by
+            the name of a custom class, or of a layer as it is returned; both may contain the wildcards `*` and `?`.
 
     Returns:
         The layers by name. A `.weights.h5` file holds no configurations, nor does any file for layers that a custom
-        class made: their `config` is None. Layers that would have one name have their groups' paths in the file.
+        class made: their `config` is None. Layers that would share a name have their groups' paths in the file.
 
     Warns:
-        UserWarning: layers that look depthwise are left out, since the file does not tell their class; it names them.
+        UserWarning: layers that look depthwise are left out because the file does not record their class; it names
+            them.
 
     Raises:
         OSError: the file cannot be opened.
@@ -66,7 +67,7 @@ def read_weights(path: str | PathLike[str], *, classes: Mapping[str, str] | None
         if start == b"\x89HDF\r\n\x1a\n":
             return _read_h5(file, None, budget, classes)
     pickled = "; a pickle is never loaded" if start.startswith(b"\x80") else ""
-    raise ValueError(f"{path} is neither a .keras archive nor an HDF5 file{pickled}")
+    raise ValueError(f"{path} must be a .keras archive or an HDF5 file{pickled}")
 
 
 def _checked(classes: Mapping[str, str]) -> Mapping[str, str]:
@@ -84,18 +85,18 @@ def _unpacked(file: Any, path: str, budget: Budget) -> tuple[bytes, dict[str, An
     for name in names:
         for parsed in (PurePosixPath(name), PureWindowsPath(name)):
             if parsed.is_absolute() or parsed.drive or ".." in parsed.parts:
-                raise ValueError(f"{path}: the archive's member {name!r} leads out of it")
+                raise ValueError(f"{path}: the archive's member {name!r} leads outside it")
     contents = []
     for wanted in ("model.weights.h5", "config.json"):
         if names.count(wanted) != 1:
-            raise ValueError(f"{path}: a .keras archive has one member {wanted!r}; got {names}")
+            raise ValueError(f"{path}: a .keras archive must have one member {wanted!r}; got {names}")
         member = members[names.index(wanted)]
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{path}: the archive's member {wanted!r} must be stored or deflated")
         budget.take(member.file_size, f"the archive's member {wanted!r}")
         with damage(path), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
             contents.append(stream.read(member.file_size))
-            if stream.read(1):  # which checks the sum too
+            if stream.read(1):  # which also checks the checksum
                 raise zipfile.BadZipFile(f"{wanted!r} is larger than it says")
     weights, config = contents
     return weights, _json(config, path)
@@ -127,13 +128,13 @@ _DEEPEST = 200
 
 @dataclass(frozen=True)
 class _Found:
-    """A layer's arrays in a file, before it is known what they are.
+    """A layer's arrays in a file, before its class is known.
 
     Attributes:
-        names: its names, as an Entry has them.
+        names: its names, as in Entry.
         place: its path in the file.
-        hint: the class that Keras called its group or itself after, or None.
-        arrays: its arrays by the names or numbers that the file gives them, in its order.
+        hint: the class after which Keras named its group or the layer, or None.
+        arrays: its arrays by their names or numbers in the file, in order.
         entry: its entry in the configuration, or None.
     """
 
@@ -168,7 +169,7 @@ def _read_h5(
 def _layers(
     found: list[_Found], known: list[Entry], budget: Budget, classes: Mapping[str, str]
 ) -> dict[str, SavedLayer]:
-    """The layers that are ours, and a warning of those that may be."""
+    """The layers that ours compute, with a warning about those that may be among them."""
     path = budget.path
     layers: dict[str, SavedLayer] = {}
     unknown: list[str] = []
@@ -188,7 +189,7 @@ def _layers(
             layers[name] = saved
             read[layer.names] = saved
     weighted = {layer.names for layer in found}
-    # Keras writes a shared layer once, under its first name, where its configuration may not have its number.
+    # Keras writes a shared layer once, under its first name, whose configuration may lack its number.
     by_number: dict[int, Entry] = {}
     by_content: dict[str, list[Entry]] = {}
     for entry in known:
@@ -215,8 +216,8 @@ def _layers(
             raise ValueError(f"{path}: there are no weights for the layer {name!r}")
     if unknown:
         warnings.warn(
-            f"{path}: left out, since the file does not tell what they are, though they look depthwise: "
-            f"{', '.join(tell(unknown))}. Tell it by their names or classes, "
+            f"{path}: left out because the file does not record their class, though they look depthwise: "
+            f"{', '.join(tell(unknown))}. Pass their classes by name, "
             "read_weights(path, classes={'the name': 'DepthwiseConv2D'})",
             stacklevel=4,
         )
@@ -224,7 +225,7 @@ def _layers(
 
 
 def _class(layer: _Found, classes: Mapping[str, str]) -> str | None:
-    """The class of ours, or of Keras' convolutions, that a layer in a file is of; None if it is another one."""
+    """The class of a layer in a file, if it is one of ours or of Keras' convolutions; else None."""
     given = [layer.name] + (
         [layer.entry.class_name] if layer.entry is not None and layer.entry.custom is not False else []
     )
@@ -240,7 +241,7 @@ def _class(layer: _Found, classes: Mapping[str, str]) -> str | None:
         return layer.hint
     if layer.hint is not None:
         return None
-    # A bias of C*M numbers beside a kernel (*window, C, M) is a depthwise layer's alone, if C is not 1.
+    # If C is not 1, only a depthwise layer has a bias of C*M numbers with a kernel (*window, C, M).
     shapes = [array.shape for array in layer.arrays.values()]
     if len(shapes) == 2 and 3 <= len(shapes[0]) <= 5:
         *_, channels, multiplier = shapes[0]
@@ -250,7 +251,7 @@ def _class(layer: _Found, classes: Mapping[str, str]) -> str | None:
 
 
 def _looks_depthwise(layer: _Found) -> bool:
-    """Whether a layer of a class that is not known may be a depthwise one, by its arrays' shapes."""
+    """Whether a layer of unknown class may be depthwise, by its arrays' shapes."""
     if layer.entry is not None and layer.entry.custom is False:
         return False
     shapes = [array.shape for array in layer.arrays.values()]
@@ -261,13 +262,13 @@ def _looks_depthwise(layer: _Found) -> bool:
         return True
     if len(shapes) > 2 or (len(shapes) == 2 and shapes[1] != (channels * multiplier,)):
         return False
-    if layer.entry is None and layer.hint is not None:  # Keras' convolution, whose groups the file does not tell
+    if layer.entry is None and layer.hint is not None:  # Keras' convolution, whose groups the file does not record
         return layer.hint in CONVS and channels == 1 and multiplier > 1
     return True
 
 
 def _native(top: Group, config: dict[str, Any] | None, known: list[Entry], path: str) -> list[_Found]:
-    """Each layer of Keras 3's own layout."""
+    """Each layer in Keras 3's layout."""
     by_names = {entry.names: entry for entry in known}
     structure = {} if config is None else group_names(config)
     found: list[_Found] = []
@@ -276,7 +277,7 @@ def _native(top: Group, config: dict[str, Any] | None, known: list[Entry], path:
     while waiting:
         group, names, steps = waiting.pop()
         if group in seen:  # linked to twice
-            raise ValueError(f"{path}: the group {group.name!r} is there more than once")
+            raise ValueError(f"{path}: the group {group.name!r} occurs more than once")
         seen.add(group)
         members = group.names()
         if "vars" in members:
@@ -294,14 +295,14 @@ def _native(top: Group, config: dict[str, Any] | None, known: list[Entry], path:
                 continue
             child = group.child(key)
             if isinstance(child, Group):
-                # Keras 2.13 calls it otherwise
+                # Keras 2.13 uses another name
                 step = "layers" if key == "_layer_checkpoint_dependencies" else key
                 waiting.append((child, names, (*steps, step)))
     return found
 
 
 def _legacy(top: Group, known: list[Entry], path: str) -> list[_Found]:
-    """Each layer of the legacy layout, which tells weights apart by their names: "dw/depthwise_kernel:0"."""
+    """Each layer in the legacy layout, which distinguishes weights by name: "dw/depthwise_kernel:0"."""
     if "model_weights" in top:
         top = top.group("model_weights")
     found: list[_Found] = []
@@ -320,12 +321,12 @@ def _matched(
 ) -> Iterator[_Found]:
     """The layers of one group of the legacy layout, each with its entry.
 
-    A weight's name begins with the scopes that its layer was made in: name scopes, the models around it, or some of
-    them. So an entry's names come in it in their order, after the group's; and where these tell no difference, the
-    layers come in the model's order, as Keras reads them.
+    A weight's name begins with the scopes in which its layer was made: name scopes, and some or all enclosing models.
+    So an entry's names occur in it in order, after the group's. If the names do not distinguish layers, the layers come
+    in the model's order, as Keras reads them.
 
     Raises:
-        ValueError: they do not, since Keras writes frozen layers last.
+        ValueError: they come in another order, since Keras writes frozen layers last.
     """
     around = {entry.names[:length] for entry in known for length in range(1, len(entry.names))}
     leaves = [entry for entry in known if entry.names not in around]
@@ -358,7 +359,7 @@ def _matched(
         matches[rest[0]] = free[0]
     for scopes, arrays in layers.items():
         entry = matches.get(scopes)
-        # Keras writes the scopes around a whole model too, which are not of its layers' names.
+        # Keras also writes the scopes around a whole model, which are not part of its layers' names.
         inner = scopes[scopes.index(group) :] if group in scopes else (group, *scopes)
         names = inner if entry is None else entry.names
         hint = class_of_group("", names[-1])
@@ -366,17 +367,17 @@ def _matched(
 
 
 def _saved(name: str, class_name: str, layer: _Found, path: str) -> SavedLayer | None:
-    """A layer with its arrays, checked against its configuration before they are read.
+    """A layer with its arrays, which are checked against its configuration before they are read.
 
     Returns:
-        The layer; None for a convolution whose groups have several channels each.
+        The layer; None for a convolution with several channels per group.
     """
     config = None if layer.entry is None else layer.entry.config
     separable = class_name.startswith("Separable")
     parameters = ["depthwise_kernel", "pointwise_kernel", "bias"] if separable else ["kernel", "bias"]
     arrays: dict[str, Array] = {}
     for key, array in layer.arrays.items():
-        # Keras 3 numbers the variables in order; Keras 2 calls a depthwise layer's kernel depthwise_kernel.
+        # Keras 3 numbers the variables in order; Keras 2 names a depthwise layer's kernel depthwise_kernel.
         known = parameters[int(key)] if key.isdecimal() and int(key) < len(parameters) else key
         known = "kernel" if known == "depthwise_kernel" and not separable else known
         if known not in parameters:
@@ -397,12 +398,12 @@ def _saved(name: str, class_name: str, layer: _Found, path: str) -> SavedLayer |
 
 
 def _check_shapes(class_name: str, config: Any, shapes: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError unless arrays of these shapes are the parameters of the layer that is configured so."""
+    """Raises ValueError unless arrays of these shapes are the parameters of a layer with this configuration."""
     rank = int(class_name[-2])
     first = next((shapes[known] for known in ("kernel", "depthwise_kernel") if known in shapes), ())
     if config is None or "kernel_size" not in config:
         if len(first) != rank + 2:
-            raise ValueError(f"{what}: the kernel of a {class_name} has {rank + 2} axes; got the shape {first}")
+            raise ValueError(f"{what}: the kernel of a {class_name} must have {rank + 2} axes; got the shape {first}")
         return
     given = ("kernel_size", "depth_multiplier", "use_bias") + ("filters",) * class_name.startswith("Separable")
     arguments = {key: tuple(v) if isinstance(v := config[key], list) else v for key in given if key in config}

@@ -1,4 +1,4 @@
-"""HDF5 read without trust: all of it in one file, every size checked before anything is inflated, no filter run."""
+"""Reads untrusted HDF5: from one file only, with every size checked before anything is inflated, without filters."""
 
 import contextlib
 import io
@@ -13,44 +13,44 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# What h5py and zipfile raise where a file is not what it should be.
+# The errors that h5py and zipfile raise for a damaged file.
 _ERRORS = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError)
 _ERRORS += (AttributeError, NotImplementedError, zlib.error, zipfile.BadZipFile)
 
 
 class Budget:
-    """How many bytes reading a file may make up: a small multiple of what lies on the disk.
+    """The number of bytes that reading a file may take: a small multiple of the file's size.
 
-    Keras compresses nothing: its arrays never hold more than the file does.
+    Keras compresses nothing, so its arrays never hold more than the file.
     """
 
-    # Bytes that any file may take, and those that each of its own may become when inflated or read repeatedly. Weights
-    # deflate to nine tenths of their size; what is within a hundredth of it is made up.
+    # Bytes that any file may take, and how many each of its bytes may become when inflated or read repeatedly. Weights
+    # deflate to nine tenths of their size; data that deflates to a hundredth was made to attack.
     ALLOWANCE = 1 << 20
     RATIO = 100
 
     def __init__(self, path: str, size: int):
-        """Starts with what a file of `size` bytes may take; `path` is for the messages."""
+        """Starts with the allowance of a file of `size` bytes; `path` is for messages."""
         self.path = path
         self.limit = self._left = self.ALLOWANCE + self.RATIO * size
 
     def take(self, count: int, what: str) -> None:
-        """Takes `count` bytes for what the message calls `what`.
+        """Takes `count` bytes for `what`, its name in messages.
 
         Raises:
-            ValueError: there are not as many left.
+            ValueError: fewer bytes are left.
         """
         self._left -= count
         if self._left < 0:
             raise ValueError(
-                f"{self.path}: {what} would take {count} bytes, larger than what the file stores of it; reading this "
+                f"{self.path}: {what} would take {count} bytes, more than the file stores of it; reading this "
                 f"file may take {self.limit} bytes in all"
             )
 
 
 @contextlib.contextmanager
 def damage(path: str) -> Iterator[None]:
-    """Around calls of a library that reads a file: its errors say that the file is damaged. No code of ours goes in."""
+    """Turns a reading library's errors into ones that call the file damaged. Put only the library's calls inside."""
     try:
         yield
     except _ERRORS as error:
@@ -62,10 +62,10 @@ def open_file(file: Any, budget: Budget) -> tuple[Any, "Group"]:
 
     Args:
         file: a file, or a stream of bytes.
-        budget: what reading it may take.
+        budget: the memory that reading it may take.
 
     Returns:
-        The h5py.File, to be closed, and its top group.
+        The h5py.File, which the caller closes, and its top group.
 
     Raises:
         ValueError: it is damaged.
@@ -82,19 +82,19 @@ def open_file(file: Any, budget: Budget) -> tuple[Any, "Group"]:
     return opened, Group(opened, budget)
 
 
-# How a global heap begins, where HDF5 keeps texts: its signature and version; then come 8 bytes of its size.
+# The start of a global heap, where HDF5 keeps texts: its signature and version; 8 bytes of its size follow.
 _HEAP = b"GCOL\x01\0\0\0"
 
 
 def _check_heaps(data: memoryview, path: str) -> None:
-    """Raises ValueError for a global heap whose objects do not fit in it: HDF5 walks such a heap for ever.
+    """Raises ValueError for a global heap whose objects do not fit in it: HDF5 walks such a heap forever.
 
-    An object is 2 bytes of its number, 6 that do not matter here, 8 of its size, and as many, rounded up to eights.
-    Number 0 is the free space, whose size counts these 16 bytes too.
+    An object is 2 bytes of its number, 6 irrelevant ones, 8 of its size, and its content, rounded up to a multiple of
+    8. Number 0 is the free space, whose size includes these 16 bytes.
     """
     if len(data) < 16:
-        raise ValueError(f"{path} is damaged: it ends in the head of the file")
-    lengths = data[10] if data[8] >= 2 else data[14]  # bytes of a size, by the version of the file's head
+        raise ValueError(f"{path} is damaged: it ends within its header")
+    lengths = data[10] if data[8] >= 2 else data[14]  # bytes of a size, by the version of the file's header
     if lengths != 8:
         raise ValueError(f"{path} is damaged: sizes of {lengths} bytes, where HDF5 writes 8")
     for start in _places(data, _HEAP):
@@ -110,7 +110,7 @@ def _check_heaps(data: memoryview, path: str) -> None:
 
 
 def _places(data: memoryview, wanted: bytes) -> Iterator[int]:
-    """Where some bytes are in others, searched a piece at a time."""
+    """The places of some bytes in others, searched a piece at a time."""
     step, overlap = 1 << 24, len(wanted) - 1
     for start in range(0, len(data), step):
         piece = bytes(data[start : start + step + overlap])
@@ -136,7 +136,7 @@ class Group:
         return hash(self._group)
 
     def names(self) -> list[str]:
-        """The names of its members, in their order."""
+        """The names of its members, in order."""
         with damage(self._path):
             return list(self._group)
 
@@ -148,7 +148,7 @@ class Group:
         """A member.
 
         Raises:
-            ValueError: it does not exist, or it leads out of the file.
+            ValueError: it does not exist, or it leads outside the file.
         """
         import h5py
 
@@ -235,7 +235,7 @@ class Group:
 
 
 class Array:
-    """An array of an HDF5 file, whose numbers must lie in that file too, and whose size has been checked."""
+    """An array of an HDF5 file, whose numbers must lie in that file, and whose size has been checked."""
 
     def __init__(self, dataset: Any, budget: Budget):
         self._dataset, self._budget = dataset, budget
@@ -253,14 +253,14 @@ class Array:
         self.shape = tuple(shape)
 
     def check(self) -> None:
-        """Raises ValueError unless the numbers are real ones, and no more than the file can hold."""
+        """Raises ValueError unless the numbers are real, and no more than the file can hold."""
         where = f"{self._budget.path}: the array {self.name!r}"
         if self._dtype.kind != "f" and self._dtype != _BFLOAT16:
             raise ValueError(f"{where} must hold real floating-point numbers; got {self._dtype}")
         if self._dtype == np.longdouble and np.longdouble != np.float64:
             raise ValueError(f"{where} is {self._dtype} (long double), which JAX does not have; store it as float64")
         if self._chunks is None and self._stored != self._size(self.shape):
-            raise ValueError(f"{where} of shape {self.shape} is larger than what the file stores of it")
+            raise ValueError(f"{where} of shape {self.shape} would take more than the file stores of it")
         self._budget.take(self._size(self.shape), f"the array {self.name!r} of shape {self.shape}")
 
     def read(self) -> np.ndarray:
@@ -278,7 +278,7 @@ class Array:
         return math.prod(shape) * self._dtype.itemsize
 
     def _from_chunks(self, chunks: tuple[int, ...]) -> np.ndarray:
-        """The numbers out of chunks, inflated here: HDF5's own filters inflate without a bound, and may be plugins."""
+        """The numbers from chunks, inflated here: HDF5's own filters inflate without a bound, and may be plugins."""
         import h5py
 
         where = f"{self._budget.path}: the array {self.name!r}"
@@ -289,9 +289,9 @@ class Array:
             count = dataset.get_num_chunks()
         known = (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE)
         if len(filters) > 2 or filters != [code for code in known if code in filters]:
-            raise ValueError(f"{where} has other filters than shuffle and gzip; store it without")
+            raise ValueError(f"{where} has filters other than shuffle and gzip; store it without them")
         if count != math.prod(-(-n // chunk) for n, chunk in zip(self.shape, chunks, strict=True)):
-            raise ValueError(f"{where} of shape {self.shape} is larger than what the file stores of it")
+            raise ValueError(f"{where} of shape {self.shape} would take more than the file stores of it")
         size = self._size(chunks)
         self._budget.take(size, f"a chunk of the array {self.name!r}")
         array = np.empty(self.shape, self._dtype)

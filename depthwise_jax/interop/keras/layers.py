@@ -1,4 +1,4 @@
-"""Keras' layers and ours: a live layer or a saved one, and every depthwise layer of a live model."""
+"""Converts live and saved Keras layers into ours, every depthwise layer of a live model, and our layers into Keras'."""
 
 import dataclasses
 import sys
@@ -13,11 +13,11 @@ from depthwise_jax import activations, constraints, initializers, linen, regular
 from depthwise_jax._contract import fields, spec
 from depthwise_jax._core import registry
 from depthwise_jax.interop.keras.config import CONVS, LAYERS, Names, named
-from depthwise_jax.interop.modules import Converted, channels_of, make, overridden, parts, real_array
+from depthwise_jax.interop.modules import Converted, Framework, channels_of, make, overridden, parts, real_array
 
 OURS = tuple(f"{kind}Conv{rank}D" for kind in ("Depthwise", "Separable") for rank in (1, 2, 3))
 
-# What a subclass of Keras' layers may redefine without computing anything else.
+# What a subclass of Keras' layers may redefine without changing the computation.
 _HARMLESS = frozenset({"build", "get_config", "from_config", "get_build_config", "build_from_config", "name"})
 _HARMLESS |= {"_tracker", "rank"}
 _KINDS = ("initializer", "regularizer", "constraint")
@@ -25,13 +25,13 @@ _KINDS = ("initializer", "regularizer", "constraint")
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """A layer out of a file.
+    """A layer from a file.
 
     Attributes:
-        name: its name, after those of the models and wrappers that it lies in: "encoder/dw".
-        class_name: one of LAYERS; "Conv1D", "Conv2D" or "Conv3D" with groups; or what `read_weights` was told.
-        config: what Keras' `get_config` gives; None where the file holds weights alone.
-        values: its parameters' arrays, by our names and in our shapes: that of a Conv's kernel is `(*window, C, M)`.
+        name: its name, after those of the enclosing models and wrappers: "encoder/dw".
+        class_name: one of LAYERS; "Conv1D", "Conv2D" or "Conv3D" with groups; or the class passed to `read_weights`.
+        config: the result of Keras' `get_config`; None if the file holds only weights.
+        values: its parameters' arrays, by our names and in our shapes: a Conv's kernel is `(*window, C, M)`.
     """
 
     name: str
@@ -41,30 +41,31 @@ class SavedLayer:
 
 
 def from_keras(
-    layer: Any, *, framework: str = "linen", as_class: str | None = None, **arguments: Any
+    layer: Any, *, framework: Framework = "linen", as_class: str | None = None, **arguments: Any
 ) -> tuple[Any, Any]:
-    """The layer of ours that computes what a Keras layer does.
+    """Converts a Keras layer into the layer of ours that computes the same.
 
-    A custom constraint, regularizer, activation or initializer of a live layer is kept where Keras runs on JAX: it is
-    called with JAX' arrays. A custom initializer draws from Keras' seed, not from a key.
+    A custom constraint, regularizer, activation or initializer of a live layer is kept if Keras runs on JAX: it is
+    called with JAX arrays. A custom initializer draws from Keras' seed, not from a key.
 
     Args:
         layer: a built DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D or SeparableConv2D of Keras 3, or a Conv1D,
             Conv2D or Conv3D with as many groups as input channels, on any backend; or a SavedLayer. A subclass may add
-            what it likes if it leaves the computation alone.
+            anything that does not change the computation.
         framework: "linen" or "nnx", the kind of layer to make.
-        as_class: the name of the layer of ours that a custom class stands for, "DepthwiseConv3D"; its arguments and
-            weights are taken as that layer's.
-        **arguments: arguments of our layer that take the place of what the Keras layer has, such as
-            `activation=jax.nn.silu` or `depthwise_constraint=NonNeg()` for custom ones.
+        as_class: the name of our layer to which a custom class corresponds, "DepthwiseConv3D"; its arguments and
+            weights are read as that layer's.
+        **arguments: arguments of our layer that replace the Keras layer's, such as `activation=jax.nn.silu` or
+            `depthwise_constraint=NonNeg()` for custom ones.
 
     Returns:
-        `(module, params)`, every value as it was. What acts on a Conv's kernel acts on ours in the Conv's shape.
+        `(module, params)`, with all values unchanged. A Conv's initializer, regularizer and constraint see our kernel
+        in the Conv's shape.
 
     Raises:
-        TypeError: another object, or a subclass with a `call` or another method of its own.
-        ValueError: the layer is not built or not depthwise, or has what ours cannot express, by name: custom parts that
-            cannot be kept, which an argument takes the place of.
+        TypeError: it is another object, or a subclass that overrides `call` or another method.
+        ValueError: the layer is not built or not depthwise, or ours cannot express a part of it. The message names the
+            part, and the argument that can replace it.
     """
     if isinstance(layer, SavedLayer):
         class_name, values = as_class or layer.class_name, dict(layer.values)
@@ -72,7 +73,7 @@ def from_keras(
             raise TypeError(f"{layer.name}: class_name must be one of {', '.join((*OURS, *CONVS))}; got {class_name!r}")
         if layer.config is None:
             raise ValueError(
-                f"{layer.name}: the file holds no configuration; give it one, dataclasses.replace(saved, config=...)"
+                f"{layer.name}: the file holds no configuration; add one with dataclasses.replace(saved, config=...)"
             )
         config = dict(layer.config)
     else:
@@ -95,21 +96,23 @@ def from_keras(
     return make(ours, found | arguments, values, framework, name)
 
 
-def layers_from_keras(model: Any, *, framework: str = "linen", classes: Mapping[str, str] | None = None) -> Converted:
-    """Every depthwise and separable layer of a Keras model, each as `from_keras` gives it, by its name.
+def layers_from_keras(
+    model: Any, *, framework: Framework = "linen", classes: Mapping[str, str] | None = None
+) -> Converted:
+    """Converts every depthwise and separable layer of a Keras model as `from_keras` does, by name.
 
     Args:
         model: a built model or layer of Keras 3, on any backend.
         framework: "linen" or "nnx", the kind of layers to make.
-        classes: what custom classes stand for, as for `read_weights`: a layer of ours by the name of a class or of a
-            layer, both with the wildcards `*` and `?`.
+        classes: the layers of ours to which custom classes correspond, as for `read_weights`: by the name of a class or
+            of a layer, both with the wildcards `*` and `?`.
 
     Returns:
-        A dict of `(module, params)` by name, after those of the models and wrappers that it lies in: "encoder/dw". Its
-        attribute `skipped` says by name why a layer that looks depthwise was passed over; it prints as a line each.
+        A dict of `(module, params)` by name, after those of the enclosing models and wrappers: "encoder/dw". Its
+        attribute `skipped` has the reason why a layer that looks depthwise was skipped. The dict prints one line each.
 
     Raises:
-        TypeError: no layer of Keras.
+        TypeError: it is not a Keras layer.
     """
     keras = sys.modules.get("keras")
     if keras is None or not isinstance(model, keras.layers.Layer):
@@ -140,7 +143,7 @@ def to_keras(module: Any, params: Mapping[str, Any] | None = None) -> Any:
         A built keras.layers layer.
 
     Raises:
-        TypeError: no layer of ours, or its parameters missing or given twice.
+        TypeError: it is not one of our layers, or its parameters are missing or given without need.
         ValueError: Keras has no equivalent of one of the arguments, or the parameters do not fit.
     """
     import keras
@@ -164,7 +167,7 @@ def _walk(layer: Any, names: Names, around: tuple[Any, ...]) -> Iterator[tuple[N
 
 
 def _looks_depthwise(layer: Any) -> bool:
-    """Whether a live layer is one of ours, or of a class that is not known with weights like one's."""
+    """Whether a live layer is one that ours compute, or of an unknown class with similar weights."""
     stock = _stock(layer)
     if stock is not None:
         return stock.__name__ in LAYERS or layer.groups > 1
@@ -179,7 +182,7 @@ def _looks_depthwise(layer: Any) -> bool:
 
 
 def _stock(layer: Any) -> type | None:
-    """The class of Keras that a live layer is of, itself or by inheritance, if it is one that ours compute."""
+    """The Keras class that a live layer is an instance of, if it is one that ours compute."""
     layers = getattr(sys.modules.get("keras"), "layers", None)
     classes = [getattr(layers, name) for name in (*LAYERS, *CONVS)] if layers is not None else []
     return next((cls for cls in classes if isinstance(layer, cls)), None)
@@ -191,19 +194,20 @@ def _stock_name(layer: Any) -> str:
     if stock is None:
         raise TypeError(
             f"layer must be one of Keras' {', '.join((*LAYERS, *CONVS))}, or a SavedLayer; got {cls.__module__}."
-            f"{cls.__qualname__}. For a custom class that is one of ours give its name, as_class='DepthwiseConv2D'"
+            f"{cls.__qualname__}. For a custom class that computes the same as one of ours pass the name of ours, "
+            "as_class='DepthwiseConv2D'"
         )
     what = overridden(cls, stock, _HARMLESS) or ("call" if "call" in vars(layer) else None)
     if what is not None:
         raise TypeError(
             f"{layer.name}: {cls.__module__}.{cls.__qualname__} overrides {what} of Keras' {stock.__name__}; if our "
-            f"layer computes the same, say so with as_class={stock.__name__!r}"
+            f"layer computes the same, pass as_class={stock.__name__!r}"
         )
     return stock.__name__
 
 
 def _config(layer: Any, class_name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A live layer's configuration, read off the layer: Keras' own would marshal its lambdas."""
+    """A live layer's configuration, read from the layer: Keras' own would marshal its lambdas."""
     is_conv = class_name in CONVS
     names = [
         *fields.names(getattr(linen, f"Depthwise{class_name}" if is_conv else class_name)),
@@ -239,7 +243,7 @@ def _part(layer: Any, argument: str, value: Any) -> Any:
     if keras.backend.backend() != "jax":
         raise ValueError(
             f"{layer.name}: {argument}={getattr(value, '__qualname__', type(value).__qualname__)} is not one of "
-            f"depthwise_jax, and runs on Keras' backend {keras.backend.backend()}; give ours for it, "
+            f"depthwise_jax, and runs on Keras' backend {keras.backend.backend()}; pass ours instead: "
             f"from_keras(layer, {argument}=...)"
         )
     return _KeptInitializer(value) if kind == "initializer" else value
@@ -247,7 +251,7 @@ def _part(layer: Any, argument: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _KeptInitializer:
-    """An initializer of Keras as one of Flax, whose key it does not use."""
+    """A Keras initializer as a Flax initializer that ignores its key."""
 
     function: Callable[..., Any]
 
@@ -287,7 +291,7 @@ def _with_parts(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A configuration with its initializers, regularizers, constraints and activation made.
 
     Raises:
-        ValueError: one of them is not one of ours; the message says which argument takes its place.
+        ValueError: one of them is not among ours; the message names the argument that can replace it.
     """
     made = dict(config)
     for key, value in config.items():
@@ -299,7 +303,7 @@ def _with_parts(config: Mapping[str, Any], name: str) -> dict[str, Any]:
                 activations.get(value)
         except (TypeError, ValueError) as error:
             argument = key.replace("kernel_", "depthwise_")
-            raise ValueError(f"{name}: {error}. Give one of ours for it, from_keras(layer, {argument}=...)") from error
+            raise ValueError(f"{name}: {error}. Pass one of ours instead: from_keras(layer, {argument}=...)") from error
     return made
 
 
@@ -312,7 +316,7 @@ def _depthwise(config: dict[str, Any], kernel: Any) -> dict[str, Any]:
 
 
 def _for_grouped_kernel(arguments: dict[str, Any], rank: int) -> dict[str, Any]:
-    """What acts on a Conv's kernel (*window, 1, C*M), for ours, (*window, C, M): the same numbers in the same order."""
+    """The parts that act on a Conv's kernel (*window, 1, C*M), for ours, (*window, C, M): same numbers, same order."""
     found = dict(arguments)
     for kind in _KINDS:
         part = arguments.get(f"depthwise_{kind}")
@@ -341,7 +345,7 @@ _ELEMENTWISE += (regularizers.L1, regularizers.L2, regularizers.L1L2)
 
 
 def _our_axes(axes: Any, rank: int) -> tuple[int, ...]:
-    """A Conv kernel's axes in ours: its input axis has one entry, its output axis is our last two."""
+    """A Conv kernel's axes in ours: its input axis has size one, and its output axis is our last two."""
     found: list[int] = []
     for axis in sorted(axis % (rank + 2) for axis in axes):
         found += [axis] if axis < rank else [rank, rank + 1] * (axis == rank + 1)
@@ -350,7 +354,7 @@ def _our_axes(axes: Any, rank: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _OnConvKernel:
-    """A function of a Conv's kernel, or of a key and its shape, as one of ours."""
+    """A function of a Conv's kernel, or of a key and its shape, as a function of ours."""
 
     function: Callable[..., Any]
 

@@ -20,8 +20,8 @@
 //   tile     outputs whose sums are in registers together: `width` columns of `height` rows
 //   run      the tiles of a band, left to right
 //   band     the rows that one row of tiles covers
-//   block    what a thread takes: a cut of the channels of an image
-//   cut      the rows and columns of a block; every image is cut alike, and a Plan holds for a cut of any image
+//   block    the work that a thread takes at once: a cut of the channels of an image
+//   cut      the rows and columns of a block; every image is cut in the same way, and a Plan is for a cut of any image
 //   plane    a position along the first spatial axis (of three): an image of rank 2 is one plane
 //   phase    outputs that share their taps; forward there is one along each axis (phases.h)
 //   stage    copy what a block reads into scratch memory, packed and in the type of the sums
@@ -131,21 +131,21 @@ struct Plan {
   Index chunk = 0, staged_bytes = 0;  // channels staged at a time, and their size
 };
 
-// What a thread has made for one block and needs for the next.
+// Data that a thread keeps from one block for the next.
 struct ThreadState {
   Plan plan;
   // The kernel, or the first of those that are summed, and its bias, in the type of the sums: each thread converts
   // narrow floats for itself, into its own caches.
   Index kernel = -1;
   const char *w = nullptr, *bias = nullptr;
-  // What of them, and of the staged input, is more than a thread keeps.
+  // The part of these, and of the staged input, that exceeds what a thread keeps.
   Scratch kernel_scratch, staged_scratch;
 };
 
 // ---------------------------------------------------------------------------------------------------- Correlation
 
-// A correlation cut into blocks, which any threads may compute: some rows of an image; columns, if there is one row
-// only; and some of the channels, if those are too few.
+// A correlation cut into blocks, which any threads may compute: some rows of an image; columns, if there is only one
+// row; and some of the channels, if those are too few.
 class Correlation {
  public:
   Correlation(const CorrelationSpec& spec, const Loops& loops, Dtype dtype, const void* x, const void* w,

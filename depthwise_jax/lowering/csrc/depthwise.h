@@ -1,10 +1,11 @@
 // The library's interface: the three maps of a depthwise convolution on CPUs. ffi.cc calls them for XLA.
 //
-// Every convolution is brought to one form: three spatial axes, channels last, and the M kernels per channel outermost.
+// Every convolution is converted to one form: three spatial axes, channels last, and the M kernels per channel
+// outermost.
 //
 //   x (stack, batch, in..., C)   w (stack, M, window..., C)   y (stack, M, batch, out..., C)
 //
-// Each index of `stack` is a convolution of its own. All arrays of a call have one type; narrow floats are summed in
+// Each index of `stack` is a separate convolution. All arrays of a call have one type; narrow floats are summed in
 // float.
 #pragma once
 
@@ -40,8 +41,8 @@ class Pool {
 // What is wrong with a geometry, or null. The maps below trust a geometry that passed.
 const char* geometry_error(const Geometry& geometry);
 
-// Each map returns false if it runs out of memory. The maps allocate float copies of narrow w and bias, what they stage
-// of x, and the partial sums of dw, at most kPartialSumsBytes.
+// Each map returns false if it runs out of memory. The maps allocate float copies of narrow w and bias, the staged
+// parts of x, and the partial sums of dw, at most kPartialSumsBytes.
 //
 // y = activation(conv(x, w) + bias); bias (stack, M, C) may be null.
 bool forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const void* bias,
@@ -51,8 +52,8 @@ bool input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void
 // dw: the transpose of `forward` in w. The order of its sums depends on the geometry only.
 bool kernel_grad(Dtype dtype, const Geometry& geometry, const void* x, const void* g, void* dw, Pool& pool);
 
-// The same of a geometry with one spatial axis at stride 1, where output o sums the taps t with K-1-t <= reach[o]
-// alone; reach (stack, batch, out).
+// The same for a geometry with one spatial axis at stride 1, where output o sums only the taps t with
+// K-1-t <= reach[o]; reach (stack, batch, out).
 bool packed_forward(Dtype dtype, const Geometry& geometry, const void* x, const void* w, const std::int32_t* reach,
                     void* y, Pool& pool);
 bool packed_input_grad(Dtype dtype, const Geometry& geometry, const void* g, const void* w, const std::int32_t* reach,

@@ -1,4 +1,4 @@
-// Arithmetic of sizes that several rooms need.
+// Arithmetic of sizes that several files need.
 #pragma once
 
 #include "depthwise.h"

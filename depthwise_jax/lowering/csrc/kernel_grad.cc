@@ -5,8 +5,9 @@
 //               each            or a piece of      added to the sums of all taps
 //                               long rows
 //
-// A block is some channels of a chunk. The number of chunks depends on the geometry alone: any number of threads takes
-// the sums in the same order. At the end the partial sums of all chunks are added up. correlation.cc has a glossary.
+// A block is some channels of a chunk. The number of chunks depends only on the geometry, so any number of threads
+// takes the sums in the same order. At the end the partial sums of all chunks are added up. correlation.cc has a
+// glossary.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -119,7 +120,8 @@ void KernelGrad::cut_into_blocks() {
   }
   piece_columns_ = ceil_div(g_.out[2], pieces_);
   units_ = groups * pieces_;
-  // The sums of all chunks are small beside what is summed; channels are split if that is not enough for all threads.
+  // The sums of all chunks are small compared with the summed arrays; channels are split if that is not enough for all
+  // threads.
   const Index vectors = ceil_div(channels_, loops_.lanes);
   const Index wanted = blocks_worth(positions, vectors, taps_, kMostGradBlocks);
   const Index most =
@@ -135,7 +137,7 @@ bool KernelGrad::allocate(Scratch& kept) {
   return sums_;
 }
 
-// Where the plane of x under a tap of the first axis begins, for a plane of the cotangent; and its row, likewise. In
+// Where the plane of x under a tap of the first axis begins, for a plane of the cotangent, and where its row begins. In
 // bytes.
 Index KernelGrad::x_plane_offset(Index plane, Index tap) const {
   const Index position = plane % g_.out[0] * g_.stride[0] + tap * g_.dilation[0] - g_.low[0];

@@ -234,8 +234,8 @@ void tile(const Tile& t) {
       const V* w;
     };
     if constexpr (Height == 2 && kReadOnceForTwoRows) {
-      // What a row of taps reads for the tile's second row, the next row of taps mostly reads for its first: read once
-      // for both.
+      // The next row of taps mostly reads for the tile's first row what this row reads for its second: read once for
+      // both.
       V w[2][Taps] = {};  // a row of taps, and the one before
       Index second = kOutside;
       const TapRow* row = t.rows;
@@ -490,7 +490,7 @@ inline void general_grad_taps(const GradRows& t, Index c, Index skip, int lanes,
   if (low > high) low = high = 0;
   for (Index r = 0; r < t.count; ++r) {
     const char* g = t.rows[r].g + c * E::stored_bytes;
-    // What tap k reads for output o inside the input. Outside, the product might overflow.
+    // The position that tap k reads for output o, inside the input. Outside, the product might overflow.
     auto x = [&](int k, Index o) __attribute__((always_inline)) {
       return t.rows[r].x + (t.column + (tap + k) * t.step + o * t.stride) * pitch_bytes + c * E::stored_bytes;
     };
@@ -600,8 +600,8 @@ void row_products(const RowProducts& t) {
   t.positions == 1 ? row_products_of<E, 1>(t) : row_products_of<E, kPackedPositions>(t);
 }
 
-// The registers (32, or 16) hold a tile's sums, a row of taps and one vector of input. Windows of few taps multiply
-// little with what they read, and reading in few streams of consecutive addresses matters most. Windows of many taps
+// The registers (32, or 16) hold a tile's sums, a row of taps and one vector of input. Windows of few taps do few
+// multiplications per value read, so reading in few streams of consecutive addresses matters most. Windows of many taps
 // reuse more in wide tiles, and narrow floats are converted less often there.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTall = 7;
@@ -645,7 +645,7 @@ struct Shapes {
                                                   {}};
 };
 
-// What the callers rely on in a list of shapes: no tile exceeds the bounds, and the last is a single output.
+// The properties of a list of shapes on which callers rely: no tile exceeds the bounds, and the last is one output.
 template <class Work, int count>
 constexpr bool ends_with_one(const TileShape<Work> (&shapes)[count]) {
   for (int i = 0; i + 1 < count; ++i) {
@@ -654,7 +654,7 @@ constexpr bool ends_with_one(const TileShape<Work> (&shapes)[count]) {
   return shapes[count - 2].width == 1 && shapes[count - 2].height == 1;
 }
 
-// And where tiles may not overlap: each height has a width of 1, as its last.
+// If tiles may not overlap, each height also has a width of 1, as its last.
 template <int count>
 constexpr bool covers_exactly(const TileShape<GradTile> (&shapes)[count]) {
   for (int i = 0; i + 1 < count; ++i) {
@@ -667,7 +667,7 @@ constexpr bool covers_exactly(const TileShape<GradTile> (&shapes)[count]) {
   return ends_with_one(shapes);
 }
 
-// And of the wide and the general loops, which read the first row of a TapRow only.
+// The wide and the general loops read only the first row of a TapRow.
 template <int count>
 constexpr bool single_rows(const TileShape<Tile> (&shapes)[count]) {
   for (int i = 0; i + 1 < count; ++i) {
@@ -691,7 +691,7 @@ constexpr TileShape<Tile> kNoShapes[] = {{}};
 constexpr WindowShapes<Tile> kNoWindows[] = {{}};
 constexpr WindowShapes<GradTile> kNoGrads[] = {{}};
 
-// The windows that have loops of their own.
+// The windows with their own loops.
 template <class E>
 struct Windows {
   static constexpr WindowShapes<Tile> tiles[] = {
@@ -757,7 +757,7 @@ void narrow(const char* from, char* to, Index count) {
 
 constexpr TileLoops kNoTiles = {kNoWindows, kNoShapes};
 
-// The general loops alone.
+// Only the general loops.
 template <class E>
 constexpr Loops general_of() {
   static_assert(single_rows(AnyWindow<E>::general));

@@ -21,7 +21,7 @@ struct TapRow {
 };
 constexpr Index kOutside = std::numeric_limits<Index>::min();
 
-// What a tile reads of x, and under which taps. Position j of the tile reads column `column` + j*stride + t*step
+// The part of x that a tile reads, and its taps. Position j of the tile reads column `column` + j*stride + t*step
 // through tap t if 0 <= that < columns.
 struct TileInput {
   const TapRow* rows;
@@ -94,7 +94,8 @@ struct RowProducts {
   const RowTarget* targets;
   Index count;  // of `targets`
   Index channels;
-  // Rows of g side by side, 1 or kPackedPositions, and the bytes from one to the next; each target's rows lie likewise.
+  // Rows of g side by side, 1 or kPackedPositions, and the bytes from one to the next; each target's rows are arranged
+  // alike.
   Index positions, pitch;
 };
 
@@ -121,7 +122,7 @@ const TileShape<Work>* find_shapes(const WindowShapes<Work>* list, Index taps, I
   return nullptr;
 }
 
-// Lists of shapes begin with what is best at equal cost and end with one without a loop.
+// A list of shapes begins with the best one at equal cost and ends with one without a loop.
 struct TileLoops {
   // For certain windows of taps side by side (step 1), for at least `lanes` channels. They test only those columns that
   // reach beyond the first or the last output.
@@ -129,7 +130,7 @@ struct TileLoops {
   const TileShape<Tile>* wide;  // any number of taps side by side, stride 1, at least `lanes` channels
 };
 
-// What one instruction set has for one dtype.
+// The loops of one instruction set for one dtype.
 struct Loops {
   int lanes;  // of a vector of sums
   TileLoops direct;

@@ -15,7 +15,7 @@ class Scratch {
   // At least `bytes`, valid until the next call, or null if there is not enough memory.
   char* get(Index bytes) {
     if (!memory_ || bytes_ < bytes) {
-      memory_.reset();  // first, for there may not be room for both
+      memory_.reset();  // first, because there may not be room for both
       memory_.reset(static_cast<char*>(::operator new(bytes, kLine, std::nothrow)));
       bytes_ = memory_ ? bytes : 0;
     }
@@ -40,7 +40,7 @@ inline char* scratch(Index bytes, Scratch& thread, Scratch& call) {
 // Asks for huge pages under a result that is new memory at every call: its first touch is cheaper.
 void request_huge_pages(void* result, Index bytes);
 
-// What f returns, or false if it throws std::bad_alloc.
+// The result of f, or false if it throws std::bad_alloc.
 template <class F>
 bool false_without_memory(const F& f) {
   try {

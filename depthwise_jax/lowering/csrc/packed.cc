@@ -1,10 +1,10 @@
-// The packed maps: sums over taps of which each output takes only those within its own reach. One spatial axis,
+// The packed maps: each output sums only the taps within its own reach. One spatial axis,
 // stride 1.
 //
 //   y[o] = sum over the taps t with K-1-t <= reach[o] of x[o + t*dilation - low] * w[t]
 //
-// A position's channels are a row. Each row of a result is a sum of products of rows, and which ones is looked up for
-// each position: what is not reached is never read. Rows are read once for each tap, from the caches.
+// A position's channels are a row. Each row of a result is a sum of products of rows, which are looked up for each
+// position: rows out of reach are never read. Rows are read once for each tap, from the caches.
 #include <algorithm>
 #include <cstring>
 #include <utility>

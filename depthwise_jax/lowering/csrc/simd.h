@@ -38,7 +38,7 @@ inline void store_vector(void* p, typename VectorOf<T, N>::type v) {
   *static_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
 }
 
-// What each element type has: Sum, the type of its sums; lanes, how many of them a vector holds; the size of an element
+// Each element type defines Sum, the type of its sums; lanes, how many of them a vector holds; the size of an element
 // of y (stored_bytes) and of x (loaded_bytes); load and store. `load_partial` and `store_partial` touch n lanes only.
 template <class Self, class Stored, class SumType>
 struct ElementBase {

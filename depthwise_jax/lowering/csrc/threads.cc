@@ -43,8 +43,8 @@ void pause() {
 }
 
 // A place where a thread of the pool that has done its part of a job waits a moment for the next call. Waking a thread
-// through the pool takes as long as a small layer. Where mostly no call follows, for instance because XLA's own
-// operations stand between and need the thread, it returns to the pool at once from then on, and tries again once in a
+// through the pool takes as long as a small layer. If usually no call follows, for instance because XLA's own
+// operations come between and need the thread, it returns to the pool at once from then on, and tries again once in a
 // while. A series of calls earns the credit that the wait at its end costs.
 class WaitingWorker {
  public:

@@ -13,8 +13,8 @@
 
 namespace depthwise {
 
-// The blocks of one call. Each thread begins with a part of its own, the same part in every call: it finds in its
-// caches what the previous layer left there. Threads that finish early steal blocks that nobody has started. Backwards,
+// The blocks of one call. Each thread begins with its own part, the same part in every call, because its caches hold
+// what the previous layer left there. Threads that finish early steal blocks that nobody has started. Backwards,
 // each part is taken from its end.
 class Job {
  public:
@@ -22,11 +22,11 @@ class Job {
   // std::bad_alloc, if there is no memory.
   using Block = std::function<bool(Index, Index)>;
 
-  // What `block` refers to must live until all blocks are taken.
+  // Objects to which `block` refers must live until all blocks are taken.
   Job(Index blocks, Index threads, bool backwards, Block block);
   // Takes blocks until none is left, beginning with the part `own`.
   void work(Index own);
-  // The same for a thread that joins: it gets a part of its own.
+  // The same for a thread that joins: it gets its own part.
   void join() { work(1 + joined_.fetch_add(1, std::memory_order_relaxed)); }
   bool done() const { return done_.load(std::memory_order_acquire) >= blocks_; }
   // Once the job is done: whether there was memory for every block.
