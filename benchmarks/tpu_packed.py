@@ -132,7 +132,7 @@ def report(results: dict[str, Figures]) -> str:
         "TPU. A causal window of 4 over (batch, length, channels) in bfloat16, with a position for each token.",
         "Thousands of cycles, and their ratio to the time in which x, y, gradients and positions cross HBM once.",
         "",
-        "Both gradients are one loop that reads x, g and positions once. The vector unit bounds it: for each register of",
+        "Both gradients are one loop that reads x, g and positions once. The vector unit bounds it: for a register of",
         "8 x 128 values it issues 50 instructions (14 conversions from bfloat16, 13 selects, 8 products, 7 sums, 6",
         "rotations that shift g, 2 others), 12.5 bundles of four at best, where the memory takes 11.3 cycles. At",
         "(1, 2048, 2048) XLA takes blocks of 8 x 1,024 values rather than 8 x 512: the sums of four taps over eight",
