@@ -125,11 +125,11 @@ _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
 # once.
 _SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
-# Of one image the convolution takes as long for the kernel's gradient as of 8. At 28 x 28 and 256 channels, thousands of
-# cycles by convolution and as a sum: 3x3 11.3 and 3.5, 5x5 28.1 and 7.9, 7x7 49.4 and 14.0; of two images of 56 x 56
-# and 128 channels 5x5 80.9 and 29.3; of one volume of 16 x 56 x 56 and 64 channels 3x3x3 1,091 and 358. More images have
-# this for 3x3 alone. Of the other maps only 3x3 is faster as a sum: forward, 7x7 of one image of 28 x 28 takes 12.2 by
-# convolution and 23.1 as a sum, 3x3x3 of that volume 180 and 382.
+# Of one image the convolution takes as long for the kernel's gradient as of 8. At 28 x 28 and 256 channels, thousands
+# of cycles by convolution and as a sum: 3x3 11.3 and 3.5, 5x5 28.1 and 7.9, 7x7 49.4 and 14.0; of two images of
+# 56 x 56 and 128 channels 5x5 80.9 and 29.3; of one volume of 16 x 56 x 56 and 64 channels 3x3x3 1,091 and 358. More
+# images have this for 3x3 alone. Of the other maps only 3x3 is faster as a sum: forward, 7x7 of one image of 28 x 28
+# takes 12.2 by convolution and 23.1 as a sum, 3x3x3 of that volume 180 and 382.
 _SUMMED_IMAGE_TAPS = 49
 _FEWEST = 2
 # The rows of a TPU's registers. XLA lays images there along their width, or, where that is no multiple of the rows, an
