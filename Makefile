@@ -16,13 +16,18 @@ CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
-.PHONY: help wheel demo test test-torch test-models test-tpu tpu-floor test-gpu-compiler gpu-compiler notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
+.PHONY: help wheel demo test test-all test-torch test-models test-tpu tpu-floor test-gpu-compiler gpu-compiler notebooks test-notebooks lint format docs sanitize sanitize-address sanitize-thread clean
 
 demo: $(VENV)/demo.installed  ## trains a small network on handwritten digits and prints what to expect
 	$(BIN)/python -m notebooks.demo
 
 test: $(VENV)/test.installed  ## the test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+# The same with as many random cases as say something new: where `make test` draws 20 of Keras' configurations for each
+# layer it draws 75, and of random geometries five to seven times as many.
+test-all: export DEPTHWISE_JAX_TEST_ALL = 1
+test-all: test  ## the test suite with all random cases
 
 # The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
 test-torch: $(VENV)/test.installed $(VENV)/torch.installed  ## the conversion of PyTorch's modules
