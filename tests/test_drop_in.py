@@ -222,6 +222,18 @@ UNCHANGED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, dict[str, Any]
         jnp.float32,
         {**DEPTHWISE, "padding": [(-1, 1), (1, 1)], "lhs_dilation": (2, 2)},
     ),
+    "lhs_dilation with more padding than the window's span": (
+        X,
+        (3, 2, 1, C),
+        jnp.float32,
+        {**DEPTHWISE, "padding": [(3, 3), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
+    "lhs_dilation with an empty result": (
+        (2, 1, 6, C),
+        (3, 2, 1, C),
+        jnp.float32,
+        {**DEPTHWISE, "padding": [(0, 0), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
     "one channel": ((2, 7, 6, 1), (3, 2, 1, 1), jnp.float32, {**NHWC, "feature_group_count": 1}),
     "one channel with several kernels": ((2, 7, 6, 1), (3, 2, 1, 4), jnp.float32, {**NHWC}),
     "no output features": (X, (3, 2, 1, 0), jnp.float32, {**DEPTHWISE}),
