@@ -21,8 +21,11 @@ help:
 demo: $(VENV)/demo.installed  ## trains a small network on handwritten digits and prints what to expect
 	$(BIN)/python -m notebooks.demo
 
+# The programs that the tests compiled are kept here for the next run.
+test test-torch test-models: export JAX_COMPILATION_CACHE_DIR ?= $(abspath $(VENV))/programs
+
 test: $(VENV)/test.installed  ## the test suite
-	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 # The same with as many random cases as say something new: where `make test` draws 20 of Keras' configurations for each
 # layer it draws 75, and of random geometries five to seven times as many.

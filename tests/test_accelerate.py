@@ -210,7 +210,7 @@ def test_custom_rules_are_left_alone():
     fast = accelerate(function)
     report = fast.report(X, W)
     assert [site.path[0].split(":")[0] for site in report.skipped] == ["custom_jvp_call", "custom_vjp_call"]
-    assert all("left alone" in (site.skipped or "") for site in report.skipped)
+    assert all("not searched" in (site.skipped or "") for site in report.skipped)
     assert len(report.replaced) == 1
     gradient = jax.grad(lambda f, x: jnp.sum(f(x, W)), argnums=1)
     assert_close(gradient(fast, X), gradient(function, X))

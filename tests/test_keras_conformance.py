@@ -139,7 +139,7 @@ def test_seeded_initializers_make_keras_weights_bit_for_bit(name):
 def test_what_keras_writes_for_a_lambda_is_refused():
     # of an activation Keras writes the bytecode alone, without saying what it is
     for argument, value, match in (
-        ("activation", lambda x: x, "activation: a configuration has the keys .*'value'"),
+        ("activation", lambda x: x, "activation: a configuration must have the keys .*'value'"),
         ("depthwise_constraint", lambda w: w, "depthwise_constraint: .*'__lambda__'"),
     ):
         with pytest.warns(UserWarning, match="unsafe"):
