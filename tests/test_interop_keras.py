@@ -550,7 +550,7 @@ BOMBS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of memory, which Linux alone can")
 def test_a_small_file_takes_little_memory(archive, tmp_path):
     _, members = archive
     bombs = {}
