@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -31,10 +33,19 @@ def run(module: str, *arguments: object, fails: bool = False) -> str:
     return done.stderr if fails else done.stdout
 
 
+def main(module: str, *arguments: object) -> None:
+    """Runs a benchmark that measures nothing, in this process."""
+    with mock.patch.object(sys, "argv", [module, *map(str, arguments)]):
+        importlib.import_module(f"benchmarks.{module}").main()
+
+
 @pytest.mark.parametrize(("module", "name", "checks"), [("peers", "cpu", 8), ("training", "training", 2)])
-def test_kept_results_are_read_and_pass(module: str, name: str, checks: int) -> None:
-    printed = run(module, "--read", RESULTS / f"{name}.json", "--check")
-    *_, verdicts = printed.strip().split("\n\n")
+def test_kept_results_are_read_and_pass(
+    module: str, name: str, checks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(module, "--read", RESULTS / f"{name}.json", "--check")
+    *_, verdicts = capsys.readouterr().out.strip().split("\n\n")
     header, _, *lines = verdicts.splitlines()
     assert header == "| check | measured | layers | |"
     assert len(lines) == checks
@@ -58,7 +69,7 @@ def test_a_row_a_line(tmp_path: Path) -> None:
 # The benchmark for a GPU, on its small scale, which needs none.
 
 
-def test_a_layer_on_a_gpu_is_measured_once(tmp_path: Path) -> None:
+def test_a_layer_on_a_gpu_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
     options = ("--piece", "table", "--scale", "small", "--only", "k3 d2 m2 | dw | bfloat16", "--json", path)
     assert "left for another call" in run("gpu", *options, "--minutes", 0)
@@ -72,7 +83,8 @@ def test_a_layer_on_a_gpu_is_measured_once(tmp_path: Path) -> None:
         assert row["us"] > 0, row
     run("gpu", *options)
     assert results.read(path)["rows"] == rows
-    assert "| k3 d2 m2 | dw | bfloat16 |" in run("gpu", "--read", path)
+    main("gpu", "--read", path)
+    assert "| k3 d2 m2 | dw | bfloat16 |" in capsys.readouterr().out
 
 
 def test_a_network_on_a_gpu_is_trained(tmp_path: Path) -> None:
@@ -83,6 +95,11 @@ def test_a_network_on_a_gpu_is_trained(tmp_path: Path) -> None:
     assert all(len(row["losses"]) == 3 for row in rows)
 
 
-@pytest.mark.parametrize(("options", "words"), [(("--piece", "table"), "needs a GPU"), ((), "--piece or --read")])
-def test_what_a_gpu_needs(options: tuple[str, ...], words: str) -> None:
-    assert words in run("gpu", *options, fails=True)
+def test_it_needs_a_gpu() -> None:
+    assert "needs a GPU" in run("gpu", "--piece", "table", fails=True)
+
+
+def test_it_needs_a_piece(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main("gpu")
+    assert "--piece or --read" in capsys.readouterr().err

@@ -66,7 +66,6 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
         return program(*arrays), collectives(str(program.as_text()))
 
 
-@AXIS_TYPES
 @pytest.mark.parametrize("sharded", ALL_REDUCES)
 @pytest.mark.parametrize(
     ("case", "lowering"),
@@ -74,8 +73,19 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
     [*itertools.product([*CASES[:4:3], *CASES[4:8], *CASES[8::3], FIRST], PLAIN), (CASES[5], None)],
     ids=str,
 )
-def test_depthwise(case: Case, lowering: str | None, sharded: str, axis_type: AxisType) -> None:
-    check_depthwise(case, lowering, sharded, mesh_for(axis_type, sharded))
+def test_depthwise(case: Case, lowering: str | None, sharded: str) -> None:
+    check_depthwise(case, lowering, sharded, mesh_for(AxisType.Auto, sharded))
+
+
+@pytest.mark.parametrize("sharded", ALL_REDUCES)
+@pytest.mark.parametrize(
+    ("case", "lowering"),
+    # The types of an explicit mesh say what XLA would find out: both orders of the axes, and what each stride reads.
+    [*itertools.product([CASES[5], CASES[6], FIRST], PLAIN), (CASES[5], None)],
+    ids=str,
+)
+def test_depthwise_on_an_explicit_mesh(case: Case, lowering: str | None, sharded: str) -> None:
+    check_depthwise(case, lowering, sharded, mesh_for(AxisType.Explicit, sharded))
 
 
 @pytest.mark.parametrize("sharded", ["batch", "channels"])

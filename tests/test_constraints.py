@@ -68,6 +68,11 @@ def norm(w: Any, axis: Any) -> np.ndarray:
     return np.sqrt(np.sum(np.asarray(w, np.float64) ** 2, axis=axis, keepdims=True))
 
 
+@functools.cache
+def jitted(constraint: Constraint) -> Any:
+    return jax.jit(constraint)
+
+
 # --- Keras ------------------------------------------------------------------------------------------------------------
 
 
@@ -152,12 +157,12 @@ def test_the_base_class_is_the_identity() -> None:
 def test_axis_0_bounds_columns_and_window_bounds_filters() -> None:
     """The table of the module's docstring, on a (3, 3, C, M) kernel."""
     w: Any = np.full((3, 3, 2, 2), 10.0, np.float32)
-    columns, filters, together = (MaxNorm(1.0, axis=axis, exact=True)(w) for axis in (0, "window", (0, 1, 2)))
+    columns, filters, together = (jitted(MaxNorm(1.0, axis=axis, exact=True))(w) for axis in (0, "window", (0, 1, 2)))
     np.testing.assert_allclose(norm(columns, (0, 1)), np.sqrt(3), rtol=1e-6)
     np.testing.assert_allclose(norm(filters, (0, 1)), 1, rtol=1e-6)
     np.testing.assert_allclose(norm(together, (0, 1)), np.sqrt(1 / 2), rtol=1e-6)
-    np.testing.assert_array_equal(MaxNorm(1.0, axis=(0, 1), exact=True)(w), filters)
-    np.testing.assert_array_equal(MaxNorm(1.0, axis=[-3, -4], exact=True)(w), filters)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(jitted(MaxNorm(1.0, axis=(0, 1), exact=True))(w), filters)
+    np.testing.assert_array_equal(jitted(MaxNorm(1.0, axis=[-3, -4], exact=True))(w), filters)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2), (3, 5, 3, 2), (2, 3, 2, 3, 2)])
@@ -180,11 +185,6 @@ EXACT = [
     (UnitNorm(axis="window", exact=True), (1, 1)),
 ]
 MAGNITUDES = {jnp.float32: 60.0, jnp.bfloat16: 60.0, jnp.float16: 4.0}
-
-
-@functools.cache
-def jitted(constraint: Constraint) -> Any:
-    return jax.jit(constraint)
 
 
 @pytest.mark.parametrize("dtype", MAGNITUDES)
@@ -289,8 +289,8 @@ def test_an_optax_projection_per_slice(axis: Any) -> None:
         low, high = np.where(over, theta, low), np.where(over, high, theta)
     outside = np.sum(np.abs(w), axes, keepdims=True) > 1.5
     expected = np.where(outside, np.sign(w) * np.maximum(np.abs(w) - high, 0), w)
-    np.testing.assert_allclose(constraint(w), expected, rtol=1e-4, atol=1e-5)
-    assert constraint(jnp.asarray(w, jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(jitted(constraint)(w), expected, rtol=1e-4, atol=1e-5)
+    assert jitted(constraint)(w.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 # --- Violations -------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from depthwise_jax.interop.torch import (
     to_arrays,
     to_torch,
 )
+from tests.support.draws import draws
 
 MODES: dict[str, Any] = {"reflect": "reflect", "circular": "wrap", "replicate": "edge"}
 
@@ -90,7 +91,7 @@ def geometry(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: arguments[key] for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
 
 
-SEEDS = range(20)
+SEEDS = range(draws(10, 20))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -324,7 +325,7 @@ def random_transposed(seed: int) -> tuple[dict[str, Any], np.ndarray]:
     return arguments, rng.normal(size=(2, channels, *rng.integers(4, 6, size=rank))).astype(np.float32)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(draws(12, 24)))
 def test_transposed_round_trips_by_module(torch, seed):
     arguments, x = random_transposed(seed)
     torch.manual_seed(seed)

@@ -230,15 +230,15 @@ def test_instruction_sets(name: str) -> None:
 @needs_kernels
 def test_kernel_gradients_do_not_depend_on_the_threads() -> None:
     # NPROC sets the size of XLA's pool; its threads are counted, so that the runs are known to differ.
-    lines = [checked("reproducible", NPROC=str(n)).split() for n in (1, 2, 5)]
-    assert [int(threads) for threads, _ in lines] == [1, 2, 5]
+    lines = [checked("reproducible", NPROC=str(n)).split() for n in (1, 5)]
+    assert [int(threads) for threads, _ in lines] == [1, 5]
     assert len({digest for _, digest in lines}) == 1
 
 
 @needs_kernels
 def test_eight_python_threads_at_once() -> None:
     # For a minute: python -m tests.support.native_checks threads 60
-    assert int(checked("threads", 4)) >= 8
+    assert int(checked("threads", 2)) >= 8
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 
 from depthwise_jax.constraints import Box, MaxNorm, MinMaxNorm, NonNeg, UnitNorm
 from depthwise_jax.optim import apply_updates_projected, feasibility, project, project_params
-from tests.support.compiling import AS_BY_DEFAULT
+from tests.support.compiling import CONTRACTING
 
 DTYPES = ("float32", "bfloat16", "float16")
 BOUND = 0.7
@@ -144,8 +144,13 @@ WRAPPERS = {
     "apply_if_finite": lambda: last(optax.apply_if_finite(optax.adam(0.02, eps=EPS), STEPS)),
 }
 
-# Only with LLVM's optimisation is a * b + c contracted to one rounding, which the projection must survive.
-by_default = functools.partial(jax.jit, compiler_options=AS_BY_DEFAULT)
+# a * b + c with one rounding, which the projection must survive.
+contracting = functools.partial(jax.jit, compiler_options=CONTRACTING)
+
+
+def test_products_are_contracted_with_sums() -> None:
+    # The square alone is rounded to 1 + 2**-11.
+    assert contracting(lambda a: a * a - 1)(np.float32(1 + 2.0**-12)) == 2.0**-11 + 2.0**-24
 
 
 def train(tx: Any, params: Any, steps: int = STEPS, nan_every: int = 0) -> Any:
@@ -166,7 +171,7 @@ def train(tx: Any, params: Any, steps: int = STEPS, nan_every: int = 0) -> Any:
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    return by_default(lambda carry, inputs: jax.lax.scan(step, carry, inputs)[1])(
+    return contracting(lambda carry, inputs: jax.lax.scan(step, carry, inputs)[1])(
         (params, tx.init(params)), (jnp.arange(steps), noise)
     )
 
@@ -222,7 +227,7 @@ def elements(dtype: str) -> Any:
 
 @functools.cache
 def element_step(dtype: str) -> Any:
-    @by_default
+    @contracting
     def step(p: Any, g: Any, rate: Any, low: Any, high: Any) -> Any:
         """The update is a product, which XLA would contract with the sum."""
         tx = optax.chain(optax.scale(-1.0), project({"box": Box(low, high), "non_neg": NonNeg()}))
@@ -279,7 +284,7 @@ def test_balls_hold_within_4_ulp_for_any_numbers(dtype: str, data: Any) -> None:
 
 @functools.cache
 def ball_step(dtype: str) -> Any:
-    @by_default
+    @contracting
     def step(params: Any, g: Any, bound: Any) -> Any:
         tx = optax.chain(optax.sgd(0.37), project({"keras": MaxNorm(bound), "exact": MaxNorm(bound, exact=True)}))
         updates, _ = tx.update(jax.tree.map(lambda w: g, params), tx.init(params), params)
@@ -315,7 +320,7 @@ def test_narrow_parameters_become_exactly_the_rounded_projection(dtype: str) -> 
     updates = {name: jnp.asarray(rng.normal(0, 0.3, shape), dtype) for name, shape in shapes.items()}
     tx = project(constraints)
 
-    @by_default
+    @contracting
     def step(params: Any, updates: Any) -> Any:
         projected, _ = tx.update(updates, tx.init(params), params)
         return optax.apply_updates(params, projected)

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import depthwise_jax
 from depthwise_jax import depthwise_conv, explain
+from tests.support import maps
 from tests.support.assertions import assert_close
 from tests.support.documents import CONTINUED, DOCUMENTS, IDS, LENGTH, POSITIONS, ROWS, draw
 from tests.support.oracle import CausalOracle, Oracle
@@ -128,10 +129,10 @@ def test_packed_is_the_documents_apart(geometry: Geometry, implementation: str) 
     x, kernel, bias = operands(geometry)
     ids, positions = (a[0] if not batch else a.reshape(*batch, LENGTH) for a in (IDS, POSITIONS))
     conv = function(geometry, implementation)
-    y, pullback = jax.vjp(lambda x, kernel, bias: conv(x, kernel, bias, segment_ids=ids)[0], x, kernel, bias)
-    np.testing.assert_array_equal(conv(x, kernel, bias, segment_pos=positions)[0], y)
-    g = draw(*y.shape, seed=1)
-    dx, dkernel, dbias = pullback(g)
+    by_ids = lambda x, kernel, bias: conv(x, kernel, bias, segment_ids=ids)[0]  # noqa: E731
+    g = draw(*jax.eval_shape(by_ids, x, kernel, bias).shape, seed=1)
+    y, dx, dkernel, dbias = jax.jit(maps.value_and_gradients(by_ids))(x, kernel, bias, g)
+    np.testing.assert_array_equal(jax.jit(lambda *a: conv(*a, segment_pos=positions)[0])(x, kernel, bias), y)
     # Each document by itself.
     rows = turned(x, data_format).reshape(-1, LENGTH, 3)
     g_rows = turned(g, data_format).reshape(len(rows), LENGTH, -1)
@@ -485,7 +486,7 @@ def test_batch_and_channels_shard_without_collectives(spec: PartitionSpec, kinds
 
         return jax.grad(loss, (0, 1, 2))(x, kernel, state)
 
-    expected = [f(x, kernel, state, positions, spec=None) for f in (forward, gradients)]
+    expected = [jax.jit(functools.partial(f, spec=None))(x, kernel, state, positions) for f in (forward, gradients)]
     specs = spec, channels, spec, PartitionSpec(spec[0])
     with jax.set_mesh(mesh):
         arguments = [

@@ -456,8 +456,12 @@ MESH_CASES = [
            data_format="channels_first")]  # fmt: skip
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["untold", "in_sharding"])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+# An explicit mesh's types say what in_sharding says.
+@pytest.mark.parametrize(
+    ("axis_type", "told"),
+    [(AxisType.Auto, False), (AxisType.Auto, True), (AxisType.Explicit, False)],
+    ids=["untold", "in_sharding", "explicit"],
+)
 @pytest.mark.parametrize("lowering", PLAIN)
 @pytest.mark.parametrize("case", MESH_CASES, ids=str)
 def test_sharded_batch_and_channels(case: Spread, lowering: str, axis_type: AxisType, told: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -49,6 +50,7 @@ class Digits(nn.Module):
         return nn.Dense(10)(x.mean(axis=(-3, -2)))
 
 
+@functools.cache
 def load() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Training and test digits: images (n, 28, 28, 1) in [0, 1], labels (n,)."""
     pixels, labels = mnist_data()
