@@ -62,14 +62,14 @@ def test_corners(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
-@settings(max_examples=draws(30, 200))
+@settings(max_examples=draws(20, 200))
 @given(case=cases(), dtype=DTYPES)
 def test_random_geometries(case: Case, dtype: str, implementation: str) -> None:
     check(case, dtype, implementation)
 
 
 @pytest.mark.skipif("native" not in LOWERINGS, reason="no compiled kernels")
-@settings(max_examples=draws(100, 500))  # they compile in no time
+@settings(max_examples=draws(60, 500))  # they compile in no time
 @given(case=cases(), dtype=DTYPES)
 def test_random_geometries_of_the_compiled_kernels(case: Case, dtype: str) -> None:
     check(case, dtype, "native")

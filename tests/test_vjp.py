@@ -13,8 +13,8 @@ import pytest
 from depthwise_jax import depthwise_conv, separable_conv
 from depthwise_jax.lowering import Implementation
 from tests.support import maps
-from tests.support.assertions import assert_close
-from tests.support.cases import CASES, CORE, LOWERINGS, SLOPES, SMALL_NETWORKS, Case, label, reduced
+from tests.support.assertions import assert_close, assert_within_roundings
+from tests.support.cases import ACTIVATIONS, CASES, CORE, LOWERINGS, SMALL_NETWORKS, Case, label, reduced
 from tests.support.oracle import widest
 from workloads.layers import NETWORKS
 
@@ -49,8 +49,9 @@ def test_vjp_in_eager_mode(case: Case, implementation: Implementation) -> None:
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_float64(case: Case, implementation: Implementation, x64: None) -> None:
     x, w, g = (a.astype(np.float64) for a in case.operands())
-    dx, dw = jax.jit(maps.gradients(case.conv(implementation)))(x, w, g)
-    assert dx.dtype == dw.dtype == jnp.float64
+    y, dx, dw = jax.jit(maps.value_and_gradients(case.conv(implementation)))(x, w, g)
+    assert y.dtype == dx.dtype == dw.dtype == jnp.float64
+    assert_close(y, case.oracle.conv(x, w), 1e-14, "value")
     assert_close(dx, case.oracle.input_grad(g, w), 1e-13, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-13, "dw")
 
@@ -60,12 +61,11 @@ def test_float64(case: Case, implementation: Implementation, x64: None) -> None:
 def test_half_precision_is_accumulated_in_float32_and_rounded_once(
     case: Case, implementation: Implementation, dtype: Any
 ) -> None:
-    x, w, g = (jnp.asarray(a, dtype) for a in case.operands())
-    dx, dw = jax.jit(maps.gradients(case.conv(implementation)))(x, w, g)
-    for actual, exact in ((dx, case.oracle.input_grad(g, w)), (dw, case.oracle.kernel_grad(x, g))):
+    x, w, g = (a.astype(dtype) for a in case.operands())
+    results = jax.jit(maps.value_and_gradients(case.conv(implementation)))(x, w, g)
+    for actual, exact in zip(results, maps.truth(case, x, w, g).values(), strict=True):
         assert actual.dtype == dtype
-        half_ulp = float(jnp.finfo(dtype).eps) / 2 * np.abs(exact) + float(jnp.finfo(dtype).smallest_subnormal)
-        assert np.all(np.abs(widest(actual) - exact) <= half_ulp + 1e-6 * np.max(np.abs(exact)))
+        assert_within_roundings(actual, exact, exact)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -145,16 +145,20 @@ def test_the_transposes_transposed(case: Case, implementation: Implementation) -
     assert_close(of_dw_g, oracle.conv(x, w), 1e-5, "dw by g")
 
 
-@pytest.mark.parametrize(("activation", "slope"), SLOPES, ids=label)
+@pytest.mark.parametrize(("activation", "formula", "slope"), ACTIVATIONS, ids=label)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_bias_and_activation(implementation: Implementation, data_format: str, activation: Any, slope: Any) -> None:
+def test_bias_and_activation(
+    implementation: Implementation, data_format: str, activation: Any, formula: Any, slope: Any
+) -> None:
     shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
     case = Case("vjp-bias", shape, (3, 3, 3, 2), {"strides": 2, "padding": "same", "data_format": data_format})
     oracle = case.oracle
     x, w, g = case.operands()
     x, b = 2 * x, case.draw((6,), 20)
-    dx, dw, db = jax.jit(maps.gradients(case.conv(implementation, activation=activation)))(x, w, b, g)
-    g = slope(oracle.add_bias(oracle.conv(x, w), b)) * g
+    y, dx, dw, db = jax.jit(maps.value_and_gradients(case.conv(implementation, activation=activation)))(x, w, b, g)
+    before = oracle.add_bias(oracle.conv(x, w), b)
+    assert_close(y, formula(before), 1e-5, "value")
+    g = slope(before) * g
     assert_close(dx, oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, oracle.kernel_grad(x, g), 1e-5, "dw")
     assert_close(db, np.moveaxis(g, oracle.channel_axis, -1).reshape(-1, 6).sum(0), 1e-5, "db")

@@ -139,13 +139,13 @@ CASES = (
     _case("2d-one-pixel-same", (2, 1, 1, 3), (3, 3, 3, 2), strides=2, padding="same"),
 )
 
-# Activations, and their derivatives as functions of what they are applied to.
-SLOPES = (
-    (None, np.ones_like),
-    ("relu", lambda y: (y > 0) * 1.0),
-    ("relu6", lambda y: ((y > 0) & (y < 6)) * 1.0),
-    ("tanh", lambda y: 1 - np.tanh(y) ** 2),
-    (jnp.sin, np.cos),
+# Activations, what they compute, and their derivatives.
+ACTIVATIONS = (
+    (None, np.positive, np.ones_like),
+    ("relu", lambda y: np.maximum(y, 0), lambda y: (y > 0) * 1.0),
+    ("relu6", lambda y: np.clip(y, 0, 6), lambda y: ((y > 0) & (y < 6)) * 1.0),
+    ("tanh", np.tanh, lambda y: 1 - np.tanh(y) ** 2),
+    (jnp.sin, np.sin, np.cos),
 )
 
 # For programs over several devices.
