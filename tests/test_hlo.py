@@ -131,6 +131,7 @@ def test_the_precision_arrives_in_every_convolution(slabs: bool, multiplier: int
     convolutions = re.findall(r"stablehlo\.convolution.*", text)
     assert len(convolutions) == 1 + 2 * multiplier
     assert bool(re.search(r"lhs_dilate = \[[^]]*[2-9]", text)) == slabs
+    assert ("optimization_barrier" in text) == slabs  # keeps their reshape before an optimiser's arithmetic
     for convolution in convolutions:
         assert convolution.count("precision HIGHEST") == 2, convolution
 
