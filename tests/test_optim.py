@@ -412,6 +412,23 @@ def norms_after(constraint: Any, params: np.ndarray, updates: np.ndarray) -> np.
     return np.sqrt(np.sum(np.asarray(optax.apply_updates(before, projected), np.float64) ** 2, 0))
 
 
+def test_the_sum_that_is_projected_is_the_one_that_is_applied() -> None:
+    # In one rounding of product and sum, the parameter would become the next number, and its norm exceed the bound.
+    rate, gradient = np.float32(0.35471994), np.float32(-0.0055061886)
+    sums = np.stack([np.float32(0.5) - rate * gradient, np.float32(0.5 - float(rate) * float(gradient))])
+    np.testing.assert_array_equal(sums.astype(jnp.bfloat16), [0.5, 0.50390625])
+    params, gradients = np.full((9, 16), 0.5, jnp.bfloat16), np.full((9, 16), gradient)
+    params[0], gradients[0] = 0.8984375, 0
+    tx = optax.chain(optax.scale(-1.0), project(MaxNorm(1.6765)))
+
+    @by_default
+    def step(params: Any, gradients: Any, rate: Any) -> Any:
+        updates, _ = tx.update(rate * gradients, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    np.testing.assert_array_equal(step(params, gradients, rate), params)
+
+
 @pytest.mark.parametrize("constraint", [*CONSTRAINTS.values(), UnitNorm(), MinMaxNorm(0.2, 0.5, 0.5)], ids=str)
 def test_no_rounding_is_left_to_the_compiler(constraint: Any) -> None:
     # XLA may drop a conversion to a narrow dtype and back. Where it does, a bound would be judged by other numbers.
