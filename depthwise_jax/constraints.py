@@ -520,7 +520,7 @@ class _Composition(Constraint):
         each = [excess for part in self.parts if (excess := part.excess(w)) is not None]
         if len(each) < len(self.parts):
             return None
-        shape = tuple(map(min, *(excess.shape for excess in each))) if len(each) > 1 else each[0].shape
+        shape = tuple(map(min, zip(*(excess.shape for excess in each), strict=True)))
         return functools.reduce(jnp.maximum, (_largest(excess, shape) for excess in each))
 
 
