@@ -114,10 +114,12 @@ def test_other_kernels_get_no_hint(shape):
     assert "becomes" not in str(refused.value)
 
 
-def test_parameters_of_flax_get_their_reshape():
-    params = {"kernel": np.ones((3, 3, 1, 12), np.float32), "bias": np.ones(12, np.float32)}
-    with pytest.raises(ValueError, match=r"params\['kernel'\]\.reshape\(3, 3, 6, 2\)"):
-        linen.DepthwiseConv2D(3, depth_multiplier=2).apply({"params": params}, jnp.ones((1, 8, 8, 6)))
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_parameters_of_flax_get_their_reshape(rank):
+    layer = (linen.DepthwiseConv1D, linen.DepthwiseConv2D, linen.DepthwiseConv3D)[rank - 1]
+    params = {"kernel": np.ones((*(3,) * rank, 1, 12), np.float32), "bias": np.ones(12, np.float32)}
+    with pytest.raises(ValueError, match=rf"params\['kernel'\]\.reshape\({'3, ' * rank}6, 2\)"):
+        layer(3, depth_multiplier=2).apply({"params": params}, np.ones((1, *(8,) * rank, 6), np.float32))
 
 
 SPELLINGS = {
