@@ -395,13 +395,12 @@ def test_rounding_breaks_the_bound_without_a_margin(exact: bool, norm: float, co
     assert BOUND * (1 - 1e-5) < norms.max() <= BOUND + 4 * ulp(BOUND, "float32")
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_margin_covers_a_sum_that_loses_every_small_square(exact: bool) -> None:
+def test_the_margin_covers_a_sum_that_loses_every_small_square() -> None:
     # Each of 31 squares is just below half an ulp of the sum: the norm comes out nearly 8 eps too small.
     draw = np.random.default_rng(0)
     params = 2.0**-12 * draw.uniform(0.98, 1, (32, 50_000))
     params[0] = draw.uniform(1, 1.01, 50_000)
-    norms = norms_after(MaxNorm(BOUND, axis=0, exact=exact), 16 * params, np.zeros_like(params))
+    norms = norms_after(MaxNorm(BOUND, axis=0, exact=True), 16 * params, np.zeros_like(params))
     assert BOUND * (1 - 1e-5) < norms.max() <= BOUND + 4 * ulp(BOUND, "float32")
 
 
