@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from depthwise_jax._core.dtypes import at_least_float32
+from depthwise_jax._core.dtypes import at_least_float32, is_array
 from depthwise_jax._core.introspect import per_instance
 from depthwise_jax._core.norms import Axis, axes_of, checked_axis, plain_norms, polar, rounded, slice_norms, sum_error
 from depthwise_jax._core.registry import Registry, shown
@@ -520,7 +520,7 @@ class _Composition(Constraint):
         each = [excess for part in self.parts if (excess := part.excess(w)) is not None]
         if len(each) < len(self.parts):
             return None
-        shape = tuple(map(min, *(excess.shape for excess in each))) if len(each) > 1 else each[0].shape
+        shape = tuple(map(min, zip(*(excess.shape for excess in each), strict=True)))
         return functools.reduce(jnp.maximum, (_largest(excess, shape) for excess in each))
 
 
@@ -551,7 +551,7 @@ def _known(value: Any) -> Any:
 
 def _check_number(value: Any, what: str) -> None:
     """Raises TypeError unless a bound is a real number or an array, traced or not."""
-    if not isinstance(value, numbers.Real) and not hasattr(value, "ndim"):
+    if not isinstance(value, numbers.Real) and not is_array(value):
         raise TypeError(f"{what} must be a number; got {shown(value)}")
 
 

@@ -54,7 +54,7 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey, keystr
 
 from depthwise_jax._core import introspect
-from depthwise_jax._core.dtypes import at_least_float32, promoted
+from depthwise_jax._core.dtypes import at_least_float32, is_array, promoted
 from depthwise_jax._core.registry import named, shown
 from depthwise_jax.constraints import Constraint, Lifted, as_constraint, get
 
@@ -278,7 +278,7 @@ class _Prefixes:
 
 
 def _resolve(path: Path, entry: Any) -> Constraint | None:
-    if hasattr(entry, "shape"):
+    if is_array(entry):
         raise TypeError(
             f"constraint of {_show(path)} must be a constraint or None; got {shown(entry)}: "
             "were params and constraints given in the wrong order?"

@@ -159,9 +159,17 @@ def test_what_serves_a_gpu_and_that_no_time_was_measured(
         assert "nothing was measured or compiled" in chosen.reason
 
 
-def test_a_sum_on_a_gpu_needs_whole_rows() -> None:
-    x = jax.ShapeDtypeStruct((3, 8, 6, 4), jnp.float32)  # a batch that two devices cannot share equally
-    assert explain(x, W, strides=2, padding="same", platform="cuda", partitioned=1).input_grad.lowering == CONV
+@pytest.mark.parametrize(
+    ("axis_type", "batch", "expected"),
+    # Two devices can share a batch of 4 equally, but not one of 3; where types tell, they tell of whole rows.
+    [(AUTO, 4, SUM), (AUTO, 3, CONV), (EXPLICIT, 4, SUM), (EXPLICIT, 3, SUM)],
+)
+def test_a_sum_on_a_gpu_needs_whole_rows(axis_type: AxisType, batch: int, expected: str) -> None:
+    mesh = make_mesh(axis_type, c=2)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, None, None, "c"))
+        x = jax.ShapeDtypeStruct((batch, 8, 6, 4), jnp.float32, sharding=sharding)
+        assert explain(x, W, strides=2, padding="same", platform="cuda").input_grad.lowering == expected
 
 
 # A lowering of one's own: a module with these functions, a name and a row.

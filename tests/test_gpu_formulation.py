@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from depthwise_jax import explain
 from tests.support import maps
@@ -55,6 +56,20 @@ def test_values_of_a_sharded_program(geometry: dict[str, Any], sharded: str) -> 
         dx, dw = on_cuda(lambda x, w, g: jax.vjp(case.conv(), x, w)[1](g), x, w, g, in_shardings=shardings)
     assert_close(dx, case.oracle.input_grad(g, w), 1e-5, "dx")
     assert_close(dw, case.oracle.kernel_grad(x, g), 1e-5, "dw")
+
+
+@pytest.mark.parametrize(("rows", "sharded", "adjacent"), [("9", None, True), ("n", None, False), ("9", "b", False)])
+def test_the_taps_of_a_dilated_kernel_gradient_are_adjacent(rows: str, sharded: str | None, adjacent: bool) -> None:
+    # Where a size is symbolic or rows are sharded, it is XLA's own, whose outputs are the taps: as far apart.
+    (n,) = export.symbolic_shape(rows)
+    mesh = make_mesh(AxisType.Explicit, b=3)
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((2, n, 8, 4), jnp.float32, sharding=NamedSharding(mesh, P(None, sharded)))
+        w = jax.ShapeDtypeStruct((3, 3, 4, 1), jnp.float32)
+        conv = Case("dilated", (2, 9, 8, 4), w.shape, {"padding": "same", "dilation_rate": (1, 2)}).conv()
+        text = export.export(jax.jit(maps.dw(conv)), platforms=("cuda",))(x, w, x).mlir_module()
+    assert text.count("stablehlo.convolution") == 1
+    assert ("stride = [1, 2]" not in text) == adjacent
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)

@@ -14,13 +14,13 @@ import depthwise_jax.nnx
 from depthwise_jax import depthwise_conv, initializers, linen, separable_conv
 from depthwise_jax.initializers import HeNormal, LecunNormal
 
-CHANNELS = 6
 # A kernel of another library, what x it is for, and the hint.
 KERNELS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "lax, one dimension": ((4, 1, 6), (2, 10, 6)),
     "lax, a multiplier": ((3, 3, 1, 12), (2, 8, 8, 6)),
     "PyTorch, one dimension": ((6, 1, 4), (2, 10, 6)),
     "PyTorch": ((12, 1, 3, 3), (2, 8, 8, 6)),
+    "PyTorch, two channels": ((2, 1, 3, 3), (2, 8, 8, 2)),
     "PyTorch, three dimensions": ((6, 1, 2, 3, 3), (2, 4, 5, 6, 6)),
     "one for all channels": ((3, 3, 1, 1), (2, 8, 8, 6)),
     "some for all channels": ((3, 3, 1, 4), (2, 8, 8, 6)),
@@ -32,7 +32,7 @@ def test_a_kernel_of_another_library_gets_its_reshape(name):
     shape, input_shape = KERNELS[name]
     kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     x = np.random.default_rng(1).normal(size=input_shape).astype(np.float32)
-    rank = len(shape) - 2
+    rank, channels = len(shape) - 2, input_shape[-1]
     with pytest.raises(ValueError, match=r"kernel must have shape") as refused:
         depthwise_conv(x, kernel)
     message = str(refused.value)
@@ -45,11 +45,11 @@ def test_a_kernel_of_another_library_gets_its_reshape(name):
         grouped = kernel
     else:
         expression = next(text for text in cures if "broadcast_to" in text)
-        grouped = np.tile(kernel, (*(1,) * (rank + 1), CHANNELS))
+        grouped = np.tile(kernel, (*(1,) * (rank + 1), channels))
     ours = eval(expression, {"kernel": kernel, "jnp": jnp})  # as a reader would type it
     letters = "DHW"[3 - rank :]
     expected = jax.lax.conv_general_dilated(
-        jnp.asarray(x), jnp.asarray(grouped), (1,) * rank, "VALID", feature_group_count=CHANNELS,
+        jnp.asarray(x), jnp.asarray(grouped), (1,) * rank, "VALID", feature_group_count=channels,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     )  # fmt: skip
     np.testing.assert_allclose(depthwise_conv(x, ours), expected, rtol=1e-5, atol=1e-5)
@@ -114,10 +114,12 @@ def test_other_kernels_get_no_hint(shape):
     assert "becomes" not in str(refused.value)
 
 
-def test_parameters_of_flax_get_their_reshape():
-    params = {"kernel": np.ones((3, 3, 1, 12), np.float32), "bias": np.ones(12, np.float32)}
-    with pytest.raises(ValueError, match=r"params\['kernel'\]\.reshape\(3, 3, 6, 2\)"):
-        linen.DepthwiseConv2D(3, depth_multiplier=2).apply({"params": params}, jnp.ones((1, 8, 8, 6)))
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_parameters_of_flax_get_their_reshape(rank):
+    layer = (linen.DepthwiseConv1D, linen.DepthwiseConv2D, linen.DepthwiseConv3D)[rank - 1]
+    params = {"kernel": np.ones((*(3,) * rank, 1, 12), np.float32), "bias": np.ones(12, np.float32)}
+    with pytest.raises(ValueError, match=rf"params\['kernel'\]\.reshape\({'3, ' * rank}6, 2\)"):
+        layer(3, depth_multiplier=2).apply({"params": params}, np.ones((1, *(8,) * rank, 6), np.float32))
 
 
 SPELLINGS = {

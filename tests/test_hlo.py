@@ -131,8 +131,18 @@ def test_the_precision_arrives_in_every_convolution(slabs: bool, multiplier: int
     convolutions = re.findall(r"stablehlo\.convolution.*", text)
     assert len(convolutions) == 1 + 2 * multiplier
     assert bool(re.search(r"lhs_dilate = \[[^]]*[2-9]", text)) == slabs
+    assert ("optimization_barrier" in text) == slabs  # keeps their reshape before an optimiser's arithmetic
     for convolution in convolutions:
         assert convolution.count("precision HIGHEST") == 2, convolution
+
+
+def test_sharded_rows_are_moved_once_for_each_row_of_the_window() -> None:
+    # Behind a barrier: XLA's CPU compiler would otherwise pad them again for each tap, in two more loops.
+    case = Case("rows", (1, 8, 6, 4), (3, 3, 4, 1), {"padding": "same"})
+    x, w, _ = case.operands()
+    rows = NamedSharding(make_mesh(b=2), P(None, "b"))
+    text = jax.jit(case.conv("taps"), in_shardings=(rows, None)).lower(x, w).as_text()
+    assert text.count("optimization_barrier") == 3
 
 
 def test_the_precision_arrives_in_the_pointwise_half() -> None:

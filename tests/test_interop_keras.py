@@ -352,6 +352,7 @@ def test_hostile_weights(archive, what):
         ("absent", "depthwise_kernel:0", "has no 'absent'"),
         ("dw", "a/b/depthwise_kernel:0", "is an array, not a group"),
         ("/", "/", "has no|damaged"),
+        ("dw dw", "again/depthwise_kernel:0", "there are two layers 'dw/again'"),
     ],
 )
 def test_hostile_legacy_files(tmp_path, layer, weight, message):
@@ -362,11 +363,12 @@ def test_hostile_legacy_files(tmp_path, layer, weight, message):
         file.attrs["weight_names"] = ["dw/depthwise_kernel:0"]
     path = tmp_path / "old.h5"
     with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = [layer]
+        file.attrs["layer_names"] = layer.split()
         file["out"] = h5py.ExternalLink(str(outside), "/")
         file.create_group("dw").attrs["weight_names"] = [weight]
         file["dw/out"] = h5py.ExternalLink(str(outside), "/dw")
         file["dw/a/b"] = np.ones(3, np.float32)
+        file["dw/again/depthwise_kernel:0"] = np.ones((3, 3, 2, 1), np.float32)
     with pytest.raises(ValueError, match=message):
         read_weights(path)
 

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -94,6 +95,17 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"activation must be .*; got an array float32\[3, 3, 32, 1\]",
     ),
     "max norm of a text": (lambda: MaxNorm("1"), TypeError, "MaxNorm: max_value must be a number; got '1'"),
+    "max norm of a dtype": (lambda: MaxNorm(np.float32), TypeError, "MaxNorm: max_value must be a number; got <class"),
+    "a dtype as constraint": (
+        lambda: optim.project({"kernel": np.float32}).init({"kernel": jnp.ones(3)}),
+        TypeError,
+        "constraint of 'kernel': cannot make a constraint from the class float32: its instances are not callable",
+    ),
+    "a dtype as configuration": (
+        lambda: dj.constraints.get({"class_name": "MaxNorm", "config": np.float32}),
+        ValueError,
+        "'config' a dict; got 'MaxNorm' and <class 'numpy.float32'>",
+    ),
     "max norm of nothing": (lambda: MaxNorm(None), TypeError, "MaxNorm: max_value must be a number; got None"),
     "min-max norm of a text": (
         lambda: MinMaxNorm("a", 2.0),

@@ -83,6 +83,13 @@ def combined(case: Case) -> bool:
 # --- one contract ---------------------------------------------------------------------------------------------------
 
 
+def test_modules_of_equal_arguments_differ() -> None:
+    # And any module is a key, as nnx.Module is.
+    layers = [value for name, value in vars(depthwise_jax.nnx).items() if "Conv" in name]
+    assert len(layers) == 10
+    assert all((layer.__eq__, layer.__hash__) == (nnx.Module.__eq__, nnx.Module.__hash__) for layer in layers)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_arguments_are_linens_in_order_with_their_defaults(name):
     def parameters(cls):

@@ -18,6 +18,7 @@ import optax.contrib
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.extend.core import Var
 
 from depthwise_jax.constraints import Box, MaxNorm, MinMaxNorm, NonNeg, UnitNorm
 from depthwise_jax.optim import apply_updates_projected, feasibility, project, project_params
@@ -393,10 +394,71 @@ def test_constraints_of_an_empty_subtree(empty: Any) -> None:
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_rounding_breaks_the_bound_without_a_margin(exact: bool, norm: float, count: int) -> None:
     # The longer the way into the ball, the coarser the step is rounded: of many slices some end outside.
-    constraint = MaxNorm(BOUND, axis=0, exact=exact)
     draw = np.random.default_rng(0).standard_normal((2, count, 50_000))
-    params = jnp.asarray(norm * draw[0] / np.sqrt(np.sum(draw[0] ** 2, 0)), jnp.float32)
-    step = project(constraint)
-    updates, _ = step.update(jnp.asarray(0.01 * draw[1], jnp.float32), step.init(params), params)
-    norms = np.sqrt(np.sum(np.asarray(optax.apply_updates(params, updates), np.float64) ** 2, 0))
+    params = norm * draw[0] / np.sqrt(np.sum(draw[0] ** 2, 0))
+    norms = norms_after(MaxNorm(BOUND, axis=0, exact=exact), params, 0.01 * draw[1])
     assert BOUND * (1 - 1e-5) < norms.max() <= BOUND + 4 * ulp(BOUND, "float32")
+
+
+def test_the_margin_covers_a_sum_that_loses_every_small_square() -> None:
+    # Each of 31 squares is just below half an ulp of the sum: the norm comes out nearly 8 eps too small.
+    draw = np.random.default_rng(0)
+    params = 2.0**-12 * draw.uniform(0.98, 1, (32, 50_000))
+    params[0] = draw.uniform(1, 1.01, 50_000)
+    norms = norms_after(MaxNorm(BOUND, axis=0, exact=True), 16 * params, np.zeros_like(params))
+    assert BOUND * (1 - 1e-5) < norms.max() <= BOUND + 4 * ulp(BOUND, "float32")
+
+
+def norms_after(constraint: Any, params: np.ndarray, updates: np.ndarray) -> np.ndarray:
+    """The norms along axis 0 after an update in float32."""
+    step, before = project(constraint), jnp.asarray(params, jnp.float32)
+    projected, _ = step.update(jnp.asarray(updates, jnp.float32), step.init(before), before)
+    return np.sqrt(np.sum(np.asarray(optax.apply_updates(before, projected), np.float64) ** 2, 0))
+
+
+def test_the_sum_that_is_projected_is_the_one_that_is_applied() -> None:
+    # In one rounding of product and sum, the parameter would become the next number, and its norm exceed the bound.
+    rate, gradient = np.float32(0.35471994), np.float32(-0.0055061886)
+    sums = np.stack([np.float32(0.5) - rate * gradient, np.float32(0.5 - float(rate) * float(gradient))])
+    np.testing.assert_array_equal(sums.astype(jnp.bfloat16), [0.5, 0.50390625])
+    params, gradients = np.full((9, 16), 0.5, jnp.bfloat16), np.full((9, 16), gradient)
+    params[0], gradients[0] = 0.8984375, 0
+    tx = optax.chain(optax.scale(-1.0), project(MaxNorm(1.6765)))
+
+    @by_default
+    def step(params: Any, gradients: Any, rate: Any) -> Any:
+        updates, _ = tx.update(rate * gradients, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    np.testing.assert_array_equal(step(params, gradients, rate), params)
+
+
+@pytest.mark.parametrize("constraint", [*CONSTRAINTS.values(), UnitNorm(), MinMaxNorm(0.2, 0.5, 0.5)], ids=str)
+def test_no_rounding_is_left_to_the_compiler(constraint: Any) -> None:
+    # XLA may drop a conversion to a narrow dtype and back. Where it does, a bound would be judged by other numbers.
+    param, update = jnp.ones((3, 3, 2, 2), "bfloat16"), jnp.ones((3, 3, 2, 2))
+    tx = project(constraint)
+    program = jax.make_jaxpr(lambda w, u: optax.apply_updates(w, tx.update(u, tx.init(w), w)[0]))(param, update)
+    assert dropped(program.jaxpr, [False, False])[0] == []
+
+
+def test_a_rounding_left_to_the_compiler_is_found() -> None:
+    program = jax.make_jaxpr(jax.jit(lambda x: jnp.abs(x.astype("bfloat16").astype("float32"))))(jnp.ones(3))
+    assert len(dropped(program.jaxpr, [False])[0]) == 1
+
+
+def dropped(jaxpr: Any, rounded: list[bool]) -> tuple[list[Any], list[bool]]:
+    """The conversions that widen what was just narrowed; and which results were, as `rounded` says of the inputs."""
+    just, found = dict(zip(jaxpr.invars, rounded, strict=True)), []
+    for equation in jaxpr.eqns:
+        operands = [isinstance(operand, Var) and just.get(operand, False) for operand in equation.invars]
+        results = [False] * len(equation.outvars)
+        if "jaxpr" in equation.params:
+            inner, results = dropped(equation.params["jaxpr"].jaxpr, operands)
+            found += inner
+        elif equation.primitive.name == "convert_element_type":
+            change = equation.outvars[0].aval.dtype.itemsize - equation.invars[0].aval.dtype.itemsize
+            results = [change < 0]
+            found += [equation] * (operands[0] and change > 0)
+        just |= zip(equation.outvars, results, strict=True)
+    return found, [isinstance(result, Var) and just.get(result, False) for result in jaxpr.outvars]

@@ -42,9 +42,9 @@ class Setup(nn.Module):
 
 class Compact(nn.Module):
     @nn.compact
-    def __call__(self, x: jax.Array, scale: float = 1.0) -> jax.Array:
+    def __call__(self, x: jax.Array, scale: float = 1.0, dtype: Any = None) -> jax.Array:
         x = layer(name="dw")(x)
-        return nn.Dropout(0.5, deterministic=False)(nn.Dense(3)(x)) * scale
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(3, dtype=dtype)(x)) * scale
 
 
 class Shared(nn.Module):
@@ -149,11 +149,42 @@ def test_shared_parameters_under_vmap_have_no_lifted_axis() -> None:
     assert constraints == {"kernel": WINDOW, "bias": NonNeg()}
 
 
+class Stages(nn.Module):
+    """A scan, and a layer that another method calls."""
+
+    def setup(self) -> None:
+        self.first = scanned(1)
+        self.second = layer()
+
+    def body(self, x: jax.Array) -> jax.Array:
+        return self.first(x, None)[0]
+
+    def head(self, x: jax.Array) -> jax.Array:
+        return self.second(x)
+
+
+class LiftedTwice(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lifting: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "methods": ["body", "head"]}
+        stages = nn.vmap(Stages, **lifting)(name="stages")
+        return stages.head(stages.body(x))
+
+
+def test_an_axis_stays_where_a_lifted_module_is_called_again() -> None:
+    # The second call lifts the parameters of the first again, and does not touch those of its scan.
+    found = constraints_of(LiftedTwice(), jnp.ones((5, *X.shape)))["stages"]
+    assert found["first"]["dw"]["kernel"] == Lifted(WINDOW, (0, 2))
+    assert found["second"]["kernel"] == Lifted(WINDOW, (0,))
+
+
 def test_method_and_arguments() -> None:
     assert constraints_of(Setup(), X, method="features") == {"first": FOUND}
     assert constraints_of(Setup(), X, method=Setup.features) == {"first": FOUND}
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     assert constraints_of(Compact(), X, rngs=rngs, scale=2.0)["dw"] == FOUND
+    for dtype in (jnp.bfloat16, np.float32, np.dtype("float32"), "bfloat16"):  # not arrays, though most have a dtype
+        assert constraints_of(Compact(), X, rngs=rngs, dtype=dtype)["dw"] == FOUND
 
 
 def test_a_plain_function_and_no_constraint() -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import jet
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import depthwise_jax
@@ -233,6 +234,17 @@ def test_derivatives_of_any_order(implementation: str) -> None:
 
     for ours, theirs in zip(jax.tree.leaves(derivatives(conv)), jax.tree.leaves(derivatives(plain)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_taylor_mode(implementation: str) -> None:
+    positions = POSITIONS[:2]
+    (x, w), (u, v) = ((draw(2, LENGTH, 2, seed=seed), draw(3, 2, 1, seed=seed)) for seed in (0, 1))
+    conv = functools.partial(causal_conv1d, segment_pos=positions, implementation=implementation)
+    y, (slope, curvature) = jet.jet(lambda x, w: conv(x, w)[0], (x, w), ([u, 0 * u], [v, 0 * v]))
+    exact = lambda x, w: CausalOracle(3).forward(np.pad(x, ((0, 0), (2, 0), (0, 0))), w, positions)  # noqa: E731
+    assert_close(y, exact(x, w), 1e-5)
+    assert_close(slope, exact(u, w) + exact(x, v), 1e-5)
+    assert_close(curvature, 2 * exact(u, v), 1e-5)
 
 
 @pytest.mark.parametrize("mapped", ["x", "kernel", "state", "segment_pos", "lengths", "x segment_pos"])

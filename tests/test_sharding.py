@@ -341,6 +341,14 @@ def test_sizes_that_do_not_divide(automatic: Any) -> None:
     assert_close(dw, case.oracle.kernel_grad(np.cos(x), g), 1e-5)
 
 
+def test_a_nan_in_the_kernel_does_not_reach_through_the_padding_of_sharded_rows(automatic: Any) -> None:
+    w = np.ones((3, 1, 1, 1), np.float32)
+    w[0] = np.nan
+    rows = NamedSharding(automatic, P(None, "b"))
+    f = jax.jit(lambda x: depthwise_conv(x, w, padding="same", implementation="taps"), in_shardings=rows)
+    np.testing.assert_array_equal(f(np.ones((1, 4, 1, 1), np.float32))[0, :, 0, 0], [2, np.nan, np.nan, np.nan])
+
+
 # What does not fit: right results or a clear error.
 
 

@@ -86,3 +86,11 @@ def test_a_kernel_that_is_not_finite_reaches_the_padding() -> None:
     assert np.isfinite(y[..., 0]).all()
     assert np.isnan(y[:, :3, 1]).all()
     assert np.isposinf(y[:, 3:, 1]).all()
+
+
+def test_the_sum_of_a_slab_is_not_rounded() -> None:
+    # In bfloat16 512 + 2 would be 512. Nine images are three slabs.
+    g = jnp.asarray([512, 1, 1, -512, 1, 1, 0, 0, 0], "bfloat16").reshape(9, 1, 1)
+    convolution = Convolution(Window((1,), (1,), ((0, 0),), (1,)), Layout(1, "channels_last"), (1,))
+    call = Call("kernel_grad", convolution, "tpu", g.dtype, Partitioning(devices=2, several_axes=True, replicas=True))
+    assert conv.kernel_grad(jnp.ones_like(g), g, call).item() == 4

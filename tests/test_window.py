@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 from depthwise_jax._core.window import Window, resolve
 from tests.support.oracle import Oracle
@@ -177,3 +177,10 @@ def test_large_numbers_by_name_of_padding(padding: Any) -> None:
             assert window.output_shape((12,)) == oracle.out
             assert window.strides[0] < 2**31 or d > 2**31
             assert window.dilation[0] < 100
+
+
+def test_an_axis_after_one_of_symbolic_size_is_as_it_is_alone() -> None:
+    rows: Any = export.symbolic_shape("rows")[0]
+    window, alone = resolve((rows, 12), 3, (1, 2**33), 1, 1)[0], resolve((12,), 3, 2**33, 1, 1)[0]
+    assert (window.strides[1:], window.padding[1:]) == (alone.strides, alone.padding)
+    assert alone.strides[0] < 2**31

@@ -1,4 +1,4 @@
-"""Dtypes for computing, also under `jax_numpy_dtype_promotion="strict"`."""
+"""Dtypes for computing, also under `jax_numpy_dtype_promotion="strict"`; what is an array."""
 
 from typing import Any
 
@@ -27,3 +27,8 @@ def widened(dtype: Any) -> Any:
     """float32 for narrower floats, and any other dtype itself."""
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     return jnp.dtype(jnp.float32) if narrow else dtype
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array or has an array's type; NumPy's scalar classes have the attributes too."""
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type)

@@ -17,6 +17,8 @@ import numpy as np
 from flax.core import DenyList, Scope, init, meta
 from jax.tree_util import DictKey
 
+from depthwise_jax._core.dtypes import is_array
+
 # A flag of the scope, because every lifting passes flags on and nn.jit keys its cache of traces by them.
 _FLAG = "depthwise_jax_introspection"
 
@@ -74,7 +76,7 @@ def collect(
         except TypeError as error:
             raise TypeError(f"a Linen model must be followed by example inputs, as for model.init: {error}") from None
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    traced = list(map(is_array, leaves))
 
     def run(scope: Scope, *args: Any, **kwargs: Any) -> Any:
         module = model.copy(parent=scope)
@@ -85,14 +87,14 @@ def collect(
     def trace_init(flags: dict[str, bool], arrays: list[Any]) -> Any:
         remaining = iter(arrays)
         args, kwargs = treedef.unflatten(
-            [next(remaining) if known else leaf for known, leaf in zip(is_array, leaves, strict=True)]
+            [next(remaining) if known else leaf for known, leaf in zip(traced, leaves, strict=True)]
         )
         # Like model.init, but with the flags.
         initialise = init(run, mutable=DenyList("intermediates"), flags=flags)
         _, variables = initialise(jax.random.key(0) if rngs is None else rngs, *args, **kwargs)
         return variables.get("params", {})
 
-    arrays = [leaf for known, leaf in zip(is_array, leaves, strict=True) if known]
+    arrays = [leaf for known, leaf in zip(traced, leaves, strict=True) if known]
     boxed = jax.eval_shape(partial(trace_init, {_FLAG: True}), arrays)
     boxes = jax.tree.leaves_with_path(boxed, is_leaf=meta.is_axis_metadata)
     found = {path: box.found() for path, box in boxes if isinstance(box, _Box)}

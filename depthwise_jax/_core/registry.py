@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from depthwise_jax._core.dtypes import is_array
+
 _CONFIG_KEYS = frozenset({"module", "class_name", "config", "registered_name", "build_config", "shared_object_id"})
 
 
@@ -59,7 +61,7 @@ _SHORT.maxother = 200
 
 def shown(value: Any) -> str:
     """A value from outside, shortened for a message: an array by its dtype and shape."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if is_array(value):
         return f"an array {value.dtype}{list(value.shape)}"
     return _SHORT.repr(value)
 
