@@ -425,7 +425,7 @@ def test_the_sum_that_is_projected_is_the_one_that_is_applied() -> None:
     params[0], gradients[0] = 0.8984375, 0
     tx = optax.chain(optax.scale(-1.0), project(MaxNorm(1.6765)))
 
-    @by_default
+    @contracting
     def step(params: Any, gradients: Any, rate: Any) -> Any:
         updates, _ = tx.update(rate * gradients, tx.init(params), params)
         return optax.apply_updates(params, updates)

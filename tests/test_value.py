@@ -154,8 +154,8 @@ def test_oracle_agrees_with_lax(case: Case, x64: None) -> None:
     spatial = "DHW"[3 - rank :]
     layout = f"N{spatial}C" if oracle.channel_axis == -1 else f"NC{spatial}"
     y = lax.conv_general_dilated(
-        x.astype(np.float64).reshape((int(np.prod(oracle.batch)), *x.shape[len(oracle.batch) :])),
-        w.astype(np.float64).reshape((*oracle.window, 1, -1)),
+        jax.device_put(x.astype(np.float64).reshape((int(np.prod(oracle.batch)), *x.shape[len(oracle.batch) :]))),
+        jax.device_put(w.astype(np.float64).reshape((*oracle.window, 1, -1))),
         oracle.strides,
         padding,
         rhs_dilation=oracle.dilation,

@@ -276,8 +276,8 @@ def _call(
     }
     attributes.pop(missing, None)
     call = jax.ffi.ffi_call(f"depthwise_jax.{direction}.v4", [jax.ShapeDtypeStruct(*result)])
-    extra = [jnp.ones(*b) for b in bias]
-    return [np.asarray(a) for a in call(*(jnp.ones(shape, dtype) for shape, dtype in operands), *extra, **attributes)]
+    extra = [np.ones(*b) for b in bias]
+    return [np.asarray(a) for a in call(*(np.ones(shape, dtype) for shape, dtype in operands), *extra, **attributes)]
 
 
 def _call_packed(
