@@ -10,6 +10,7 @@ SEED ?= 1
 # Figures of compiled programs are of one compiler: that of this JAX and its CUDA plugin.
 GPU_JAX := 0.10.2
 ISAS := avx512 avx2 baseline neon
+NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.py)))
 CPP := $(wildcard depthwise_jax/lowering/csrc/*.cc depthwise_jax/lowering/csrc/*.h tests/native/*.cc)
 
 # `make` alone lists what there is.
@@ -35,7 +36,7 @@ test-all: test  ## the test suite with all random cases
 # The conversion of PyTorch's own modules; plain `make test` needs no PyTorch and passes these over.
 test-torch: $(VENV)/test.installed $(VENV)/torch.installed  ## the conversion of PyTorch's modules
 	$(BIN)/python -c "import torch"  # those tests pass it over where it is missing; here it must be there
-	$(BIN)/python -m pytest -q tests/test_interop_torch.py tests/test_comparison.py \
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/test_interop_torch.py tests/test_comparison.py \
 		tests/test_transposed.py tests/test_causal_layers.py -k "torch or comparison"
 
 # Whole models of Keras, torchvision and efficientnet-lite-pytorch, and 2,000 damaged files. torchvision and
@@ -49,9 +50,9 @@ test-models: $(VENV)/test.installed $(VENV)/torch.installed  ## whole models of 
 notebooks: $(VENV)/notebooks.installed  ## executes the notebooks and writes them
 	$(BIN)/python notebooks/execute.py --write $(ARGS)
 
-# The same without writing: fails if a cell fails.
+# The same without writing, several at a time: fails if a cell fails.
 test-notebooks: $(VENV)/notebooks.installed  ## executes the notebooks
-	$(BIN)/python notebooks/execute.py $(ARGS)
+	printf '%s\n' $(or $(ARGS),$(NOTEBOOKS)) | xargs -P $(JOBS) -n 1 $(BIN)/python notebooks/execute.py
 
 # What the TPU compiler makes of the package, without a TPU; libtpu has a virtual environment of its own.
 test-tpu:  ## what the TPU compiler makes of the package, without a TPU
@@ -111,12 +112,14 @@ checked = rm -rf build/checked && $(PYTHON) -m venv build/checked \
 sanitize: sanitize-address sanitize-thread  ## the compiled kernels under sanitizers
 
 sanitize-address: SANITIZERS = address,undefined
+# In one thread, where the other sanitizer has nothing to find.
+sanitize-address: SWEEP = sweep
 sanitize-thread: SANITIZERS = thread
 sanitize-address sanitize-thread:
 	CMAKE_GENERATOR="$(if $(shell command -v ninja),Ninja,Unix Makefiles)" cmake -S depthwise_jax/lowering/csrc \
 		-B build/$@ -DDEPTHWISE_HARNESS=ON -DDEPTHWISE_SANITIZE=$(SANITIZERS)
 	cmake --build build/$@ --parallel $(JOBS)
-	printf '%s\n' $(foreach isa,$(ISAS),'$(isa) $(ITERATIONS) $(SEED)' '$(isa) sweep' '$(isa) failures') | \
+	printf '%s\n' $(foreach isa,$(ISAS),'$(isa) $(ITERATIONS) $(SEED)' $(SWEEP:%='$(isa) %') '$(isa) failures') | \
 		xargs -P $(JOBS) -L 1 sh -c 'DEPTHWISE_JAX_ISA=$$0 build/$@/harness "$$@"'
 	$(if $(filter sanitize-address,$@),build/$@/harness large)
 

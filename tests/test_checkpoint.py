@@ -25,7 +25,7 @@ def test_restart_on_another_mesh(tmp_path: Path) -> None:
         )
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected: Any = train(mesh(4, 2), 4, whole, 2)
+    expected: Any = train(mesh(2, 2), 4, whole, 2)
     shutil.copytree(whole / "2", cut / "2")
     small = mesh(1, 4)
     state: Any = train(small, 4, cut, 2)

@@ -67,8 +67,8 @@ def compiled(mesh: Any, f: Any, operands: Any, out: Any) -> tuple[Any, Counter[s
 @pytest.mark.parametrize("sharded", ALL_REDUCES)
 @pytest.mark.parametrize(
     ("case", "lowering"),
-    # All of two axes; of one and three those whose multiplier and stride differ from 1 together.
-    [*itertools.product([*CASES[:4:3], *CASES[4:8], *CASES[8::3], FIRST], PLAIN), (CASES[5], None)],
+    # All of two axes; of one and three that whose multiplier and stride differ from 1.
+    [*itertools.product([CASES[3], *CASES[4:8], CASES[11], FIRST], PLAIN), (CASES[5], None)],
     ids=str,
 )
 def test_depthwise(case: Case, lowering: str | None, sharded: str) -> None:

@@ -212,7 +212,7 @@ def test_symbolic_height_and_width_with_same_and_strides(size: int, stride: int,
     ours = jax.tree.map(lambda a: a.reshape(size, size, 8, 1) if a.ndim == 4 else a, params)
     f = (lambda x: accelerate(conv.apply)(params, x)) if drop_in else (lambda x: layer.apply(ours, x))
     exported = export.export(jax.jit(f))(jax.ShapeDtypeStruct((b, h, w, 8), jnp.float32))
-    for height, width in ((4, 4), (11, 10), (12, 5)):
+    for height, width in ((4, 11), (12, 5)):
         x = np.random.default_rng(0).normal(size=(2, height, width, 8)).astype("f4")
         kernel = np.asarray(params["params"]["kernel"]).reshape(size, size, 8, 1)
         truth = Oracle(x.shape, kernel.shape, strides=stride, padding="same").conv(x, kernel)
