@@ -147,7 +147,7 @@ CONSTRAINTS: dict[str, Callable[[], Any]] = {
     "MaxNorm, bound of float32": lambda: MaxNorm(jnp.float32(1.0), axis="window"),
     "MaxNorm, exact, bound of float32": lambda: MaxNorm(jnp.float32(1.0), axis="window", exact=True),
     "MinMaxNorm": lambda: MinMaxNorm(0.5, 1.0, axis=None),
-    "MinMaxNorm, exact": lambda: MinMaxNorm(jnp.float32(0.5), 1.0, axis=None, exact=True),
+    "MinMaxNorm, exact, bound of float32": lambda: MinMaxNorm(jnp.float32(0.5), 1.0, axis=None, exact=True),
     "MinMaxNorm, rate": lambda: MinMaxNorm(0.5, 1.0, rate=0.5),
     "UnitNorm": lambda: UnitNorm(),
     "UnitNorm, exact": lambda: UnitNorm(axis="window", exact=True),
