@@ -504,12 +504,14 @@ def _left_out(missing: dict[tuple[str, str], list[str]]) -> list[str]:
 
 def _block_rows(results: dict[str, Figures]) -> list[str]:
     rows: list[str] = []
+    missing: list[str] = []
     for block, what in itertools.product(BLOCKS, PROGRAMS):
         own, *others, none = (
             results.get(Entry("", block, what, "bfloat16", by).key)
             for by in ("ours", "flax", "recomputed", "masked", "pallas", "none")
         )
         if own is None or none is None:
+            missing.append(f"{block}, {what}")
             continue
         cells = (str(block), what, _cell(own), *(_beside(found, own) for found in others), _cell(none))
         ratios = (_ratio(found, none, 3) for found in (own, *others))
@@ -518,7 +520,8 @@ def _block_rows(results: dict[str, Figures]) -> list[str]:
         "| block | program | ours | flax | recomputed | masked | pallas | without convolution | ours / without | "
         "flax / without | recomputed / without | masked / without | pallas / without | ours, temporary MB | compile s |"
     )
-    return [head, "|---|---|" + "---:|" * 13, *rows, ""] if rows else []
+    left_out = [f"Not compiled: {'; '.join(missing)}.", ""] if missing else []
+    return [head, "|---|---|" + "---:|" * 13, *rows, "", *left_out] if rows else []
 
 
 def main() -> None:

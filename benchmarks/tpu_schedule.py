@@ -164,6 +164,10 @@ def measure(lowered: Any, chip: Chip = V5E) -> Program:
 
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:(L[HBE]|P[BF]|CT) *)?: *((?:> ?)*)\{(.*)$")
 _EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_EXIT_PREDICATE = re.compile(r"(%\w+) = scmp[^;]*/\* loop exit test")
+_BRANCH = re.compile(r"sbr\.rel \(!(%\w+)\)")
+# The bundles after a branch that are issued before it is taken.
+_BRANCH_SLOTS = 4
 _FINAL = re.compile(r"(\d+)-(.*)-\d+-final_bundles\.txt")
 
 
@@ -189,7 +193,24 @@ def read_bundles(text: str) -> list[Bundle]:
             bundles.append(Bundle(depth, label in ("LB", "LH"), instructions))
         elif bundles:
             bundles[-1].text += line  # a long comment goes on
+    _close_loops(bundles)
     return bundles
+
+
+def _close_loops(bundles: list[Bundle]) -> None:
+    """Puts the branch back to the beginning of each loop into the loop.
+
+    The compiler writes what follows a loop's exit test, up to the last bundle issued before the branch is taken,
+    without the loop's depth in part. It is issued at each turn.
+    """
+    tests: dict[str, int] = {}  # the bundle of each loop's exit test, by its predicate
+    for i, bundle in enumerate(bundles):
+        branch = _BRANCH.search(bundle.text)
+        if branch and branch[1] in tests:
+            test = tests[branch[1]]
+            for issued_at_each_turn in bundles[test : i + 1 + _BRANCH_SLOTS]:
+                issued_at_each_turn.depth = max(issued_at_each_turn.depth, bundles[test].depth)
+        tests.update(dict.fromkeys(_EXIT_PREDICATE.findall(bundle.text), i))
 
 
 def issued(bundles: list[Bundle], main_trips: int | None) -> tuple[float, int]:
