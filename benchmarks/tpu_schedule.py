@@ -8,7 +8,8 @@ whose trip counts it writes beside them. An operation then takes the larger of t
 
 since the copies between HBM and VMEM overlap with the bundles. A program takes the sum over its operations, and never
 less than all its bytes take, those of asynchronous copies too. This is a model. It leaves out stalls, it counts regions
-that a condition skips as issued, and an operation that reads a part of an operand is charged for all of it.
+that a condition skips as issued, and an operation that reads a part of an operand is charged for all of it, unless it
+is a slice alone.
 
 Import this before libtpu is loaded, at the first use of a topology: the compiler takes from the environment where to
 write.
@@ -22,7 +23,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -267,6 +268,7 @@ _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$")
 _OP = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _ARRAY = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
+_SPACE = re.compile(r"S\(\d+\)")
 # Operations that neither compute nor move anything, and the ends of asynchronous ones.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
 
@@ -288,6 +290,21 @@ def hbm_bytes(type_: str) -> float:
         bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
         total += math.prod(sizes) * bits / 8
     return total
+
+
+def moved_bytes(opcode: str, type_: str, operands: Sequence[str]) -> float:
+    """The bytes that an operation moves to or from HBM, by its type and those of its operands."""
+    if opcode == "slice":
+        return 2 * hbm_bytes(type_)  # it reads what it writes
+    if opcode == "slice-start":
+        return hbm_bytes(
+            _SPACE.sub("", type_.split("), ", 1)[1])
+        )  # the slice, not the operand that its type begins with
+    read = sum(map(hbm_bytes, operands))
+    if opcode.endswith("-start"):
+        # Its type names both ends, one of them in VMEM as a rule; the other moves.
+        return min(hbm_bytes(type_), read) or hbm_bytes(type_)
+    return hbm_bytes(type_) + read
 
 
 def _computations(text: str) -> tuple[dict[str, list[re.Match[str]]], str]:
@@ -321,12 +338,10 @@ def _ops(text: str, schedules: dict[str, Path]) -> Iterable[Op]:
                 continue
             else:
                 names = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
+                moved = moved_bytes(opcode, type_, [types[n] for n in names])
                 if opcode.endswith("-start"):
-                    # Its type names both ends, one of them in VMEM as a rule; the other moves.
-                    moved = min(hbm_bytes(type_), sum(hbm_bytes(types[n]) for n in names)) or hbm_bytes(type_)
                     yield Op(op, opcode, 0, times * moved, asynchronous=True)
                     continue
-                moved = hbm_bytes(type_) + sum(hbm_bytes(types[n]) for n in names)
                 issue, unknown = 0.0, 0
                 if op in schedules:
                     bundles = read_bundles(schedules[op].read_text(errors="replace"))

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from benchmarks.tpu_schedule import V5E, hbm_bytes, issued, read_bundles
+from benchmarks.tpu_schedule import V5E, hbm_bytes, issued, moved_bytes, read_bundles
 
 # Two bundles, a loop of 3 around one bundle and a loop of 5 around two, and a last bundle.
 NESTED = """
@@ -62,6 +62,22 @@ def test_a_loop_without_a_known_trip_count_is_reported() -> None:
 )
 def test_bytes_are_padded_and_vmem_is_free(type_: str, expected: int) -> None:
     assert hbm_bytes(type_) == expected
+
+
+LARGE, PIECE = "bf16[8,16,128]{2,1,0:T(8,128)(2,1)", "bf16[2,16,128]{2,1,0:T(8,128)(2,1)"
+
+
+@pytest.mark.parametrize(
+    ("opcode", "type_", "operands", "images"),
+    [
+        ("copy", f"{LARGE}}}", [f"{LARGE}}}"], 16),
+        ("slice", f"{PIECE}}}", [f"{LARGE}}}"], 4),
+        ("copy-start", f"({LARGE}S(1)}}, {LARGE}}}, u32[]{{:S(2)}})", [f"{LARGE}}}"], 8),
+        ("slice-start", f"(({LARGE}}}), {PIECE}S(1)}})", [f"{LARGE}}}"], 2),
+    ],
+)
+def test_what_operations_move(opcode: str, type_: str, operands: list[str], images: int) -> None:
+    assert moved_bytes(opcode, type_, operands) == images * 2 * 16 * 128
 
 
 def compiled(name: str) -> tuple[float, float, int]:
