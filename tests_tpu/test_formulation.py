@@ -45,8 +45,7 @@ CASES = [
     (Case((6, 28, 28, 512), (3, 3)), (SUM, SUM, CONVOLUTION)),
     (Case((7, 56, 56, 128), (3, 3)), (SUM, SUM, SUM)),
     (Case((7, 48, 48, 128), (3, 3)), (SUM, SUM, CONVOLUTION)),
-    (Case((8, 56, 56, 128), (3, 3)), (CONVOLUTION, CONVOLUTION, SUM)),
-    (Case((32, 56, 56, 128), (3, 3)), (CONVOLUTION,) * 3),
+    (Case((8, 56, 56, 128), (3, 3)), (CONVOLUTION,) * 3),
     (Case((8, 28, 28, 128), (3, 3)), (CONVOLUTION,) * 3),
     # Larger windows.
     (Case((1, 28, 28, 128), (5, 5)), (SUM, SUM, SUM)),
@@ -56,13 +55,14 @@ CASES = [
     (Case((2, 28, 28, 128), (5, 5)), (CONVOLUTION,) * 3),
     (Case((4, 28, 28, 128), (5, 5)), (CONVOLUTION,) * 3),
     (Case((4, 56, 56, 128), (5, 5)), (CONVOLUTION, CONVOLUTION, SUM)),
+    (Case((7, 56, 56, 128), (5, 5)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((1, 28, 28, 128), (7, 7)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((3, 14, 14, 512), (7, 7)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((4, 28, 28, 128), (7, 7)), (CONVOLUTION,) * 3),
     (Case((1, 28, 28, 128), (8, 8)), (CONVOLUTION,) * 3),
     (Case((1, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((2, 8, 56, 56, 64), (3, 3, 3)), (CONVOLUTION, CONVOLUTION, SUM)),
-    (Case((4, 8, 28, 28, 128), (3, 3, 3)), (CONVOLUTION,) * 3),
+    (Case((4, 8, 56, 56, 64), (3, 3, 3)), (CONVOLUTION,) * 3),
     # Several kernels per channel, and strides.
     (Case((4, 28, 28, 128), (3, 3), multiplier=2), (CONVOLUTION,) * 3),
     (Case((4, 28, 28, 64), (3, 3), multiplier=4), (CONVOLUTION,) * 3),
@@ -77,7 +77,7 @@ WIDE: dict[Case, tuple[str, ...]] = {
     Case((5, 28, 28, 256), (3, 3)): (SUM, SUM, CONVOLUTION),
     Case((6, 28, 28, 256), (3, 3)): (SUM, SUM, CONVOLUTION),
     Case((7, 56, 56, 128), (3, 3)): (SUM, SUM, CONVOLUTION),
-    Case((8, 56, 56, 128), (3, 3)): (CONVOLUTION,) * 3,
+    Case((7, 56, 56, 128), (5, 5)): (CONVOLUTION,) * 3,
 }
 
 

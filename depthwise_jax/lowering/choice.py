@@ -137,15 +137,17 @@ _CONVOLVED_SIDE_BY_SIDE = 40
 # 23.0, (1, 56, 56, 128) 10.6 and 10.8. 7x7 gains nothing, (1, 28, 28, 256) 12.2 and 12.1, nor does 3x3x3.
 _SUMMED_5X5_IMAGES, _SUMMED_5X5_WIDTH = 5, 32
 # dw of windows of up to 49 taps is a sum for one or three images: 7x7 of (3, 14, 14, 512) 26.2 and 20.4, of
-# (1, 28, 28, 256) 49.4 and 12.7. It is one for up to 5 images if a register's rows divide their width: 3x3 of
-# (4, 56, 56, 128) 42.9 and 19.1, of (5, 16, 16, 512) 9.1 and 8.3, of (6, 16, 16, 512) 8.6 and 9.7.
+# (1, 28, 28, 256) 49.4 and 12.7. It is one for up to 5 images, by rank, if a register's rows divide their width: 3x3 of
+# (4, 56, 56, 128) 42.9 and 19.1, of (5, 16, 16, 512) 9.1 and 8.3, of (6, 16, 16, 512) 8.6 and 9.7; 3x3x3 of two volumes
+# of 16 x 56 x 56 and 64 channels 1,334 and 717, of four 1,205 and 1,435.
 _SUMMED_IMAGE_TAPS = 49
-_SUMMED_IN_ROWS = 5
-# The numbers of images of two sizes, with up to 256 channels, for which XLA's own dw of 3x3 is slow: (6, 28, 28, 256)
-# 26.2 and 16.7, (7, 56, 56, 128) 53.1 and 35.0, (16, 56, 56, 128) 93.2 and 79.8. Beside them it is not:
+_SUMMED_IN_ROWS = {2: 5, 3: 2}
+# The windows and sizes for which XLA's own dw of 5 to 7 images of up to 256 channels is slow: 3x3 of (6, 28, 28, 256)
+# 26.2 and 16.7, of (7, 56, 56, 128) 53.1 and 35.0, 5x5 of (7, 56, 56, 128) 92.8 and 77.4. 3x3 beside them is not:
 # (6, 28, 28, 512) 29.3 and 35.4, (6, 26, 26, 256) 11.8 and 15.6, (7, 48, 48, 128) 19.4 and 23.8, (7, 64, 64, 128) 35.1
-# and 44.0, (8, 28, 28, 256) 11.8, the memory's floor.
-_SLOW_IMAGES: dict[tuple[int, ...], range] = {(28, 28): range(5, 8), (56, 56): range(5, 17)}
+# and 44.0. Of 8 images dw on its own would gain at 56 x 56, 59.7 and 39.8, but both gradients take 57.8 in one program
+# by convolution, and 85.4 if only dw is a sum.
+_SLOW = {((3, 3), (28, 28)), ((3, 3), (56, 56)), ((5, 5), (56, 56))}
 _SLOW_CHANNELS = 256
 
 
@@ -181,15 +183,14 @@ def _is_summed_map(call: Call, batch: int) -> bool:
 
 def _is_summed_kernel_grad(call: Call, batch: int) -> bool:
     """Whether dw of images or volumes is the faster as a sum on TPU."""
-    window, spatial = call.convolution.window, call.convolution.spatial
-    if window.size == (3, 3):
-        slow = batch in _SLOW_IMAGES.get(tuple(spatial), ()) and call.channels <= _SLOW_CHANNELS
-        if slow and taps.is_widened_once(call):
-            return True
-    elif window.taps > _SUMMED_IMAGE_TAPS or not call.partitioning.whole_images:
-        # Of a window of many taps the halos of sharded images would be sent for each of its rows.
+    window, spatial = call.convolution.window, tuple(call.convolution.spatial)
+    # Of a window of many taps the halos of sharded images would be sent for each of its rows.
+    if window.taps > _SUMMED_IMAGE_TAPS or (window.size != (3, 3) and not call.partitioning.whole_images):
         return False
-    return batch in (1, 3) or (batch <= _SUMMED_IN_ROWS and spatial[-1] % taps.ROWS == 0)
+    if batch in (1, 3) or (batch <= _SUMMED_IN_ROWS[window.rank] and spatial[-1] % taps.ROWS == 0):
+        return True
+    slow = (window.size, spatial) in _SLOW and call.channels <= _SLOW_CHANNELS
+    return 4 < batch < _FEW and slow and taps.is_widened_once(call)
 
 
 def is_product(call: Call) -> bool:
