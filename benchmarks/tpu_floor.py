@@ -443,11 +443,13 @@ Sequences are padded as causal, images as same.
 * masked: ours, but products with the padding are masked.
 * pallas: this repository's own benchmarks/pallas_causal.py, in place of other projects' Pallas kernels.
 * "=": the program of "ours", by its lowered text, so it was compiled once.
+* ">=": a lower bound. Copies around a convolution may have a loop whose trip count is computed when the program runs;
+  it counts as run once.
 * compile s: of a machine that others used too.
 * v6e: another chip, at {v6e:.0f} bytes a cycle if it runs at {clock} GHz. A v5p has no section: its programs run on
   two cores, and the schedules do not say how the loops are shared.
-* Not compiled: left out for time, since a convolution compiles for minutes at small batches. Most of these rows
-  repeat others in float32 or at another batch.
+* Not compiled: left out for time, since a convolution may compile for minutes. Most of these rows repeat others in
+  float32 or at another batch.
 """
 
 

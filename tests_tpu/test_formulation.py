@@ -56,7 +56,8 @@ CASES = [
     (Case((4, 28, 28, 128), (5, 5)), (CONVOLUTION,) * 3),
     (Case((4, 56, 56, 128), (5, 5)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((7, 56, 56, 128), (5, 5)), (CONVOLUTION, CONVOLUTION, SUM)),
-    (Case((1, 28, 28, 128), (7, 7)), (CONVOLUTION, CONVOLUTION, SUM)),
+    (Case((1, 28, 28, 128), (7, 7)), (SUM, SUM, SUM)),
+    (Case((1, 56, 56, 128), (7, 7)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((3, 14, 14, 512), (7, 7)), (CONVOLUTION, CONVOLUTION, SUM)),
     (Case((4, 28, 28, 128), (7, 7)), (CONVOLUTION,) * 3),
     (Case((1, 28, 28, 128), (8, 8)), (CONVOLUTION,) * 3),
@@ -73,6 +74,7 @@ CASES = [
 WIDE: dict[Case, tuple[str, ...]] = {
     **{case: (SUM,) * 3 for case, _ in CASES if len(case.window) == case.stride == 1 and case.window[0] <= 16},
     Case((1, 28, 28, 128), (5, 5)): (CONVOLUTION, CONVOLUTION, SUM),
+    Case((1, 28, 28, 128), (7, 7)): (CONVOLUTION, CONVOLUTION, SUM),
     Case((5, 14, 14, 512), (5, 5)): (CONVOLUTION,) * 3,
     Case((5, 28, 28, 256), (3, 3)): (SUM, SUM, CONVOLUTION),
     Case((6, 28, 28, 256), (3, 3)): (SUM, SUM, CONVOLUTION),

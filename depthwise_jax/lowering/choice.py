@@ -132,10 +132,13 @@ _FEW = 8
 # row of all of them: (2, 20, 20, 256) 4.1 and 4.7, (4, 7, 7, 1024) 1.9 and 3.4; (6, 7, 7, 1024) 5.1 and 4.0,
 # (2, 28, 28, 256) 9.9 and 9.2, (4, 56, 56, 128) 31.3 and 18.7.
 _CONVOLVED_SIDE_BY_SIDE = 40
-# y and dx of 5x5 are a sum for an odd number of images up to this, if they are widened once and up to this wide:
-# (5, 14, 14, 512) 21.1 and 15.7, (1, 28, 28, 256) 7.9 and 6.3, (1, 32, 32, 256) 8.2 and 7.6; (7, 14, 14, 512) 22.3 and
-# 23.0, (1, 56, 56, 128) 10.6 and 10.8. 7x7 gains nothing, (1, 28, 28, 256) 12.2 and 12.1, nor does 3x3x3.
-_SUMMED_5X5_IMAGES, _SUMMED_5X5_WIDTH = 5, 32
+# y and dx of larger windows are a sum for an odd number of images up to these, if they are widened once and up to 32
+# wide: 5x5 of (5, 14, 14, 512) 21.1 and 15.7, of (1, 32, 32, 256) 8.2 and 7.6; of (7, 14, 14, 512) 22.3 and 23.0, of
+# (1, 56, 56, 128) 10.6 and 10.8; 7x7 of (1, 28, 28, 256) 12.2 and 12.1, both gradients in one program 36.2 if only dw
+# is a sum, and 25.0; of (1, 56, 56, 128) 16.8 and 21.1. 3x3x3 gains nothing: one volume of 16 x 56 x 56 and 64 channels
+# takes 180 and 181.
+_SUMMED_LARGER: dict[tuple[int, ...], int] = {(5, 5): 5, (7, 7): 1}
+_SUMMED_WIDTH = 32
 # dw of windows of up to 49 taps is a sum for one or three images: 7x7 of (3, 14, 14, 512) 26.2 and 20.4, of
 # (1, 28, 28, 256) 49.4 and 12.7. It is one for up to 5 images, by rank, if a register's rows divide their width: 3x3 of
 # (4, 56, 56, 128) 42.9 and 19.1, of (5, 16, 16, 512) 9.1 and 8.3, of (6, 16, 16, 512) 8.6 and 9.7; 3x3x3 of two volumes
@@ -177,8 +180,8 @@ def _is_summed_map(call: Call, batch: int) -> bool:
     size, width = call.convolution.window.size, call.convolution.spatial[-1]
     if size == (3, 3):
         return batch < _FEW and (not taps.is_side_by_side(call) or batch * width > _CONVOLVED_SIDE_BY_SIDE)
-    few = batch % 2 == 1 and batch <= _SUMMED_5X5_IMAGES and width <= _SUMMED_5X5_WIDTH
-    return size == (5, 5) and few and taps.is_widened_once(call)
+    few = batch % 2 == 1 and batch <= _SUMMED_LARGER.get(size, 0)
+    return few and width <= _SUMMED_WIDTH and taps.is_widened_once(call)
 
 
 def _is_summed_kernel_grad(call: Call, batch: int) -> bool:
