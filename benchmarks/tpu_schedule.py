@@ -8,7 +8,8 @@ whose trip counts it writes beside them. An operation then takes the larger of t
 
 since the copies between HBM and VMEM overlap with the bundles. A program takes the sum over its operations, and never
 less than all its bytes take, those of asynchronous copies too. This is a model. It leaves out stalls, it counts regions
-that a condition skips as issued, and an operation that reads a part of an operand is charged for all of it.
+that a condition skips as issued, and an operation that reads a part of an operand is charged for all of it, unless it
+is a slice alone.
 
 Import this before libtpu is loaded, at the first use of a topology: the compiler takes from the environment where to
 write.
@@ -22,7 +23,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,6 +165,10 @@ def measure(lowered: Any, chip: Chip = V5E) -> Program:
 
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:(L[HBE]|P[BF]|CT) *)?: *((?:> ?)*)\{(.*)$")
 _EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_EXIT_PREDICATE = re.compile(r"(%\w+) = scmp[^;]*/\* loop exit test")
+_BRANCH = re.compile(r"sbr\.rel \(!(%\w+)\)")
+# The bundles after a branch that are issued before it is taken.
+_BRANCH_SLOTS = 4
 _FINAL = re.compile(r"(\d+)-(.*)-\d+-final_bundles\.txt")
 
 
@@ -189,7 +194,24 @@ def read_bundles(text: str) -> list[Bundle]:
             bundles.append(Bundle(depth, label in ("LB", "LH"), instructions))
         elif bundles:
             bundles[-1].text += line  # a long comment goes on
+    _close_loops(bundles)
     return bundles
+
+
+def _close_loops(bundles: list[Bundle]) -> None:
+    """Puts the branch back to the beginning of each loop into the loop.
+
+    The compiler writes what follows a loop's exit test, up to the last bundle issued before the branch is taken,
+    without the loop's depth in part. It is issued at each turn.
+    """
+    tests: dict[str, int] = {}  # the bundle of each loop's exit test, by its predicate
+    for i, bundle in enumerate(bundles):
+        branch = _BRANCH.search(bundle.text)
+        if branch and branch[1] in tests:
+            test = tests[branch[1]]
+            for issued_at_each_turn in bundles[test : i + 1 + _BRANCH_SLOTS]:
+                issued_at_each_turn.depth = max(issued_at_each_turn.depth, bundles[test].depth)
+        tests.update(dict.fromkeys(_EXIT_PREDICATE.findall(bundle.text), i))
 
 
 def issued(bundles: list[Bundle], main_trips: int | None) -> tuple[float, int]:
@@ -246,6 +268,7 @@ _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$")
 _OP = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _ARRAY = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
+_SPACE = re.compile(r"S\(\d+\)")
 # Operations that neither compute nor move anything, and the ends of asynchronous ones.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
 
@@ -267,6 +290,21 @@ def hbm_bytes(type_: str) -> float:
         bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
         total += math.prod(sizes) * bits / 8
     return total
+
+
+def moved_bytes(opcode: str, type_: str, operands: Sequence[str]) -> float:
+    """The bytes that an operation moves to or from HBM, by its type and those of its operands."""
+    if opcode == "slice":
+        return 2 * hbm_bytes(type_)  # it reads what it writes
+    if opcode == "slice-start":
+        return hbm_bytes(
+            _SPACE.sub("", type_.split("), ", 1)[1])
+        )  # the slice, not the operand that its type begins with
+    read = sum(map(hbm_bytes, operands))
+    if opcode.endswith("-start"):
+        # Its type names both ends, one of them in VMEM as a rule; the other moves.
+        return min(hbm_bytes(type_), read) or hbm_bytes(type_)
+    return hbm_bytes(type_) + read
 
 
 def _computations(text: str) -> tuple[dict[str, list[re.Match[str]]], str]:
@@ -300,12 +338,10 @@ def _ops(text: str, schedules: dict[str, Path]) -> Iterable[Op]:
                 continue
             else:
                 names = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
+                moved = moved_bytes(opcode, type_, [types[n] for n in names])
                 if opcode.endswith("-start"):
-                    # Its type names both ends, one of them in VMEM as a rule; the other moves.
-                    moved = min(hbm_bytes(type_), sum(hbm_bytes(types[n]) for n in names)) or hbm_bytes(type_)
                     yield Op(op, opcode, 0, times * moved, asynchronous=True)
                     continue
-                moved = hbm_bytes(type_) + sum(hbm_bytes(types[n]) for n in names)
                 issue, unknown = 0.0, 0
                 if op in schedules:
                     bundles = read_bundles(schedules[op].read_text(errors="replace"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,26 @@ def test_values(lowering: object, rank: int, k: int, dilation: int, channels: in
         result = run(direction, *operands)
         probe = rng.normal(size=result.shape)
         np.testing.assert_allclose((result * probe).sum(), (g * which(probe)).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "input_grad", "kernel_grad"])
+def test_a_few_narrow_images_are_widened_once(direction: str) -> None:
+    rng = np.random.default_rng(0)
+    x, g = rng.integers(-4, 5, size=(2, 3, 9, 9, 5)).astype(float)
+    kernel = rng.integers(-4, 5, size=(3, 3, 5, 1)).astype(float)
+    call = call_of(direction, 2, 3, 1, 5, 1)
+    call = dataclasses.replace(call, dtype=jnp.dtype("bfloat16"), partitioning=Partitioning(batch=3))
+    assert taps.is_widened_once(call)
+    assert not taps.is_widened_once(dataclasses.replace(call, dtype=jnp.dtype("float32")))
+    operands = {"forward": (x, kernel), "input_grad": (g, kernel), "kernel_grad": (x, g)}[direction]
+    result = getattr(taps, direction)(*(jnp.asarray(a, "bfloat16") for a in operands), call)
+    # Sums of small integers are exact. The gradients are the transposes: <g, conv(a, b)> is linear in a and in b.
+    if direction == "forward":
+        np.testing.assert_array_equal(result, loops(x, kernel, 1))
+        return
+    probe = rng.integers(-4, 5, size=result.shape).astype(float)
+    y = loops(probe, kernel, 1) if direction == "input_grad" else loops(x, probe, 1)
+    assert (np.asarray(result, float) * probe).sum() == (g * y).sum()
 
 
 def test_what_is_not_finite_stays_in_its_block_of_channels_and_at_its_positions() -> None:

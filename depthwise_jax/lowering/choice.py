@@ -127,18 +127,31 @@ _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
 # taps moves it once.
 _SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
-# The convolution takes as long for the kernel's gradient of one image as for that of 8. At 28 x 28 and 256 channels, in
-# thousands of cycles by convolution and as a sum: 3x3 11.3 and 3.5, 5x5 28.1 and 7.9, 7x7 49.4 and 14.0; for two images
-# of 56 x 56 and 128 channels 5x5 80.9 and 29.3; for one volume of 16 x 56 x 56 and 64 channels 3x3x3 1,091 and 358.
-# With more images only 3x3 gains. Of the other maps only 3x3 is faster as a sum: forward, 7x7 of one image of 28 x 28
-# takes 12.2 by convolution and 23.1 as a sum, and 3x3x3 of that volume 180 and 382.
+# Of fewer than _FEW images, by the schedules, in thousands of cycles by convolution and as a sum:
+# y and dx of 3x3 are a sum, unless images lie side by side (taps.is_side_by_side) with up to this many positions in a
+# row of all of them: (2, 20, 20, 256) 4.1 and 4.7, (4, 7, 7, 1024) 1.9 and 3.4; (6, 7, 7, 1024) 5.1 and 4.0,
+# (2, 28, 28, 256) 9.9 and 9.2, (4, 56, 56, 128) 31.3 and 18.7.
+_CONVOLVED_SIDE_BY_SIDE = 40
+# y and dx of larger windows are a sum for an odd number of images up to these, if they are widened once and up to 32
+# wide: 5x5 of (5, 14, 14, 512) 21.1 and 15.7, of (1, 32, 32, 256) 8.2 and 7.6; of (7, 14, 14, 512) 22.3 and 23.0, of
+# (1, 56, 56, 128) 10.6 and 10.8; 7x7 of (1, 28, 28, 256) 12.2 and 12.1, both gradients in one program 36.2 if only dw
+# is a sum, and 25.0; of (1, 56, 56, 128) 16.8 and 21.1. 3x3x3 gains nothing: one volume of 16 x 56 x 56 and 64 channels
+# takes 180 and 181.
+_SUMMED_LARGER: dict[tuple[int, ...], int] = {(5, 5): 5, (7, 7): 1}
+_SUMMED_WIDTH = 32
+# dw of windows of up to 49 taps is a sum for one or three images: 7x7 of (3, 14, 14, 512) 26.2 and 20.4, of
+# (1, 28, 28, 256) 49.4 and 12.7. It is one for up to 5 images, by rank, if a register's rows divide their width: 3x3 of
+# (4, 56, 56, 128) 42.9 and 19.1, of (5, 16, 16, 512) 9.1 and 8.3, of (6, 16, 16, 512) 8.6 and 9.7; 3x3x3 of two volumes
+# of 16 x 56 x 56 and 64 channels 1,334 and 717, of four 1,205 and 1,435.
 _SUMMED_IMAGE_TAPS = 49
-_FEWEST = 2
-# The rows of a TPU's registers. XLA lays images there along their width, or, where that is no multiple of the rows, an
-# even number of images side by side; then a sum uses as few rows as there are images. 3x3, by convolution and as a sum:
-# at 28 x 28 and 256 channels the forward pass of two images takes 9.9 and 14.6, of four 25.1 and 14.6, the kernel's
-# gradient of two 11.2 and 18.5; at 56 x 56 and 128 channels 13.4 and 12.1, 31.3 and 23.4, 30.3 and 13.3.
-_ROWS = 8
+_SUMMED_IN_ROWS = {2: 5, 3: 2}
+# The windows and sizes for which XLA's own dw of 5 to 7 images of up to 256 channels is slow: 3x3 of (6, 28, 28, 256)
+# 26.2 and 16.7, of (7, 56, 56, 128) 53.1 and 35.0, 5x5 of (7, 56, 56, 128) 92.8 and 77.4. 3x3 beside them is not:
+# (6, 28, 28, 512) 29.3 and 35.4, (6, 26, 26, 256) 11.8 and 15.6, (7, 48, 48, 128) 19.4 and 23.8, (7, 64, 64, 128) 35.1
+# and 44.0. Of 8 images dw on its own would gain at 56 x 56, 59.7 and 39.8, but both gradients take 57.8 in one program
+# by convolution, and 85.4 if only dw is a sum.
+_SLOW = {((3, 3), (28, 28)), ((3, 3), (56, 56)), ((5, 5), (56, 56))}
+_SLOW_CHANNELS = 256
 
 
 def is_packed(call: Call) -> bool:
@@ -157,14 +170,30 @@ def is_summed_on_tpu(call: Call) -> bool:
     if window.rank == 1:
         most = (batch is not None and batch < _FEW) or jnp.dtype(call.dtype).itemsize > 2
         return window.size[0] <= (_SUMMED_TAPS_AT_MOST if most else _SUMMED_TAPS[call.direction])
-    if batch is None or batch >= _FEW or call.symbolic:
+    if batch is None or call.symbolic:
         return False
-    side_by_side = batch % 2 == 0 and convolution.spatial[-1] % _ROWS != 0
-    if call.direction != "kernel_grad":
-        return window.size == (3, 3) and not (side_by_side and batch == 2)
+    return _is_summed_kernel_grad(call, batch) if call.direction == "kernel_grad" else _is_summed_map(call, batch)
+
+
+def _is_summed_map(call: Call, batch: int) -> bool:
+    """Whether y or dx of images or volumes is the faster as a sum on TPU."""
+    size, width = call.convolution.window.size, call.convolution.spatial[-1]
+    if size == (3, 3):
+        return batch < _FEW and (not taps.is_side_by_side(call) or batch * width > _CONVOLVED_SIDE_BY_SIDE)
+    few = batch % 2 == 1 and batch <= _SUMMED_LARGER.get(size, 0)
+    return few and width <= _SUMMED_WIDTH and taps.is_widened_once(call)
+
+
+def _is_summed_kernel_grad(call: Call, batch: int) -> bool:
+    """Whether dw of images or volumes is the faster as a sum on TPU."""
+    window, spatial = call.convolution.window, tuple(call.convolution.spatial)
     # Of a window of many taps the halos of sharded images would be sent for each of its rows.
-    larger = batch <= _FEWEST and window.taps <= _SUMMED_IMAGE_TAPS and call.partitioning.whole_images
-    return (window.size == (3, 3) or larger) and not side_by_side
+    if window.taps > _SUMMED_IMAGE_TAPS or (window.size != (3, 3) and not call.partitioning.whole_images):
+        return False
+    if batch in (1, 3) or (batch <= _SUMMED_IN_ROWS[window.rank] and spatial[-1] % taps.ROWS == 0):
+        return True
+    slow = (window.size, spatial) in _SLOW and call.channels <= _SLOW_CHANNELS
+    return 4 < batch < _FEW and slow and taps.is_widened_once(call)
 
 
 def is_product(call: Call) -> bool:

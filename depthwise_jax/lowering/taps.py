@@ -6,6 +6,7 @@ size does not grow with the window.
 
 One operand is padded once, in its own dtype, and each tap reads a slice of it. Narrow floats are widened after that:
 XLA then fuses padding, slices and sum into one loop that reads the operands once, and no wide array is ever in memory.
+(A few images on TPU are the exception, see is_widened_once.)
 
 Inside, the channels of every array are split as (C, M) if there are several kernels per channel, and each map is a sum
 of broadcast products:
@@ -45,6 +46,15 @@ _PARTS = 8
 # benchmarks/tpu_floor.py, with this number at 8 and at 0, in thousands of cycles for (8, 2048, 2048): a window of 6
 # takes 472 in one loop and 492 in two, a window of 7 takes 774 and 580, a window of 8 takes 1,029 and 638.
 _JOINED = 6
+# The rows and the lanes of a TPU's registers.
+ROWS, _LANES = 8, 128
+# XLA's TPU compiler keeps the padded and widened operand of a few images in VMEM, so no byte of HBM is moved for it,
+# and each tap is spared a conversion and a mask. By benchmarks/tpu_floor.py, in thousands of cycles for 3x3 with and
+# without: (4, 56, 56, 128) takes 18.7 and 23.4 forward, 19.1 and 25.8 for the kernel's gradient, 35.3 and 50.0 for both
+# gradients; (4, 28, 28, 256) 10.3 and 14.6 forward. Up to this many bytes it is stored, a quarter of a v5e's VMEM.
+_WIDENED_BYTES = 2**25
+# Narrower images than this do not gain if they lie side by side: (4, 14, 14, 512) 7.8 and 6.7 forward.
+_WIDENED_SIDE_BY_SIDE = 16
 
 # An index along one axis: an int, or an array traced inside a loop over taps.
 Index = Any
@@ -95,6 +105,30 @@ def masks_padding(call: Call) -> bool:
     both gradients in one loop take 1.23 times as long (benchmarks/results/tpu_floor.md, "Training").
     """
     return call.platform != "tpu"
+
+
+def is_side_by_side(call: Call) -> bool:
+    """Whether XLA's TPU compiler lays images side by side in registers, where each row is of another image.
+
+    It lays a single image along its width if that is a multiple of the rows, or if the number of images is odd.
+    """
+    batch = call.partitioning.batch
+    return batch is not None and batch % 2 == 0 and call.convolution.spatial[-1] % ROWS != 0
+
+
+def is_widened_once(call: Call) -> bool:
+    """Whether the padded operand is widened once and stored on TPU, instead of widened at each read."""
+    convolution, partitioning, itemsize = call.convolution, call.partitioning, jnp.dtype(call.sum_dtype).itemsize
+    window, batch = convolution.window, partitioning.batch
+    if call.platform != "tpu" or batch is None or call.symbolic or partitioning.sharded_rows:
+        return False
+    if window.rank == 1 or max(window.strides) > 1 or call.multiplier > 1 or jnp.dtype(call.dtype).itemsize == itemsize:
+        return False
+    if is_side_by_side(call) and convolution.spatial[-1] < _WIDENED_SIDE_BY_SIDE:
+        return False
+    positions = math.prod(n + extent - 1 for n, extent in zip(convolution.spatial, window.extent, strict=True))
+    lanes = -(-call.channels // _LANES) * _LANES
+    return batch * positions * lanes * itemsize <= _WIDENED_BYTES
 
 
 def forward(x: Array, kernel: Array, call: Call) -> Array:
@@ -205,7 +239,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
     x, g = (a.reshape(batch, *a.shape[a.ndim - window.rank - 1 :]) for a in (x, g))
     x, g = layout.split(x, *channels), layout.split(g, *outputs)
     if max(window.strides) == 1:
-        if call.platform == "tpu" and not _is_joined(call):
+        if call.platform == "tpu" and not _is_joined(call) and not is_widened_once(call):
             g = lax.optimization_barrier(g)
         still, moving, counts, taps = x, g, convolution.spatial, _phases_taps(convolution, (0,) * window.rank)
     else:
@@ -382,12 +416,16 @@ def _reader(
     if _blocks(taps)[0] > 1:
         return _read_in_loop(array, axes)
     masked = masks_padding(call)
-    return _read_shards(array, axes, masked) if call.partitioning.sharded_rows else _read_slices(array, axes, masked)
+    if call.partitioning.sharded_rows:
+        return _read_shards(array, axes, masked)
+    return _read_slices(array, axes, masked, call.sum_dtype if is_widened_once(call) else None)
 
 
-def _read_slices(array: Array, axes: Sequence[_Axis], masked: bool) -> Read:
-    """Slices of the padded array."""
+def _read_slices(array: Array, axes: Sequence[_Axis], masked: bool, stored: Any) -> Read:
+    """Slices of the padded array, which is stored in a dtype first unless that is None."""
     padded, inside = _pad(array, axes), _insides(axes, array.ndim)
+    if stored is not None:
+        padded = lax.optimization_barrier(padded.astype(stored))
 
     def read(starts: Sequence[Index]) -> tuple[Array, Array | None]:
         part = padded
