@@ -99,7 +99,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a dtype as constraint": (
         lambda: optim.project({"kernel": np.float32}).init({"kernel": jnp.ones(3)}),
         TypeError,
-        "constraint of 'kernel': cannot make a constraint from the class float32: its instances are not callable",
+        "constraint of 'kernel': cannot make the constraint from the class float32: its instances are not callable",
     ),
     "a dtype as configuration": (
         lambda: dj.constraints.get({"class_name": "MaxNorm", "config": np.float32}),

@@ -121,7 +121,7 @@ class Registry:
         if isinstance(identifier, Mapping):
             return self._from_config(identifier, argument)
         if isinstance(identifier, type):
-            return _call(identifier, {}, f"{argument}: cannot make a {self.kind} from the class {identifier.__name__}")
+            return _call(identifier, {}, f"{argument}: cannot make the {self.kind} from the class {identifier.__name__}")
         if identifier is None or callable(identifier):
             return identifier
         raise TypeError(
@@ -190,7 +190,7 @@ class Registry:
         if entry is None:
             raise ValueError(f"{argument}: unknown {self.kind} {name!r}; {closest(name, self._entries)}")
         if isinstance(entry, type):
-            return _call(entry, config, f"{argument}: cannot make a {self.kind} from {shown(identifier)}")
+            return _call(entry, config, f"{argument}: cannot make the {self.kind} from {shown(identifier)}")
         if config:
             raise ValueError(f"{argument}: {self.kind} {name!r} takes no configuration; got {shown(config)}")
         return entry
