@@ -449,8 +449,8 @@ Sequences are padded as causal, images as same.
 * v6e: another chip, at {v6e:.0f} bytes a cycle if it runs at {clock} GHz. A v5p has no section: its programs run on
   two cores, and the schedules do not say how the loops are shared.
 * Some rows by flax and conv, of several kernels per channel, of strides and of blocks were read before two mends of
-  benchmarks/tpu_schedule.py. They lack the branch at the end of each loop, up to 2 % in 16 programs read both ways, and
-  charge an asynchronous slice for its whole operand, which overstates a program of a block up to 1.7 times.
+  benchmarks/tpu_schedule.py. They lack the branch at the end of each loop, and charge an asynchronous slice for its
+  whole operand, which overstates programs of blocks most.
 * Not compiled: left out for time, since a convolution may compile for minutes. Most of these rows repeat others in
   float32 or at another batch.
 """

@@ -121,7 +121,8 @@ class Registry:
         if isinstance(identifier, Mapping):
             return self._from_config(identifier, argument)
         if isinstance(identifier, type):
-            return _call(identifier, {}, f"{argument}: cannot make the {self.kind} from the class {identifier.__name__}")
+            what = f"{argument}: cannot make the {self.kind} from the class {identifier.__name__}"
+            return _call(identifier, {}, what)
         if identifier is None or callable(identifier):
             return identifier
         raise TypeError(
