@@ -143,7 +143,7 @@ def forward(x: Array, kernel: Array, call: Call) -> Array:
     def product(tap: Tap) -> Array:
         position, starts = tap
         part, inside = read(starts)
-        return _where(inside, part.astype(call.sum_dtype) * _weights(kernel, position, x.ndim, call))
+        return _where(inside, lax.mul(_widen(part, call), _weights(kernel, position, x.ndim, call)))
 
     return layout.merge(_sum(taps, product), axes)
 
@@ -177,7 +177,7 @@ def input_grad(g: Array, kernel: Array, call: Call) -> Array:
         def product(tap: Tap) -> Array:
             position, starts = tap
             part, inside = read(starts)
-            products = _where(inside, part.astype(call.sum_dtype) * _weights(kernel, position, g.ndim, call))
+            products = _where(inside, lax.mul(_widen(part, call), _weights(kernel, position, g.ndim, call)))
             if axes == 1:
                 return products
             return _total(lax.slice_in_dim(products, m, m + 1, axis=last_axis) for m in range(outputs[-1]))
@@ -246,7 +246,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
         still, moving, counts, taps = g, x, convolution.out, _window_taps(convolution)
     spatial_axes = layout.split_spatial(g.ndim, axes)
     read = _reader(moving, spatial_axes, taps, counts, window.strides, call)
-    still = still.astype(call.sum_dtype)
+    still = _widen(still, call)
     summed = (0, *spatial_axes)
     images = _divisor(batch, _PARTS)
     bands = _divisor(counts[0], _PARTS // images)
@@ -259,7 +259,7 @@ def kernel_grad(x: Array, g: Array, call: Call) -> Array:
 
     def gradient(tap: Tap) -> Array:
         part, inside = read(tap[1])
-        product = _where(inside, part.astype(call.sum_dtype) * still)
+        product = _where(inside, lax.mul(_widen(part, call), still))
         if call.partitioning.devices > 1 or call.platform == "tpu":
             return product.sum(summed)
         product = _total(part_of(product, *index) for index in itertools.product(range(images), range(bands)))
@@ -392,11 +392,13 @@ class _Axis:
     def inside(self, start: Index, ndim: int) -> Array:
         """Which of one start's positions lie inside the array."""
         shape = [self.count if axis == self.axis else 1 for axis in range(ndim)]
+        # In numbers of steps.
+        first, end = -(start // self.step), -((start - self.size) // self.step)
         if self.constant:
-            position = start + self.step * np.arange(self.count, dtype=np.int32).reshape(shape)
-        else:
-            position = start + self.step * lax.broadcasted_iota(jnp.int32, shape, self.axis)
-        return (position >= 0) & (position < self.size)
+            index = np.arange(self.count, dtype=np.int32).reshape(shape)
+            return jnp.asarray((index >= first) & (index < end))
+        index = lax.broadcasted_iota(jnp.int32, shape, self.axis)
+        return lax.bitwise_and(lax.ge(index, first), lax.lt(index, end))
 
 
 def _reader(
@@ -501,7 +503,7 @@ def _insides(axes: Sequence[_Axis], ndim: int) -> Callable[[Sequence[int]], Arra
 
 
 def _both(inside: Array | None, mask: Array) -> Array:
-    return mask if inside is None else inside & mask
+    return mask if inside is None else lax.bitwise_and(inside, mask)
 
 
 def _shift(array: Array, along: _Axis, start: int) -> Array:
@@ -528,12 +530,18 @@ def _weights(kernel: Array, position: Sequence[Index], ndim: int, call: Call) ->
     else:
         start = [jnp.asarray(i, jnp.int32) for i in (*position, 0, 0)]
         weights = lax.dynamic_slice(kernel, start, (*(1,) * layout.rank, *kernel.shape[-2:]))
-    weights = weights.astype(call.sum_dtype)
-    return weights.reshape(layout.arrange((1,) * (ndim - layout.rank - axes), (1,) * layout.rank, *outputs))
+    return lax.reshape(_widen(weights, call), layout.arrange((1,) * (ndim - layout.rank - axes), (1,) * layout.rank, *outputs))
+
+
+def _widen(array: Array, call: Call) -> Array:
+    return lax.convert_element_type(array, call.sum_dtype)
 
 
 def _where(inside: Array | None, array: Array) -> Array:
-    return array if inside is None else jnp.where(inside, array, jnp.zeros((), array.dtype))
+    if inside is None:
+        return array
+    inside = lax.broadcast_in_dim(inside, array.shape, range(array.ndim))
+    return lax.select(inside, array, lax.full_like(array, 0))
 
 
 def _total(terms: Iterable[Array]) -> Array:
