@@ -34,7 +34,7 @@ def run(module: str, *arguments: object, fails: bool = False) -> str:
 
 
 def main(module: str, *arguments: object) -> None:
-    """Runs a benchmark that measures nothing, in this process."""
+    """Runs a benchmark that leaves no setting behind, in this process."""
     with mock.patch.object(sys, "argv", [module, *map(str, arguments)]):
         importlib.import_module(f"benchmarks.{module}").main()
 
@@ -52,9 +52,10 @@ def test_kept_results_are_read_and_pass(
     assert all(line.endswith("| PASS |") for line in lines), verdicts
 
 
-def test_timed_in_turn() -> None:
+def test_timed_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     # Without a limit on the seconds: as many rounds as were asked for.
-    printed = run("projection_cost", "--rounds", 1)
+    main("projection_cost", "--rounds", 1)
+    printed = capsys.readouterr().out
     assert "constrained in 17 kernels" in printed
     assert len(re.findall(r"adam \d+\.\d+ ms, projected \d+\.\d+ ms", printed)) == 2
 

@@ -20,7 +20,7 @@ def test_both_constraints_hold_at_every_step() -> None:
     x, y = series["train"]
     assert x.shape == (40, CHANNELS, SAMPLES, 1)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    variables = model.init(rngs, x, True)
+    variables = jax.jit(model.init, static_argnums=2)(rngs, x, True)
     constraints = constraints_of(model, x, True, rngs=rngs)
     constraints["head"]["kernel"] = MaxNorm(HEAD_LIMIT)
     tx = optax.chain(optax.adam(0.02), project(constraints))

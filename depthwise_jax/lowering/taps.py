@@ -398,6 +398,7 @@ class _Axis:
             index = np.arange(self.count, dtype=np.int32).reshape(shape)
             return jnp.asarray((index >= first) & (index < end))
         index = lax.broadcasted_iota(jnp.int32, shape, self.axis)
+        first, end = (lax.convert_element_type(limit, jnp.int32) for limit in (first, end))
         return lax.bitwise_and(lax.ge(index, first), lax.lt(index, end))
 
 

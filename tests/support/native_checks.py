@@ -234,7 +234,7 @@ def kept() -> None:
 def no_memory() -> None:
     """Calls maps in a process with too little memory for what they stage: XLA's error, and right results afterwards."""
     # A staged row has 77 MB. From 32 MiB on the C library asks the system, whatever it has left from before.
-    x, w = jnp.ones((1, 8, 1_200_000, 16), jnp.float16), jnp.ones((3, 9, 16, 1), jnp.float16)
+    x, w = jnp.ones((1, 3, 1_200_000, 16), jnp.float16), jnp.ones((3, 9, 16, 1), jnp.float16)
     forward = jax.jit(functools.partial(depthwise_conv, padding="same", implementation="native"))
     expected = forward(x, w).block_until_ready()
     limits = resource.getrlimit(resource.RLIMIT_AS)
