@@ -31,7 +31,7 @@ hypothesis.settings.register_profile("repository", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repository")
 
 # One MLIR context for all programs of a process: JAX makes one for each, which is most of the time to lower a small
-# program. tests/test_vjp.py, test_value.py, test_transposed.py and test_constraints.py take 80 seconds with, 104 without.
+# program. By `make test`, the whole suite: 196 seconds of lowering without, 79 with.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 

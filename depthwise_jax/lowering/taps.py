@@ -392,7 +392,7 @@ class _Axis:
     def inside(self, start: Index, ndim: int) -> Array:
         """Which of one start's positions lie inside the array."""
         shape = [self.count if axis == self.axis else 1 for axis in range(ndim)]
-        # In numbers of steps.
+        # Steps from the start: the first position inside the array, and the first one beyond it.
         first, end = -(start // self.step), -((start - self.size) // self.step)
         if self.constant:
             index = np.arange(self.count, dtype=np.int32).reshape(shape)
@@ -531,7 +531,8 @@ def _weights(kernel: Array, position: Sequence[Index], ndim: int, call: Call) ->
     else:
         start = [jnp.asarray(i, jnp.int32) for i in (*position, 0, 0)]
         weights = lax.dynamic_slice(kernel, start, (*(1,) * layout.rank, *kernel.shape[-2:]))
-    return lax.reshape(_widen(weights, call), layout.arrange((1,) * (ndim - layout.rank - axes), (1,) * layout.rank, *outputs))
+    shape = layout.arrange((1,) * (ndim - layout.rank - axes), (1,) * layout.rank, *outputs)
+    return lax.reshape(_widen(weights, call), shape)
 
 
 def _widen(array: Array, call: Call) -> Array:
