@@ -127,10 +127,17 @@ sanitize-address sanitize-thread:
 
 # Without build isolation, and with a folder for the build in each environment: scikit-build-core compiles everything
 # anew where the environment is another than the folder's last one, and an isolated build has a new one each time.
+BUILD = --no-build-isolation --config-settings=build-dir=$(VENV)/build
+# What is installed: this folder, or a wheel of it, whose library serves every Python.
+PACKAGE ?=
 $(VENV)/%.installed: $(VENV)/build.installed pyproject.toml $(wildcard depthwise_jax/lowering/csrc/*)
 	@echo "Installing depthwise_jax[$*] into $(VENV); where the kernels are not compiled yet, that takes minutes."
-	$(PIP) install --no-build-isolation --config-settings=build-dir=$(VENV)/build --editable '.[$*]'
+	$(PIP) install $(if $(PACKAGE),'$(PACKAGE)[$*]',$(BUILD) --editable '.[$*]')
 	touch $@
+
+$(VENV)/wheel: $(VENV)/test.installed
+	rm -rf $@
+	$(PIP) wheel --no-deps $(BUILD) --wheel-dir $@ .
 
 # What a build requires: jaxlib's headers come with jax, CMake and Ninja where the machine has none.
 $(VENV)/build.installed: $(VENV)/bin/python pyproject.toml
