@@ -172,6 +172,23 @@ def test_a_sum_on_a_gpu_needs_whole_rows(axis_type: AxisType, batch: int, expect
         assert explain(x, W, strides=2, padding="same", platform="cuda").input_grad.lowering == expected
 
 
+@pytest.mark.parametrize(
+    ("images", "shape", "data_format", "expected"),
+    [
+        (4, (16, 16, 3), "channels_last", SUM),
+        ("n", (16, 16, 3), "channels_last", CONV),  # they may be many
+        (4, (3, 16, 16), "channels_first", CONV),
+    ],
+)
+def test_a_sum_on_a_tpu_needs_a_known_few_images_with_their_channels_last(
+    images: int | str, shape: tuple[int, ...], data_format: str, expected: str
+) -> None:
+    (batch,) = export.symbolic_shape(images) if isinstance(images, str) else (images,)
+    x, w = jax.ShapeDtypeStruct((batch, *shape), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 1), jnp.float32)
+    explained = explain(x, w, **OPTIONS, data_format=data_format, platform="tpu")
+    assert {explained.forward.lowering, explained.input_grad.lowering, explained.kernel_grad.lowering} == {expected}
+
+
 # A lowering of one's own: a module with these functions, a name and a row.
 
 
