@@ -159,6 +159,12 @@ def test_what_serves_a_gpu_and_that_no_time_was_measured(
         assert "nothing was measured or compiled" in chosen.reason
 
 
+@pytest.mark.parametrize(("padding", "strides", "expected"), [(0, 1, SUM), (1, 1, CONV), (0, 2, CONV)])
+def test_several_kernels_of_one_tap_are_a_product(padding: int, strides: int, expected: str) -> None:
+    kernel = np.ones((1, 1, 4, 2), np.float32)
+    assert explain(X, kernel, padding=padding, strides=strides, platform="cuda").forward.lowering == expected
+
+
 @pytest.mark.parametrize(
     ("axis_type", "batch", "expected"),
     # Two devices can share a batch of 4 equally, but not one of 3; where types tell, they tell of whole rows.
