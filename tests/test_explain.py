@@ -159,6 +159,12 @@ def test_what_serves_a_gpu_and_that_no_time_was_measured(
         assert "nothing was measured or compiled" in chosen.reason
 
 
+@pytest.mark.parametrize(("padding", "strides", "expected"), [(0, 1, SUM), (1, 1, CONV), (0, 2, CONV)])
+def test_several_kernels_of_one_tap_are_a_product(padding: int, strides: int, expected: str) -> None:
+    kernel = np.ones((1, 1, 4, 2), np.float32)
+    assert explain(X, kernel, padding=padding, strides=strides, platform="cuda").forward.lowering == expected
+
+
 @pytest.mark.parametrize(
     ("axis_type", "batch", "expected"),
     # Two devices can share a batch of 4 equally, but not one of 3; where types tell, they tell of whole rows.
@@ -170,6 +176,23 @@ def test_a_sum_on_a_gpu_needs_whole_rows(axis_type: AxisType, batch: int, expect
         sharding = NamedSharding(mesh, P(None, None, None, "c"))
         x = jax.ShapeDtypeStruct((batch, 8, 6, 4), jnp.float32, sharding=sharding)
         assert explain(x, W, strides=2, padding="same", platform="cuda").input_grad.lowering == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "data_format", "expected"),
+    [
+        (4, (16, 16, 3), "channels_last", SUM),
+        ("n", (16, 16, 3), "channels_last", CONV),  # they may be many
+        (4, (3, 16, 16), "channels_first", CONV),
+    ],
+)
+def test_a_sum_on_a_tpu_needs_a_known_few_images_with_their_channels_last(
+    images: int | str, shape: tuple[int, ...], data_format: Any, expected: str
+) -> None:
+    (batch,) = export.symbolic_shape(images) if isinstance(images, str) else (images,)
+    x, w = jax.ShapeDtypeStruct((batch, *shape), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 1), jnp.float32)
+    explained = explain(x, w, **OPTIONS, data_format=data_format, platform="tpu")
+    assert {explained.forward.lowering, explained.input_grad.lowering, explained.kernel_grad.lowering} == {expected}
 
 
 # A lowering of one's own: a module with these functions, a name and a row.

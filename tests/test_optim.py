@@ -203,6 +203,14 @@ def test_infeasible_parameters_are_feasible_after_two_steps(scale: float) -> Non
     assert_feasible(jax.tree.map(lambda w: w[1:], history))
 
 
+def test_one_step_suffices_from_afar_where_a_single_update_leads_into_the_interval() -> None:
+    # Float32 numbers near 1e8 are 8 apart: only an update of exactly 1e8 + 8 leads into the interval.
+    w = jnp.full(3, -1e8)
+    tx = project(Box(0.1, 8.0))
+    updates, _ = tx.update(jnp.zeros(3), tx.init(w), w)
+    np.testing.assert_array_equal(optax.apply_updates(w, updates), 8)
+
+
 def test_feasibility_agrees_with_numpy() -> None:
     params = tree(3)
     report = jax.jit(lambda params: feasibility(params, ALL_CONSTRAINTS))

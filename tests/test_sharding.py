@@ -227,6 +227,19 @@ def test_explicit_with_bias_activation_and_paddings(explicit: Any, data_format: 
     assert_close(db, np.moveaxis(g, case.oracle.channel_axis, -1).reshape(-1, 8).sum(0), 1e-5)
 
 
+@pytest.mark.parametrize("typed_operands", [True, False])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_explicit_with_the_bias_alone_sharded(activation: Any, typed_operands: bool, explicit: Any) -> None:
+    case = Case("explicit-bias-alone", (4, 6, 5, 4), (3, 3, 4, 2), {})
+    (x, w, _), b = case.operands(), case.draw((8,), 20)
+    with jax.set_mesh(explicit):
+        operands = [typed(explicit, a, P()) if typed_operands else a for a in (x, w)]
+        y = jax.jit(case.conv(activation=activation))(*operands, typed(explicit, b, P("c")))
+    assert spec_of(y) == (None, None, None, "c")
+    before = case.oracle.add_bias(case.oracle.conv(x, w), b)
+    assert_close(y, np.maximum(before, 0) if activation else before, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("x_spec", "w_spec"),
     [

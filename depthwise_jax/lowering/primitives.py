@@ -371,7 +371,8 @@ def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **par
     axis = params["convolution"].layout.channels
     for b in bias:
         spec[axis] = sharding.agree("channels", spec[axis], *b.sharding.spec[-1:])
-    return y.update(sharding=NamedSharding(y.sharding.mesh, PartitionSpec(*spec)))
+    mesh = next((aval.sharding.mesh for aval in (y, *bias) if not aval.sharding.mesh.empty), y.sharding.mesh)
+    return y.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _fused_jvp(
