@@ -318,8 +318,6 @@ def _tightened_step(step: int, count: int, low: int, width: int, n: int) -> tupl
 
 
 def _same(n: int, extent: int, stride: int) -> tuple[int, int]:
-    if isinstance(n, int) and n == 0:
-        return 0, 0  # ceil(0 / s) is 0 outputs, which output_shape refuses
     total = -(-n // stride) * stride - stride + extent - n
     if not isinstance(total, int):
         return lax.padtype_to_pads([n], [extent], [stride], "SAME")[0]  # max(total, 0) of a symbolic total
