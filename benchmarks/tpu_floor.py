@@ -196,17 +196,22 @@ def _normalized(a: Array, scale: Array) -> Array:
     return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-6)).astype(a.dtype) * scale
 
 
-def mamba(batch: int, length: int, width: int) -> Block:
-    """Like Mamba's: to two branches of twice the width, a causal window of 4, bias, silu, gate, and back."""
+def mamba(batch: int, length: int, width: int, products: int = 1) -> Block:
+    """Like Mamba's: to two branches of twice the width, a causal window of 4, bias, silu, gate, and back.
+
+    The branches are the halves of one product, or a product each.
+    """
     inner = 2 * width
 
     def body(p: dict[str, Array], x: Array, convolution: Callable[[Array], Array]) -> Array:
-        u, gate = jnp.split(x @ p["in"], 2, axis=-1)
+        u, gate = jnp.split(x @ p["in"], 2, axis=-1) if products == 1 else (x @ p["in"], x @ p["gate"])
         u = jax.nn.silu(convolution(u) + p["bias"])
         return (u * jax.nn.silu(gate)) @ p["out"]
 
-    parameters = {"in": (width, 2 * inner), "bias": (inner,), "out": (inner, width)}
-    return Block("Mamba-like block", (batch, length, width), (4,), inner, parameters, body)
+    into = {"in": (width, 2 * inner)} if products == 1 else {"in": (width, inner), "gate": (width, inner)}
+    parameters = {**into, "bias": (inner,), "out": (inner, width)}
+    name = "Mamba-like block" if products == 1 else f"Mamba-like block of {products} products"
+    return Block(name, (batch, length, width), (4,), inner, parameters, body)
 
 
 def conformer(batch: int, length: int, width: int) -> Block:
@@ -309,6 +314,7 @@ BLOCKS = [
     mamba(8, 2048, 1024),
     mamba(4, 2048, 1024),
     mamba(2, 8192, 1536),
+    *(mamba(*x, products=2) for x in ((8, 2048, 1024), (4, 2048, 1024), (2, 8192, 1536))),
     inverted_residual(32, 28, 32),
     inverted_residual(4, 28, 32),
     convnext(32, 14, 384),
@@ -449,9 +455,9 @@ Sequences are padded as causal, images as same.
 * compile s: of a machine that others used too.
 * v6e: another chip, at {v6e:.0f} bytes a cycle if it runs at {clock} GHz. A v5p has no section: its programs run on
   two cores, and the schedules do not say how the loops are shared.
-* Some rows by flax and conv, of several kernels per channel, of strides and of blocks were read before two mends of
+* Some rows by flax and conv, and some of images and of four kernels per channel, were read before two mends of
   benchmarks/tpu_schedule.py. They lack the branch at the end of each loop, and charge an asynchronous slice for its
-  whole operand, which overstates programs of blocks most.
+  whole operand.
 * Not compiled: left out for time, since a convolution may compile for minutes. Most of these rows repeat others in
   float32 or at another batch.
 """
