@@ -128,7 +128,7 @@ _SUMMED_TAPS = {"forward": 8, "input_grad": 9, "kernel_grad": 16}
 _SUMMED_TAPS_AT_MOST = 16
 _FEW = 8
 # Strided maps are convolutions: no simple rule held. y of a window of 4 at stride 2, in the same thousands, of
-# (4, 2048, 2048) takes 442 by convolution and 342 as a sum, of (7, 1000, 768) 68 and 140.
+# (4, 2048, 2048) takes 442 by convolution and 342 as a sum, of (7, 1000, 768) at least 68 and at least 140.
 # Of fewer than _FEW images, by the schedules, in thousands of cycles by convolution and as a sum:
 # y and dx of 3x3 are a sum, unless images lie side by side (taps.is_side_by_side) with up to this many positions in a
 # row of all of them: (2, 20, 20, 256) 4.1 and 4.7, (4, 7, 7, 1024) 1.9 and 3.4; (6, 7, 7, 1024) 5.1 and 4.0,
