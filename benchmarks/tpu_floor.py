@@ -457,8 +457,7 @@ Sequences are padded as causal, images as same.
   two cores, and the schedules do not say how the loops are shared.
 * Some rows whose programs compile for long were read before two mends of benchmarks/tpu_schedule.py: of images,
   volumes, windows of 31 and four kernels per channel, most by flax and conv. They lack the branch at the end of each
-  loop, and charge an asynchronous slice for its whole operand. Rows of two kernels per channel in bfloat16 rose by up
-  to 1.6 % when they were read again, and strided sequences by up to 7.5 %.
+  loop, and charge an asynchronous slice for its whole operand.
 * Not compiled: left out for time, since a convolution may compile for minutes. Most of these rows repeat others in
   float32 or at another batch.
 """

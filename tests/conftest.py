@@ -31,7 +31,7 @@ hypothesis.settings.register_profile("repository", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repository")
 
 # One MLIR context for all programs of a process: JAX makes one for each, which is most of the time to lower a small
-# program. By `make test`, the whole suite: 196 seconds of lowering without, 79 with.
+# program.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
@@ -48,7 +48,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """Frees the programs of a module's tests: all of them together take 4 GB in each of two processes."""
+    """Frees the programs of a module's tests, which would fill the memory together."""
     yield
     jax.clear_caches()
 
