@@ -196,7 +196,7 @@ def _normalized(a: Array, scale: Array) -> Array:
     return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-6)).astype(a.dtype) * scale
 
 
-def mamba(batch: int, length: int, width: int, products: int = 1) -> Block:
+def mamba(batch: int, length: int, width: int, *, split: bool = True) -> Block:
     """Like Mamba's: to two branches of twice the width, a causal window of 4, bias, silu, gate, and back.
 
     The branches are the halves of one product, or a product each.
@@ -204,13 +204,13 @@ def mamba(batch: int, length: int, width: int, products: int = 1) -> Block:
     inner = 2 * width
 
     def body(p: dict[str, Array], x: Array, convolution: Callable[[Array], Array]) -> Array:
-        u, gate = jnp.split(x @ p["in"], 2, axis=-1) if products == 1 else (x @ p["in"], x @ p["gate"])
+        u, gate = jnp.split(x @ p["in"], 2, axis=-1) if split else (x @ p["in"], x @ p["gate"])
         u = jax.nn.silu(convolution(u) + p["bias"])
         return (u * jax.nn.silu(gate)) @ p["out"]
 
-    into = {"in": (width, 2 * inner)} if products == 1 else {"in": (width, inner), "gate": (width, inner)}
+    into = {"in": (width, 2 * inner)} if split else {"in": (width, inner), "gate": (width, inner)}
     parameters = {**into, "bias": (inner,), "out": (inner, width)}
-    name = "Mamba-like block" if products == 1 else f"Mamba-like block of {products} products"
+    name = "Mamba-like block" if split else "Mamba-like block of 2 products"
     return Block(name, (batch, length, width), (4,), inner, parameters, body)
 
 
@@ -314,7 +314,7 @@ BLOCKS = [
     mamba(8, 2048, 1024),
     mamba(4, 2048, 1024),
     mamba(2, 8192, 1536),
-    *(mamba(*x, products=2) for x in ((8, 2048, 1024), (4, 2048, 1024), (2, 8192, 1536))),
+    *(mamba(*x, split=False) for x in ((8, 2048, 1024), (4, 2048, 1024), (2, 8192, 1536))),
     inverted_residual(32, 28, 32),
     inverted_residual(4, 28, 32),
     convnext(32, 14, 384),

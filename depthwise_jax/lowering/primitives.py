@@ -108,7 +108,7 @@ def _abstract_eval(
 ) -> Any:
     del implementation, differentiated  # every lowering gives the same type
     shape = (*avals[0].shape[:stacked], *shape_rule(convolution, *(aval.shape[stacked:] for aval in avals[:2])))
-    model = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
+    model = _on_mesh(avals)
     specs = [sharding.entries(aval.sharding.spec, aval.ndim) for aval in avals]
     stack = [sharding.agree("mapped axes", *(spec[axis] for spec in specs)) for axis in range(stacked)]
     spec = PartitionSpec(*stack, *spec_rule(convolution, *(spec[stacked:] for spec in specs[:2])))
@@ -371,8 +371,12 @@ def _fused_abstract_eval(x: Any, kernel: Any, *bias: Any, activation: str, **par
     axis = params["convolution"].layout.channels
     for b in bias:
         spec[axis] = sharding.agree("channels", spec[axis], *b.sharding.spec[-1:])
-    mesh = next((aval.sharding.mesh for aval in (y, *bias) if not aval.sharding.mesh.empty), y.sharding.mesh)
-    return y.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return y.update(sharding=NamedSharding(_on_mesh((y, *bias)).sharding.mesh, PartitionSpec(*spec)))
+
+
+def _on_mesh(avals: Sequence[Any]) -> Any:
+    """The first type that has a mesh, else the first."""
+    return next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
 
 
 def _fused_jvp(
